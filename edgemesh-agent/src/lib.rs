@@ -1,0 +1,10 @@
+//! The EdgeMesh node agent as a library; `main.rs` is only its command line.
+//!
+//! Data flows one way: a source ([`kube`]) delivers [`model::Event`]s, the [`model::Builder`] turns them into immutable
+//! [`model::ServiceTable`]s, and consumers ([`dataplane`]) compare each table with the one before.
+
+pub mod conditions;
+pub mod config;
+pub mod kube;
+pub mod lifecycle;
+pub mod model;

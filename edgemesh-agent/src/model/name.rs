@@ -1,0 +1,38 @@
+use std::{fmt, str::FromStr};
+
+/// Namespace and name of an object; orders and prints as `namespace/name`.
+#[derive(Clone, Debug, Eq, Hash, Ord, PartialEq, PartialOrd)]
+pub struct NamespacedName {
+    pub namespace: Box<str>,
+    pub name: Box<str>,
+}
+
+impl NamespacedName {
+    pub fn new(namespace: impl Into<Box<str>>, name: impl Into<Box<str>>) -> Self {
+        Self { namespace: namespace.into(), name: name.into() }
+    }
+}
+
+impl fmt::Display for NamespacedName {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}/{}", self.namespace, self.name)
+    }
+}
+
+/// A text that is not `namespace/name`.
+#[derive(Debug, thiserror::Error)]
+#[error("'{0}' is not of the form NAMESPACE/NAME")]
+pub struct ParseNameError(String);
+
+impl FromStr for NamespacedName {
+    type Err = ParseNameError;
+
+    fn from_str(text: &str) -> Result<Self, Self::Err> {
+        match text.split_once('/') {
+            Some((namespace, name)) if !namespace.is_empty() && !name.is_empty() && !name.contains('/') => {
+                Ok(Self::new(namespace, name))
+            }
+            _ => Err(ParseNameError(text.to_owned())),
+        }
+    }
+}
