@@ -5,6 +5,8 @@
 
 pub mod conditions;
 pub mod config;
+pub mod dataplane;
 pub mod kube;
 pub mod lifecycle;
 pub mod model;
+pub mod net;

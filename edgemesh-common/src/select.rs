@@ -69,7 +69,7 @@ fn pick<T: Tables>(tables: &T, key: &FrontendKey, earlier: impl Fn() -> Option<E
 
         let kept = match earlier() {
             Some(e)
-                if e.service == service && (e.generation == generation || is_inline(frontend, count, e.backend.id)) =>
+                if e.service == service && (e.generation == generation || is_inline(frontend, count, &e.backend)) =>
             {
                 Some(e.backend)
             }
@@ -103,16 +103,17 @@ fn pick<T: Tables>(tables: &T, key: &FrontendKey, earlier: impl Fn() -> Option<E
     Verdict::Refuse { service: 0 }
 }
 
-/// Whether an inline set has the backend `id`. A larger set answers no: its members are found by place, not by id, and
-/// a new random choice is never wrong.
+/// Whether an inline set has a backend at the address of `wanted`. A larger set answers no: its members are found by
+/// place, not by address, and a new random choice is never wrong.
 #[inline(always)]
-fn is_inline(frontend: &Frontend, count: u32, id: u32) -> bool {
+fn is_inline(frontend: &Frontend, count: u32, wanted: &Backend) -> bool {
     if count as usize > INLINE_BACKENDS {
         return false;
     }
     let mut found = false;
     for (place, backend) in frontend.inline.iter().enumerate() {
-        found |= (place as u32) < count && read(&backend.id) == id;
+        let backend = read(backend);
+        found |= (place as u32) < count && backend.port == wanted.port && backend.addr.same(&wanted.addr);
     }
     found
 }
