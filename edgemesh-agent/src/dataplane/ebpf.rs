@@ -27,6 +27,11 @@ use tracing::warn;
 pub use open::OpenError;
 pub use remove::remove_all;
 
+/// Whether this build has the eBPF programs in it.
+pub fn is_built_in() -> bool {
+    open::OBJECT.is_some()
+}
+
 use super::{Count, Dataplane, Error};
 use crate::{
     config::EbpfConfig,

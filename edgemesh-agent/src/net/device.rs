@@ -1,13 +1,12 @@
 //! The device (`edgemesh0`) that carries the node-local service address (169.254.96.16), as EdgeMesh's
 //! `pkg/util/bridge.go` makes it.
 
-use std::{fmt, future::Future, io, net::IpAddr};
+use std::{fmt, io, net::IpAddr};
 
 use futures::TryStreamExt;
 use rtnetlink::{
     Error as NetlinkError, Handle, LinkBridge, LinkDummy, LinkUnspec, new_connection,
     packet_route::{
-        AddressFamily,
         address::AddressAttribute,
         link::{InfoKind, LinkAttribute, LinkFlags, LinkInfo, LinkMessage},
     },
@@ -166,19 +165,14 @@ async fn find(netlink: &Handle, name: &str) -> Result<Option<LinkMessage>, Devic
 fn kind_of(link: &LinkMessage) -> Option<DeviceKind> {
     link.attributes.iter().find_map(|attribute| {
         let LinkAttribute::LinkInfo(infos) = attribute else { return None };
-        infos.iter().find_map(|info| match info {
-            LinkInfo::Kind(InfoKind::Dummy) => Some(DeviceKind::Dummy),
-            LinkInfo::Kind(InfoKind::Bridge) => Some(DeviceKind::Bridge),
-            _ => None,
-        })
+        [(InfoKind::Dummy, DeviceKind::Dummy), (InfoKind::Bridge, DeviceKind::Bridge)]
+            .into_iter()
+            .find_map(|(info, kind)| infos.contains(&LinkInfo::Kind(info)).then_some(kind))
     })
 }
 
 fn errno(error: &NetlinkError) -> Option<i32> {
-    match error {
-        NetlinkError::NetlinkError(message) => message.code.map(|code| -code.get()),
-        _ => None,
-    }
+    if let NetlinkError::NetlinkError(message) = error { message.code.map(|code| -code.get()) } else { None }
 }
 
 fn refused(attempt: &'static str, name: &str) -> impl FnOnce(NetlinkError) -> DeviceError {
