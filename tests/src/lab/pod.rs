@@ -1,0 +1,235 @@
+//! Pods: serving and connecting inside them.
+
+use std::net::{IpAddr, SocketAddr};
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::Duration;
+
+use anyhow::{Result, bail};
+
+use super::DEADLINE;
+use super::shell::Shell;
+use crate::probe::message::{
+    App, Dial, Failure, FanReply, HammerReport, HttpReport, Quantiles, Reply, Request, Response, SpreadReport,
+    Transport,
+};
+
+/// A pod, or a node's own network ([`super::Node::host`]).
+///
+/// Every operation runs inside it, blocks until it is done, and is bounded: each connect, send and receive by
+/// [`DEADLINE`], or by what [`Pod::within`] says. Errors name the pod; [`super::errno`] tells which system call error
+/// is behind one. An IPv6 target makes an IPv6 socket, so [`super::v4_mapped`] addresses test v4-mapped sockets.
+#[derive(Debug, Clone)]
+pub struct Pod {
+    name: String,
+    ips: Vec<IpAddr>,
+    cgroup: PathBuf,
+    shell: Arc<Shell>,
+    deadline: Duration,
+}
+
+/// What came of a bare `connect()`.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Attempt {
+    /// It succeeded, in this time.
+    Connected(Duration),
+    /// It failed with this errno, such as `ECONNREFUSED`.
+    Failed(String),
+}
+
+/// A connected socket inside a pod; dropping it closes the socket.
+#[derive(Debug)]
+pub struct Connection {
+    pod: Pod,
+    id: u64,
+}
+
+/// A load inside a pod that runs until it is stopped.
+#[derive(Debug)]
+#[must_use = "a hammer tells what it saw only when it is stopped"]
+pub struct Hammer {
+    pod: Pod,
+    id: u64,
+}
+
+/// Asks the shell, and takes the one kind of response that answers the question.
+macro_rules! ask {
+    ($pod:expr, $request:expr, $bound:expr, $pattern:pat => $value:expr) => {
+        match $pod.shell.call($request, $bound)? {
+            $pattern => anyhow::Ok($value),
+            other => bail!("the probe shell of {} answered {other:?} to another question", $pod.name),
+        }
+    };
+}
+
+impl Pod {
+    pub(super) fn new(name: &str, ips: Vec<IpAddr>, shell: Shell, cgroup: PathBuf) -> Self {
+        Self { name: name.to_owned(), ips, cgroup, shell: Arc::new(shell), deadline: DEADLINE }
+    }
+
+    /// The pod's name, by which its servers name themselves.
+    pub fn name(&self) -> &str {
+        &self.name
+    }
+
+    /// The pod's addresses, in the order they were asked for.
+    pub fn ips(&self) -> &[IpAddr] {
+        &self.ips
+    }
+
+    /// The pod's cgroup.
+    pub fn cgroup(&self) -> &Path {
+        &self.cgroup
+    }
+
+    /// A process inside the pod, which lives as long as the lab.
+    pub fn process(&self) -> u32 {
+        self.shell.pid()
+    }
+
+    /// The same pod with another bound for each step of an operation.
+    #[must_use]
+    pub fn within(&self, deadline: Duration) -> Self {
+        Self { deadline, ..self.clone() }
+    }
+
+    /// Serves on `port` of each of the pod's addresses; returns them in the order of [`Pod::ips`].
+    pub fn serve(&self, app: App, port: u16) -> Result<Vec<SocketAddr>> {
+        self.ips.iter().map(|ip| self.serve_at(app, SocketAddr::new(*ip, port))).collect()
+    }
+
+    /// Serves on one address, which may be any the pod can bind; port 0 picks a free one.
+    pub fn serve_at(&self, app: App, listen: SocketAddr) -> Result<SocketAddr> {
+        let request = Request::Serve { name: self.name.clone(), app, listen };
+        ask!(self, request, self.deadline, Response::Serving(address) => address)
+    }
+
+    /// Stops what [`Pod::serve`] started, and closes its connections.
+    pub fn stop_serving(&self, app: App, port: u16) -> Result<()> {
+        for ip in &self.ips {
+            let listen = SocketAddr::new(*ip, port);
+            ask!(self, Request::StopServing { app, listen }, self.deadline, Response::Done => ())?;
+        }
+        Ok(())
+    }
+
+    /// Exchanges one message over TCP.
+    pub fn tcp(&self, target: SocketAddr) -> Result<Reply> {
+        self.once(Transport::Tcp, target)
+    }
+
+    /// Exchanges one message over UDP, on a connected socket.
+    pub fn udp(&self, target: SocketAddr) -> Result<Reply> {
+        self.once(Transport::Udp, target)
+    }
+
+    fn once(&self, transport: Transport, target: SocketAddr) -> Result<Reply> {
+        let request = Request::Once(transport, self.dial(target));
+        ask!(self, request, self.deadline * 4, Response::Reply(reply) => reply)
+    }
+
+    /// Connects and keeps the socket, for several exchanges.
+    pub fn open(&self, transport: Transport, target: SocketAddr) -> Result<Connection> {
+        let request = Request::Open(transport, self.dial(target));
+        let id = ask!(self, request, self.deadline * 2, Response::Opened(id) => id)?;
+        Ok(Connection { pod: self.clone(), id })
+    }
+
+    /// Sends to each target from one unconnected UDP socket, and tells who answered from which source address.
+    pub fn udp_fan(&self, targets: &[SocketAddr]) -> Result<Vec<Result<FanReply, Failure>>> {
+        let request = Request::UdpFan { targets: targets.to_vec(), deadline: self.deadline };
+        ask!(self, request, self.deadline, Response::Fan(replies) => replies)
+    }
+
+    /// Calls `connect()` on a TCP socket, and no more.
+    pub fn connect(&self, target: SocketAddr) -> Result<Attempt> {
+        self.attempt(Transport::Tcp, target)
+    }
+
+    /// Calls `connect()` on a UDP socket, and no more.
+    pub fn connect_udp(&self, target: SocketAddr) -> Result<Attempt> {
+        self.attempt(Transport::Udp, target)
+    }
+
+    fn attempt(&self, transport: Transport, target: SocketAddr) -> Result<Attempt> {
+        let request = Request::Connect(transport, self.dial(target));
+        let outcome = ask!(self, request, self.deadline, Response::Connected(took) => Attempt::Connected(took));
+        outcome.or_else(|error: anyhow::Error| match super::errno(&error) {
+            Some(errno) => Ok(Attempt::Failed(errno.to_owned())),
+            None => Err(error),
+        })
+    }
+
+    /// Sends `requests` HTTP requests on one keep-alive connection to an [`App::Http`] server.
+    pub fn http(&self, target: SocketAddr, requests: u32) -> Result<HttpReport> {
+        self.http_get(target, "/", requests)
+    }
+
+    /// Sends `requests` HTTP requests for `path` on one keep-alive connection to any server.
+    pub fn http_get(&self, target: SocketAddr, path: &str, requests: u32) -> Result<HttpReport> {
+        let request = Request::Http { dial: self.dial(target), path: path.to_owned(), requests };
+        let bound = self.deadline.saturating_mul(requests.saturating_add(2));
+        ask!(self, request, bound, Response::Http(report) => report)
+    }
+
+    /// Exchanges one message over WebSocket.
+    pub fn websocket(&self, target: SocketAddr) -> Result<Reply> {
+        let request = Request::WebSocket(self.dial(target));
+        ask!(self, request, self.deadline * 3, Response::Reply(reply) => reply)
+    }
+
+    /// Makes `count` connections, at most `concurrency` at once, and counts who answers.
+    pub fn spread(
+        &self,
+        transport: Transport,
+        target: SocketAddr,
+        count: u32,
+        concurrency: u32,
+    ) -> Result<SpreadReport> {
+        let request = Request::Spread { transport, dial: self.dial(target), count, concurrency };
+        let bound = self.deadline.saturating_mul(4).saturating_mul(count.div_ceil(concurrency.max(1)));
+        ask!(self, request, bound, Response::Spread(report) => report)
+    }
+
+    /// Times `rounds` blocking TCP connects to each target, the targets taking turns.
+    pub fn latency(&self, targets: &[SocketAddr], rounds: u32) -> Result<Vec<Quantiles>> {
+        let request = Request::Latency { targets: targets.to_vec(), rounds, deadline: self.deadline };
+        let connects = rounds.saturating_mul(u32::try_from(targets.len())?);
+        let bound = self.deadline.saturating_mul(connects);
+        ask!(self, request, bound, Response::Latency(quantiles) => quantiles)
+    }
+
+    /// Starts `concurrency` threads that connect as fast as they can until [`Hammer::stop`].
+    pub fn hammer(&self, transport: Transport, target: SocketAddr, concurrency: u32) -> Result<Hammer> {
+        let request = Request::StartHammer { transport, dial: self.dial(target), concurrency };
+        let id = ask!(self, request, self.deadline, Response::Hammering(id) => id)?;
+        Ok(Hammer { pod: self.clone(), id })
+    }
+
+    fn dial(&self, target: SocketAddr) -> Dial {
+        Dial { target, deadline: self.deadline }
+    }
+}
+
+impl Connection {
+    /// Exchanges one message.
+    pub fn exchange(&self) -> Result<Reply> {
+        let request = Request::Exchange { connection: self.id, deadline: self.pod.deadline };
+        ask!(self.pod, request, self.pod.deadline * 2, Response::Reply(reply) => reply)
+    }
+}
+
+impl Drop for Connection {
+    fn drop(&mut self) {
+        // A shell that is gone has closed it already.
+        let _ = self.pod.shell.call(Request::Close { connection: self.id }, self.pod.deadline);
+    }
+}
+
+impl Hammer {
+    /// Ends the load and tells what it saw.
+    pub fn stop(self) -> Result<HammerReport> {
+        let request = Request::StopHammer { hammer: self.id };
+        ask!(self.pod, request, self.pod.deadline * 4, Response::Hammered(report) => report)
+    }
+}

@@ -1,0 +1,279 @@
+//! Sites and nodes: bridges, links, addresses and routes.
+
+use std::fmt::Write as _;
+use std::fs::File;
+use std::io::{BufRead as _, BufReader};
+use std::net::IpAddr;
+use std::os::fd::{AsFd as _, OwnedFd};
+use std::path::Path;
+use std::process::{Command, Stdio};
+use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::{Arc, Mutex};
+
+use anyhow::{Context as _, Result, ensure};
+
+use super::netns::{self, Netns};
+use super::place::{self, Place};
+use super::pod::Pod;
+use super::shell::Shell;
+use super::subnet::{self, Subnet};
+use super::{Inner, binary, locked, remains};
+
+/// The first node of a site has the address this far into the site's subnets.
+const FIRST_NODE: u32 = 11;
+/// The first pod that asks for no address has the address this far into its node's subnets.
+const FIRST_POD: u32 = 2;
+
+/// One LAN, a bridge; its nodes reach each other and each other's pods directly.
+#[derive(Debug, Clone)]
+pub struct Site {
+    site: Arc<SiteInner>,
+}
+
+#[derive(Debug)]
+struct SiteInner {
+    lab: Arc<Inner>,
+    bridge: String,
+    subnets: Vec<Subnet>,
+    nodes: Mutex<Vec<Node>>,
+}
+
+/// A machine: namespaces and a cgroup of its own, a bridge for its pods, and a link into its site.
+///
+/// It has a bpffs on `/sys/fs/bpf` and a `/run` that no other node sees.
+#[derive(Debug, Clone)]
+pub struct Node {
+    node: Arc<NodeInner>,
+}
+
+#[derive(Debug)]
+struct NodeInner {
+    lab: Arc<Inner>,
+    name: String,
+    ips: Vec<IpAddr>,
+    pod_subnets: Vec<Subnet>,
+    netns: Netns,
+    mount: OwnedFd,
+    pause: u32,
+    cgroup: std::path::PathBuf,
+    host: Pod,
+    next_pod: AtomicU32,
+}
+
+impl Site {
+    pub(super) fn new(lab: &Arc<Inner>, name: &str, subnets: &[&str]) -> Result<Self> {
+        let bridge = format!("site{}", lab.sites.fetch_add(1, Ordering::Relaxed));
+        let attempt = || format!("could not make the site {name}");
+        let subnets = subnet::parse_all(subnets).with_context(attempt)?;
+        // Without delay and snooping, a link carries packets, multicast too, from the moment it is up.
+        lab.backbone
+            .ip(&format!("link add {bridge} type bridge forward_delay 0 mcast_snooping 0\nlink set {bridge} up\n"))
+            .with_context(attempt)?;
+        Ok(Self { site: Arc::new(SiteInner { lab: Arc::clone(lab), bridge, subnets, nodes: Mutex::default() }) })
+    }
+
+    /// Adds a node with `pod_subnets` for its pods, such as `10.244.1.0/24`, one per address family.
+    pub fn node(&self, name: &str, pod_subnets: &[&str]) -> Result<Node> {
+        self.add_node(name, pod_subnets).with_context(|| format!("could not make the node {name}"))
+    }
+
+    fn add_node(&self, name: &str, pod_subnets: &[&str]) -> Result<Node> {
+        check_name(name)?;
+        let site = &*self.site;
+        let mut nodes = locked(&site.nodes);
+        let number = FIRST_NODE + u32::try_from(nodes.len())?;
+        let ips: Vec<IpAddr> = site.subnets.iter().map(|subnet| subnet.nth(number)).collect();
+        let pod_subnets = subnet::parse_all(pod_subnets)?;
+        let netns = Netns::new()?;
+        netns.sysctl(netns::QUIET)?;
+        netns.sysctl(netns::FORWARDING)?;
+        let link = format!("node{}", site.lab.next_link());
+        site.lab.backbone.ip(&format!(
+            "link add {link} type veth peer name eth0 netns {}\nlink set {link} master {} up\n",
+            netns.path(),
+            site.bridge
+        ))?;
+        let mut batch = String::from(
+            "link add cni0 type bridge forward_delay 0 mcast_snooping 0\nlink set cni0 up\nlink set eth0 up\n",
+        );
+        for subnet in &pod_subnets {
+            add_address(&mut batch, *subnet, subnet.nth(1), "cni0");
+        }
+        for (subnet, ip) in site.subnets.iter().zip(&ips) {
+            add_address(&mut batch, *subnet, *ip, "eth0");
+        }
+        netns.ip(&batch)?;
+
+        let cgroup = site.lab.cgroup.join(name);
+        let host_cgroup = cgroup.join("host");
+        remains::create(&host_cgroup)?;
+        let (pause, mount) = hold_mounts(&site.lab, name, &netns, &host_cgroup)?;
+        let place = Place {
+            cgroup: Some(&host_cgroup),
+            mount: Some(mount.as_fd()),
+            net: Some(netns.as_fd()),
+            ..Place::default()
+        };
+        let shell = Shell::start(&site.lab, &place, &format!("node {name}"), &format!("{name}.host"))?;
+        let host = Pod::new(name, ips.clone(), shell, host_cgroup);
+        let node = Node {
+            node: Arc::new(NodeInner {
+                lab: Arc::clone(&site.lab),
+                name: name.to_owned(),
+                ips,
+                pod_subnets,
+                netns,
+                mount,
+                pause,
+                cgroup,
+                host,
+                next_pod: AtomicU32::new(FIRST_POD),
+            }),
+        };
+        for other in &*nodes {
+            node.add_routes_to(other)?;
+            other.add_routes_to(&node)?;
+        }
+        nodes.push(node.clone());
+        Ok(node)
+    }
+}
+
+impl Node {
+    /// The node's name.
+    pub fn name(&self) -> &str {
+        &self.node.name
+    }
+
+    /// The node's addresses in its site, one per subnet of the site.
+    pub fn ips(&self) -> &[IpAddr] {
+        &self.node.ips
+    }
+
+    /// The cgroup of the node: its own processes are in `host` below it, its pods' in `pods/NAME`.
+    pub fn cgroup(&self) -> &Path {
+        &self.node.cgroup
+    }
+
+    /// The process that holds the node's mount and network namespaces.
+    pub fn pause_process(&self) -> u32 {
+        self.node.pause
+    }
+
+    /// The node itself, as a pod on the host network would see it.
+    pub fn host(&self) -> &Pod {
+        &self.node.host
+    }
+
+    /// Adds a pod with the next free address of each of the node's pod subnets.
+    pub fn pod(&self, name: &str) -> Result<Pod> {
+        let number = self.node.next_pod.fetch_add(1, Ordering::Relaxed);
+        let ips = self.node.pod_subnets.iter().map(|subnet| subnet.nth(number)).collect();
+        self.add_pod(name, ips).with_context(|| format!("could not make the pod {name} on {}", self.node.name))
+    }
+
+    /// Adds a pod with addresses of the node's pod subnets, such as `10.244.1.10`.
+    pub fn pod_at(&self, name: &str, ips: &[&str]) -> Result<Pod> {
+        let attempt = || format!("could not make the pod {name} on {}", self.node.name);
+        let parse = |ip: &&str| ip.parse().with_context(|| format!("{ip:?} is no address"));
+        let ips = ips.iter().map(parse).collect::<Result<_>>().with_context(attempt)?;
+        self.add_pod(name, ips).with_context(attempt)
+    }
+
+    fn add_pod(&self, name: &str, ips: Vec<IpAddr>) -> Result<Pod> {
+        check_name(name)?;
+        let node = &*self.node;
+        let netns = Netns::new()?;
+        netns.sysctl(netns::QUIET)?;
+        let link = format!("pod{}", node.lab.next_link());
+        node.netns.ip(&format!(
+            "link add {link} type veth peer name eth0 netns {}\nlink set {link} master cni0 up\n",
+            netns.path()
+        ))?;
+        let mut batch = String::from("link set eth0 up\n");
+        for ip in &ips {
+            let subnet = node.pod_subnets.iter().find(|subnet| subnet.contains(*ip));
+            let subnet = subnet.with_context(|| format!("{ip} is in none of the node's pod subnets"))?;
+            add_address(&mut batch, *subnet, *ip, "eth0");
+            push(&mut batch, format_args!("route add default via {} dev eth0", subnet.nth(1)));
+        }
+        netns.ip(&batch)?;
+        let cgroup = node.cgroup.join("pods").join(name);
+        remains::create(&cgroup)?;
+        let place = Place { cgroup: Some(&cgroup), net: Some(netns.as_fd()), ..Place::default() };
+        let what = format!("pod {name} on {}", node.name);
+        let shell = Shell::start(&node.lab, &place, &what, &format!("{}.{name}", node.name))?;
+        Ok(Pod::new(name, ips, shell, cgroup))
+    }
+
+    /// Has this node reach the pods of another node of its site through that node.
+    fn add_routes_to(&self, other: &Self) -> Result<()> {
+        let mut batch = String::new();
+        for subnet in &other.node.pod_subnets {
+            let same_family = |ip: &&IpAddr| ip.is_ipv4() == subnet.nth(0).is_ipv4();
+            let gateway = other.node.ips.iter().find(same_family);
+            let gateway = gateway.with_context(|| format!("{} has no address to reach {subnet} by", other.name()))?;
+            push(&mut batch, format_args!("route add {subnet} via {gateway} dev eth0"));
+        }
+        self.node.netns.ip(&batch)
+    }
+
+    /// Where the node's own processes run.
+    pub(super) fn place(&self) -> Place<'_> {
+        Place {
+            cgroup: Some(self.node.host.cgroup()),
+            mount: Some(self.node.mount.as_fd()),
+            net: Some(self.node.netns.as_fd()),
+            ..Place::default()
+        }
+    }
+
+    pub(super) fn lab(&self) -> &Arc<Inner> {
+        &self.node.lab
+    }
+}
+
+/// Starts the process that makes and holds a node's mounts.
+fn hold_mounts(lab: &Arc<Inner>, node: &str, netns: &Netns, cgroup: &Path) -> Result<(u32, OwnedFd)> {
+    let mut command = Command::new(binary("EDGEMESH_LAB_PROBE", "lab-probe")?);
+    let (log_path, log) = lab.log_file(&format!("{node}.pause.log"))?;
+    command.arg("pause").stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(log);
+    let place = Place { cgroup: Some(cgroup), net: Some(netns.as_fd()), new_mount: true, ..Place::default() };
+    place::enter(&mut command, &place)?;
+    let mut pause = command.spawn().context("could not start the pause process")?;
+    let pid = pause.id();
+    let stdout = pause.stdout.take();
+    // Its standard input stays open in the lab's list of children.
+    lab.adopt(pause);
+    let mut said = String::new();
+    // The pipe ends with the process, so this waits no longer than three mounts take.
+    BufReader::new(stdout.context("the pause process has no output")?).read_line(&mut said)?;
+    if said != "ready\n" {
+        let why = std::fs::read_to_string(&log_path).unwrap_or_default();
+        ensure!(!why.is_empty(), "the pause process ended without a word");
+        anyhow::bail!("{}", why.trim());
+    }
+    let path = format!("/proc/{pid}/ns/mnt");
+    let mount = File::open(&path).with_context(|| format!("could not open {path}"))?;
+    Ok((pid, mount.into()))
+}
+
+fn add_address(batch: &mut String, subnet: Subnet, ip: IpAddr, link: &str) {
+    let nodad = if ip.is_ipv6() { " nodad" } else { "" };
+    push(batch, format_args!("address add {} dev {link}{nodad}", subnet.with_prefix(ip)));
+}
+
+fn push(batch: &mut String, command: std::fmt::Arguments<'_>) {
+    // Writing to a String cannot fail.
+    let _ = writeln!(batch, "{command}");
+}
+
+/// Names become names of cgroups, files and servers.
+fn check_name(name: &str) -> Result<()> {
+    let good = |c: char| c.is_ascii_alphanumeric() || c == '-' || c == '.';
+    ensure!(
+        name.starts_with(|c: char| c.is_ascii_alphanumeric()) && name.chars().all(good),
+        "{name:?} is no name; letters, digits, dashes and dots make one"
+    );
+    Ok(())
+}

@@ -1,0 +1,160 @@
+//! Many connections: spreading, timing, and hammering while something else changes.
+
+use std::net::SocketAddr;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
+use std::thread::{JoinHandle, Scope, ScopedJoinHandle};
+use std::time::Duration;
+
+use super::client::{Connection, connect_blocking, reset_on_close};
+use super::message::{Dial, Failure, HammerReport, Quantiles, Seen, SpreadReport, Transport, monotonic};
+
+/// More threads than this only fight for the processor.
+const MOST_AT_ONCE: u32 = 64;
+
+/// Connects `count` times, at most `concurrency` at once, and counts who answers.
+pub(super) fn spread(transport: Transport, dial: Dial, count: u32, concurrency: u32) -> Result<SpreadReport, Failure> {
+    let left = AtomicU32::new(count);
+    let work = || {
+        let mut report = SpreadReport::default();
+        while left.fetch_update(Ordering::Relaxed, Ordering::Relaxed, |left| left.checked_sub(1)).is_ok() {
+            match ask(transport, dial) {
+                Ok(name) => *report.names.entry(name).or_insert(0) += 1,
+                Err(failure) => *report.failures.entry(failure.errno.unwrap_or(failure.what)).or_insert(0) += 1,
+            }
+        }
+        report
+    };
+    let mut total = SpreadReport::default();
+    for part in in_threads(concurrency, &work)? {
+        for (name, count) in part.names {
+            *total.names.entry(name).or_insert(0) += count;
+        }
+        for (errno, count) in part.failures {
+            *total.failures.entry(errno).or_insert(0) += count;
+        }
+    }
+    Ok(total)
+}
+
+/// Times `rounds` blocking connects to each target. The targets take turns, so that what disturbs one disturbs all.
+pub(super) fn latency(targets: &[SocketAddr], rounds: u32, deadline: Duration) -> Result<Vec<Quantiles>, Failure> {
+    let mut samples = vec![Vec::with_capacity(usize::try_from(rounds).unwrap_or(0)); targets.len()];
+    for _ in 0..rounds {
+        for (target, samples) in targets.iter().zip(&mut samples) {
+            let (socket, took) = connect_blocking(Transport::Tcp, Dial { target: *target, deadline })?;
+            reset_on_close(&socket);
+            samples.push(took);
+        }
+    }
+    Ok(samples.into_iter().map(quantiles).collect())
+}
+
+/// A load that runs until it is stopped.
+pub(super) struct Hammer {
+    stop: Arc<AtomicBool>,
+    threads: Vec<JoinHandle<HammerReport>>,
+}
+
+impl Hammer {
+    /// Starts connecting as fast as `concurrency` threads can.
+    pub(super) fn start(transport: Transport, dial: Dial, concurrency: u32) -> Self {
+        let stop = Arc::new(AtomicBool::new(false));
+        let threads = (0..concurrency.clamp(1, MOST_AT_ONCE))
+            .map(|_| {
+                let stop = Arc::clone(&stop);
+                std::thread::spawn(move || {
+                    let mut report = HammerReport::default();
+                    while !stop.load(Ordering::Relaxed) {
+                        let at = monotonic();
+                        match ask(transport, dial) {
+                            Ok(name) => Seen::add(&mut report.names, name, at),
+                            Err(failure) => {
+                                Seen::add(&mut report.failures, failure.errno.unwrap_or(failure.what), at);
+                            }
+                        }
+                    }
+                    report
+                })
+            })
+            .collect();
+        Self { stop, threads }
+    }
+
+    /// Ends the load and tells what it saw.
+    pub(super) fn stop(self) -> Result<HammerReport, Failure> {
+        self.stop.store(true, Ordering::Relaxed);
+        let mut total = HammerReport::default();
+        for thread in self.threads {
+            let part = thread.join().map_err(|_| Failure::other("a thread of the hammer panicked"))?;
+            merge(&mut total.names, part.names);
+            merge(&mut total.failures, part.failures);
+        }
+        Ok(total)
+    }
+}
+
+/// One connection of a load: who answers?
+fn ask(transport: Transport, dial: Dial) -> Result<String, Failure> {
+    let mut connection = Connection::open(transport, dial)?;
+    let reply = connection.exchange(dial.deadline);
+    connection.abort();
+    reply.map(|reply| reply.name)
+}
+
+fn in_threads<T: Send>(concurrency: u32, work: &(impl Fn() -> T + Sync)) -> Result<Vec<T>, Failure> {
+    std::thread::scope(|scope: &Scope<'_, '_>| {
+        let threads: Vec<ScopedJoinHandle<'_, T>> =
+            (0..concurrency.clamp(1, MOST_AT_ONCE)).map(|_| scope.spawn(work)).collect();
+        threads
+            .into_iter()
+            .map(|thread| thread.join().map_err(|_| Failure::other("a thread of the load panicked")))
+            .collect()
+    })
+}
+
+fn merge(into: &mut std::collections::BTreeMap<String, Seen>, from: std::collections::BTreeMap<String, Seen>) {
+    for (key, seen) in from {
+        into.entry(key)
+            .and_modify(|total| {
+                total.count += seen.count;
+                total.first = total.first.min(seen.first);
+                total.last = total.last.max(seen.last);
+            })
+            .or_insert(seen);
+    }
+}
+
+/// The nearest-rank quantiles of `samples`; all zero where there are none.
+fn quantiles(mut samples: Vec<Duration>) -> Quantiles {
+    samples.sort_unstable();
+    let at = |percent: usize| {
+        let rank = (samples.len() * percent).div_ceil(100).max(1);
+        samples.get(rank - 1).copied().unwrap_or_default()
+    };
+    Quantiles { min: at(0), p25: at(25), p50: at(50), p75: at(75), p90: at(90), p99: at(99), max: at(100) }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn quantiles_are_samples_at_their_nearest_rank() {
+        let samples = (1..=100).rev().map(Duration::from_nanos).collect();
+        let got = quantiles(samples);
+        let nanos = [got.min, got.p25, got.p50, got.p75, got.p90, got.p99, got.max].map(|d| d.as_nanos());
+        assert_eq!(nanos, [1, 25, 50, 75, 90, 99, 100]);
+        assert_eq!(quantiles(Vec::new()), Quantiles::default());
+        assert_eq!(quantiles(vec![Duration::from_nanos(7)]).p99, Duration::from_nanos(7));
+    }
+
+    #[test]
+    fn merging_keeps_the_earliest_and_the_latest_sighting() {
+        let seen =
+            |count, first, last| Seen { count, first: Duration::from_secs(first), last: Duration::from_secs(last) };
+        let mut total = [("a".to_owned(), seen(2, 5, 9))].into();
+        merge(&mut total, [("a".to_owned(), seen(1, 3, 3)), ("b".to_owned(), seen(1, 1, 1))].into());
+        assert_eq!(total, [("a".to_owned(), seen(3, 3, 9)), ("b".to_owned(), seen(1, 1, 1))].into());
+    }
+}

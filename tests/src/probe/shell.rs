@@ -1,0 +1,133 @@
+//! The probe shell: reads requests, works on them side by side, writes answers.
+
+use std::collections::HashMap;
+use std::io::{BufRead as _, Write as _};
+use std::net::SocketAddr;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use anyhow::{Context as _, Result};
+use tokio::runtime::Runtime;
+use tokio::task::JoinHandle;
+
+use super::client::{self, Connection, connect_blocking};
+use super::load::{self, Hammer};
+use super::message::{Answer, App, Call, Failure, Request, Response};
+use super::serve::Server;
+
+/// Answers requests until standard input ends.
+pub(super) fn run() -> Result<()> {
+    let shell = Arc::new(Shell {
+        runtime: tokio::runtime::Builder::new_multi_thread()
+            .worker_threads(2)
+            .enable_all()
+            .build()
+            .context("could not start the async runtime")?,
+        next: AtomicU64::new(1),
+        servers: Mutex::default(),
+        connections: Mutex::default(),
+        hammers: Mutex::default(),
+    });
+    for line in std::io::stdin().lock().lines() {
+        let line = line.context("could not read a request")?;
+        let call: Call = serde_json::from_str(&line).with_context(|| format!("{line:?} is no request"))?;
+        let shell = Arc::clone(&shell);
+        // A thread each: most requests block, and an answer may wait for another request.
+        std::thread::spawn(move || {
+            let answer = Answer { id: call.id, outcome: shell.answer(call.request) };
+            write_answer(&answer);
+        });
+    }
+    Ok(())
+}
+
+struct Shell {
+    runtime: Runtime,
+    next: AtomicU64,
+    servers: Mutex<HashMap<(App, SocketAddr), JoinHandle<()>>>,
+    connections: Mutex<HashMap<u64, Connection>>,
+    hammers: Mutex<HashMap<u64, Hammer>>,
+}
+
+impl Shell {
+    fn answer(&self, request: Request) -> Result<Response, Failure> {
+        match request {
+            Request::Serve { name, app, listen } => self.serve(&name, app, listen),
+            Request::StopServing { app, listen } => {
+                let server = locked(&self.servers).remove(&(app, listen));
+                let server =
+                    server.ok_or_else(|| Failure::other(format!("nothing of that kind listens on {listen}")))?;
+                server.abort();
+                // The listener is closed once the task is gone, not before; how it went is known.
+                let _ = self.runtime.block_on(server);
+                Ok(Response::Done)
+            }
+            Request::Once(transport, dial) => {
+                let mut connection = Connection::open(transport, dial)?;
+                connection.exchange(dial.deadline).map(Response::Reply)
+            }
+            Request::Open(transport, dial) => {
+                let connection = Connection::open(transport, dial)?;
+                Ok(Response::Opened(self.keep(&self.connections, connection)))
+            }
+            Request::Exchange { connection, deadline } => {
+                // Taken out meanwhile, so that one slow peer holds up no other request.
+                let mut taken = take(&self.connections, connection)?;
+                let reply = taken.exchange(deadline);
+                locked(&self.connections).insert(connection, taken);
+                reply.map(Response::Reply)
+            }
+            Request::Close { connection } => take(&self.connections, connection).map(|_| Response::Done),
+            Request::Connect(transport, dial) => {
+                connect_blocking(transport, dial).map(|(_, took)| Response::Connected(took))
+            }
+            Request::UdpFan { targets, deadline } => client::udp_fan(&targets, deadline).map(Response::Fan),
+            Request::Http { dial, path, requests } => {
+                self.runtime.block_on(client::http(dial, &path, requests)).map(Response::Http)
+            }
+            Request::WebSocket(dial) => self.runtime.block_on(client::websocket(dial)).map(Response::Reply),
+            Request::Spread { transport, dial, count, concurrency } => {
+                load::spread(transport, dial, count, concurrency).map(Response::Spread)
+            }
+            Request::Latency { targets, rounds, deadline } => {
+                load::latency(&targets, rounds, deadline).map(Response::Latency)
+            }
+            Request::StartHammer { transport, dial, concurrency } => {
+                let hammer = Hammer::start(transport, dial, concurrency);
+                Ok(Response::Hammering(self.keep(&self.hammers, hammer)))
+            }
+            Request::StopHammer { hammer } => take(&self.hammers, hammer)?.stop().map(Response::Hammered),
+        }
+    }
+
+    fn serve(&self, name: &str, app: App, listen: SocketAddr) -> Result<Response, Failure> {
+        let server = self.runtime.block_on(Server::bind(name, app, listen))?;
+        let address = server.address()?;
+        let task = self.runtime.spawn(server.run());
+        locked(&self.servers).insert((app, address), task);
+        Ok(Response::Serving(address))
+    }
+
+    fn keep<T>(&self, kept: &Mutex<HashMap<u64, T>>, value: T) -> u64 {
+        let id = self.next.fetch_add(1, Ordering::Relaxed);
+        locked(kept).insert(id, value);
+        id
+    }
+}
+
+fn take<T>(kept: &Mutex<HashMap<u64, T>>, id: u64) -> Result<T, Failure> {
+    locked(kept).remove(&id).ok_or_else(|| Failure::other(format!("{id} is not open, or busy")))
+}
+
+/// The maps stay consistent whatever panics: each access is a single call.
+fn locked<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+fn write_answer(answer: &Answer) {
+    let Ok(mut line) = serde_json::to_vec(answer) else { return };
+    line.push(b'\n');
+    // The lock of standard output keeps lines whole. When nobody reads, nobody misses the answer.
+    let mut out = std::io::stdout().lock();
+    let _ = out.write_all(&line).and_then(|()| out.flush());
+}
