@@ -94,7 +94,7 @@ async fn build_on(
         // `auto` has one data plane to choose from.
         let (DataplaneMode::Auto | DataplaneMode::Ebpf) = config.proxy.dataplane;
         let mut ebpf = Ebpf::open(&config.proxy.ebpf)?;
-        follow_log(&mut ebpf, tasks);
+        ebpf.follow_log(tasks);
         let (cgroup, adopted_frontends) = (ebpf.cgroup().to_owned(), ebpf.adopted());
         let unready = readiness.block("the data plane");
         let (handle, started) =
@@ -228,29 +228,4 @@ async fn serve_when_free(address: SocketAddr, sight: Sight, tasks: Tasks) {
             return admin::serve(listener, sight, tasks).await;
         }
     }
-}
-
-/// Passes on what the programs log: the rare failure that has no other way out of the kernel.
-fn follow_log(ebpf: &mut Ebpf, tasks: &Tasks) {
-    let logger = match aya_log::EbpfLogger::init(ebpf.object()).map(tokio::io::unix::AsyncFd::new) {
-        Ok(Ok(logger)) => logger,
-        Ok(Err(error)) => return warn!("the log of the eBPF programs cannot be followed: {error}"),
-        Err(error) => return warn!("the log of the eBPF programs cannot be followed: {error}"),
-    };
-    let stop = tasks.stopping();
-    tasks.spawn(async move {
-        let mut logger = logger;
-        loop {
-            tokio::select! {
-                () = stop.cancelled() => return,
-                ready = logger.readable_mut() => match ready {
-                    Ok(mut ready) => {
-                        ready.get_inner_mut().flush();
-                        ready.clear_ready();
-                    }
-                    Err(_) => return,
-                },
-            }
-        }
-    });
 }

@@ -2,7 +2,7 @@
 
 use std::{
     io::{self, Write},
-    path::{Path, PathBuf},
+    path::PathBuf,
     process::ExitCode,
 };
 
@@ -192,7 +192,9 @@ fn start_failure(error: &app::StartError) -> Failure {
     let code = match error {
         app::StartError::Source(_) => CONFIG,
         app::StartError::Dataplane(error) if error.is_permission() => NO_PERMISSION,
-        app::StartError::ControlSocket { error, .. } if error.kind() == io::ErrorKind::PermissionDenied => NO_PERMISSION,
+        app::StartError::ControlSocket { error, .. } if error.kind() == io::ErrorKind::PermissionDenied => {
+            NO_PERMISSION
+        }
         app::StartError::Dataplane(_) | app::StartError::ControlSocket { .. } | app::StartError::Thread(_) => OS,
     };
     Failure { code, message: error.to_string() }

@@ -42,7 +42,12 @@ pub fn render(
     gauge(&mut registry, "ready", "Whether /readyz answers 200", i64::from(status.ready));
     gauge(&mut registry, "source_connected", "Whether the metadata source answers", i64::from(status.source.connected));
     gauge(&mut registry, "services", "Services known", whole(status.services));
-    gauge(&mut registry, "frontends", "Address, port and protocol triples that are translated", whole(status.frontends));
+    gauge(
+        &mut registry,
+        "frontends",
+        "Address, port and protocol triples that are translated",
+        whole(status.frontends),
+    );
     gauge(&mut registry, "backends", "Eligible pairs of frontend and backend", whole(status.backends));
     if let Some(dataplane) = &status.dataplane {
         let behind = dataplane.newest_generation.saturating_sub(dataplane.generation);
@@ -58,16 +63,14 @@ pub fn render(
 
     if let Some(counts) = counts {
         let ports = by_port(table, counts);
-        let families: [(&str, &str, fn(&Counts) -> u64); 3] = [
-            ("connects", "connect() calls sent to a backend, TCP and UDP", |counts| counts.connects),
-            ("datagrams", "Datagrams of unconnected UDP sockets sent to a backend", |counts| counts.datagrams),
-            ("refused", "Calls refused because no endpoint was eligible", |counts| counts.refused),
-        ];
-        for (name, help, value) in families {
-            let rows: Vec<(PortLabels, ConstCounter<u64>)> =
+        let mut family = |name, help, value: fn(&Counts) -> u64| {
+            let rows =
                 ports.iter().map(|(labels, counts)| (labels.clone(), ConstCounter::new(value(counts)))).collect();
             registry.register_collector(Box::new(Rows { name, help, rows }));
-        }
+        };
+        family("connects", "connect() calls sent to a backend, TCP and UDP", |counts| counts.connects);
+        family("datagrams", "Datagrams of unconnected UDP sockets sent to a backend", |counts| counts.datagrams);
+        family("refused", "Calls refused because no endpoint was eligible", |counts| counts.refused);
     }
     let mut text = String::new();
     encode(&mut text, &registry)?;
@@ -104,10 +107,7 @@ struct Rows {
 }
 
 impl prometheus_client::collector::Collector for Rows {
-    fn encode(
-        &self,
-        mut encoder: prometheus_client::encoding::DescriptorEncoder<'_>,
-    ) -> Result<(), std::fmt::Error> {
+    fn encode(&self, mut encoder: prometheus_client::encoding::DescriptorEncoder<'_>) -> Result<(), std::fmt::Error> {
         use prometheus_client::{encoding::EncodeMetric, metrics::MetricType};
         let name = format!("edgemesh_service_{}", self.name);
         let mut family = encoder.encode_descriptor(&name, self.help, None, MetricType::Counter)?;

@@ -8,7 +8,7 @@ mod name;
 mod object;
 mod table;
 
-pub use builder::{Builder, Filter};
+pub use builder::Builder;
 pub use diff::{Change, changes};
 pub use name::{NamespacedName, ParseNameError};
 pub use object::{

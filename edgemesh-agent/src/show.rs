@@ -24,9 +24,9 @@ pub fn status(status: &Value) -> String {
     };
     let source = &status["source"];
     let connected = if source["connected"].as_bool() == Some(true) { "connected" } else { "DISCONNECTED" };
-    let objects = source["objects"].as_object().map_or_else(String::new, |objects| {
-        objects.iter().map(|(kind, count)| format!(", {count} {kind}")).collect()
-    });
+    let objects = source["objects"]
+        .as_object()
+        .map_or_else(String::new, |objects| objects.iter().map(|(kind, count)| format!(", {count} {kind}")).collect());
     let mut rows = vec![
         ("Node", format!("{} (agent {})", word(&status["node"]), word(&status["version"]))),
         ("State", format!("{ready}, up {}", duration(&status["uptime_seconds"]))),
@@ -43,17 +43,32 @@ pub fn status(status: &Value) -> String {
             Some(0) | None => String::new(),
             Some(count) => format!(", took over {count} frontends of an earlier agent"),
         };
-        rows.push(("Data plane", format!("{} on cgroup {}{adopted}", word(&dataplane["kind"]), word(&dataplane["cgroup"]))));
+        rows.push((
+            "Data plane",
+            format!("{} on cgroup {}{adopted}", word(&dataplane["kind"]), word(&dataplane["cgroup"])),
+        ));
         let (now, newest) = (dataplane["generation"].as_u64(), dataplane["newest_generation"].as_u64());
         if now != newest {
-            rows.push(("", format!("table {} in force, {} waiting", word(&dataplane["generation"]), word(&dataplane["newest_generation"]))));
+            rows.push((
+                "",
+                format!(
+                    "table {} in force, {} waiting",
+                    word(&dataplane["generation"]),
+                    word(&dataplane["newest_generation"])
+                ),
+            ));
         }
     }
     let device = &status["device"];
-    rows.push(("Device", match device.as_object() {
-        Some(_) => format!("{} ({}) with {}", word(&device["name"]), word(&device["kind"]), word(&device["address"])),
-        None => "MISSING".to_owned(),
-    }));
+    rows.push((
+        "Device",
+        match device.as_object() {
+            Some(_) => {
+                format!("{} ({}) with {}", word(&device["name"]), word(&device["kind"]), word(&device["address"]))
+            }
+            None => "MISSING".to_owned(),
+        },
+    ));
     rows.push((
         "Serving",
         format!(
@@ -94,8 +109,7 @@ pub fn services(services: &[ServiceRow]) -> String {
             .to_vec(),
     ];
     for service in services {
-        let mut first =
-            vec![service.namespace.clone(), service.name.clone(), service.kind.clone()];
+        let mut first = vec![service.namespace.clone(), service.name.clone(), service.kind.clone()];
         let notes = service.notes.join("; ");
         if service.frontends.is_empty() {
             first.extend(["-", "-", "-", "-", "-"].map(str::to_owned));

@@ -62,8 +62,7 @@ async fn exchange(socket: &Path, path: &str) -> Result<(StatusCode, Bytes), Clie
     let answer = async {
         let response = sender.send_request(request).await.map_err(|error| broken(error.to_string()))?;
         let status = response.status();
-        let body =
-            Limited::new(response.into_body(), MAX_ANSWER).collect().await.map_err(|e| broken(e.to_string()))?;
+        let body = Limited::new(response.into_body(), MAX_ANSWER).collect().await.map_err(|e| broken(e.to_string()))?;
         Ok((status, body.to_bytes()))
     };
     // The connection's future moves the bytes; the answer is complete before it ends.

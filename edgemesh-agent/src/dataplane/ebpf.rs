@@ -5,6 +5,7 @@
 //! running program can hold it.
 
 mod adopt;
+mod log;
 mod mounts;
 mod open;
 mod remove;
@@ -115,11 +116,6 @@ impl Ebpf {
     /// How many frontends an earlier agent left in force.
     pub fn adopted(&self) -> usize {
         if self.opened.adopted_links == 0 { 0 } else { self.installed.len() }
-    }
-
-    /// The object, for its log.
-    pub fn object(&mut self) -> &mut aya::Ebpf {
-        &mut self.opened.object
     }
 
     /// Puts `wanted` in force and takes `unwanted` away; goes on after errors and returns the first.

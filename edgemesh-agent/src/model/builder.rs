@@ -10,23 +10,14 @@ use super::{
     EndpointSet, Event, Frontend, FrontendAddr, Kind, NamespacedName, Note, Object, PortEndpoint, Protocol, ServedPort,
     Service, ServiceEntry, ServiceKind, ServicePort, ServiceTable,
 };
-
-/// Which Services are served, by their proxy labels.
-#[derive(Clone, Copy, Debug, Default, Eq, PartialEq)]
-pub enum Filter {
-    /// All but those that carry EdgeMesh's `service-proxy-name` label (`FilterIfLabelExists`).
-    #[default]
-    Unlabelled,
-    /// Those that carry it and no others (`FilterIfLabelDoesNotExists`).
-    Labelled,
-}
+use crate::config::ServiceFilter;
 
 /// Keeps what the source has delivered and resolves it into tables.
 ///
 /// Only Services touched since the last table are resolved again; all others are shared with it.
 #[derive(Debug, Default)]
 pub struct Builder {
-    filter: Filter,
+    filter: ServiceFilter,
     services: BTreeMap<NamespacedName, Service>,
     slices: Sets,
     endpoints: Sets,
@@ -40,7 +31,7 @@ pub struct Builder {
 }
 
 impl Builder {
-    pub fn new(filter: Filter) -> Self {
+    pub fn new(filter: ServiceFilter) -> Self {
         Self { filter, ..Self::default() }
     }
 
@@ -190,8 +181,8 @@ impl Builder {
         let mut notes = Vec::new();
         let labelled = service.proxy_labels.edgemesh;
         let wanted = match self.filter {
-            Filter::Unlabelled => !labelled,
-            Filter::Labelled => labelled,
+            ServiceFilter::UnlabelledOnly => !labelled,
+            ServiceFilter::LabelledOnly => labelled,
         };
         if !wanted || service.proxy_labels.standard {
             notes.push(Note::Filtered);
@@ -212,7 +203,7 @@ impl Builder {
                 notes.push(Note::Sctp { port: served.port.port.get() });
                 continue;
             }
-            if !notes.is_empty() && notes.contains(&Note::Filtered) {
+            if notes.contains(&Note::Filtered) {
                 continue;
             }
             for ip in addresses(service) {

@@ -139,7 +139,7 @@ fn services_that_are_not_for_this_data_plane_have_no_frontends_and_say_why() {
     assert_eq!(table.get(&name("sctp")).unwrap().notes, [Note::Sctp { port: 132 }]);
     assert_eq!(table.get(&name("sctp")).unwrap().frontends.len(), 1);
 
-    let mut builder = Builder::new(Filter::Labelled);
+    let mut builder = Builder::new(ServiceFilter::LabelledOnly);
     events.into_iter().for_each(|event| builder.apply(event));
     let table = builder.build().unwrap();
     let served: Vec<&str> =
