@@ -28,7 +28,7 @@ fn answers(text: &str) -> Result<(), TestCaseError> {
 }
 
 proptest! {
-    #![proptest_config(ProptestConfig { cases: 512, timeout: 20_000, ..ProptestConfig::default() })]
+    #![proptest_config(ProptestConfig { cases: 512, ..ProptestConfig::default() })]
 
     #[test]
     fn answers_any_text(text in "(?s).{0,300}") {
@@ -96,7 +96,7 @@ fn answers_hostile_files_in_time_and_space() {
             Ok(loaded) => notes(&loaded).first().cloned().unwrap_or_default(),
             Err(error) => error.to_string(),
         };
-        assert!(shown.len() < 64 * 1024, "{name}: {} bytes of message", shown.len());
+        assert!(shown.len() < 16 * 1024, "{name}: {} bytes of message", shown.len());
         assert!(start.elapsed() < Duration::from_secs(30), "{name} took {:?}", start.elapsed());
     }
 }
