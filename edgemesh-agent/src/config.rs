@@ -162,7 +162,7 @@ impl Environment {
 #[derive(Clone, Debug, PartialEq)]
 pub struct Loaded {
     pub config: AgentConfig,
-    /// In the order of the file.
+    /// In the order of the file; at most 50, and one on how many more there would be.
     pub notes: Vec<Note>,
 }
 
@@ -206,7 +206,7 @@ pub enum ConfigError {
     /// Larger than 1 MiB, as much as a ConfigMap holds.
     #[error("cannot use the configuration file {file}: it is larger than 1 MiB")]
     TooLarge { file: String },
-    /// Everything that is wrong in the file, in its order; shown one to a line.
+    /// Everything that is wrong in the file (of more than 50 things, the first 50), in its order; shown one to a line.
     #[error("{}", lines(problems))]
     Invalid { problems: Vec<Note> },
 }
@@ -258,25 +258,17 @@ pub fn parse(text: &str, file: &str, leniency: Leniency, environment: &Environme
     })?;
     let mut findings = check::check(&root, file, leniency);
     let kind = if findings.readable { source::choose(&mut findings, *environment) } else { None };
-    let check::Findings { draft, mut problems, notes, .. } = findings;
+    let check::Findings { draft, problems, notes, .. } = findings;
+    let (problems, notes) = (problems.in_order(file), notes.in_order(file));
     match kind {
         Some(kind) if problems.is_empty() => {
             let source = SourceConfig { kind, qps: draft.qps, burst: draft.burst };
             Ok(Loaded { config: AgentConfig { source, common: draft.common, proxy: draft.proxy }, notes })
         }
-        _ => {
-            problems.sort_by_key(|problem| problem.line.unwrap_or(usize::MAX));
-            Err(ConfigError::Invalid { problems })
-        }
+        _ => Err(ConfigError::Invalid { problems }),
     }
 }
 
-/// One problem to a line; a file of nothing but mistakes is not worth more than a screenful.
 fn lines(problems: &[Note]) -> String {
-    const SHOWN: usize = 50;
-    let mut lines: Vec<String> = problems.iter().take(SHOWN).map(Note::to_string).collect();
-    if problems.len() > SHOWN {
-        lines.push(format!("and {} more", problems.len() - SHOWN));
-    }
-    lines.join("\n")
+    problems.iter().map(Note::to_string).collect::<Vec<_>>().join("\n")
 }

@@ -19,8 +19,46 @@ pub(super) struct Findings<'a> {
     pub(super) draft: Draft,
     /// The lines of the known keys in the file, by path as the table spells it, also where the value was refused.
     pub(super) lines: BTreeMap<String, usize>,
-    pub(super) problems: Vec<Note>,
-    pub(super) notes: Vec<Note>,
+    pub(super) problems: Remarks,
+    pub(super) notes: Remarks,
+}
+
+/// Remarks on one file, as many as anyone would read: a file of nothing but mistakes must not flood the log.
+#[derive(Debug, Default)]
+pub(super) struct Remarks {
+    kept: Vec<Note>,
+    omitted: usize,
+}
+
+impl Remarks {
+    const KEPT: usize = 50;
+
+    fn add(&mut self, remark: impl FnOnce() -> Note) {
+        if self.kept.len() < Self::KEPT {
+            self.kept.push(remark());
+        } else {
+            self.omitted += 1;
+        }
+    }
+
+    /// Whether there is a remark on one of the keys.
+    pub(super) fn concern(&self, keys: &[&str]) -> bool {
+        self.kept.iter().any(|remark| keys.contains(&remark.key.as_str()))
+    }
+
+    /// All remarks in the order of the file, and one on how many more there would be.
+    pub(super) fn in_order(self, file: &str) -> Vec<Note> {
+        let mut remarks = self.kept;
+        remarks.sort_by_key(|remark| remark.line.unwrap_or(usize::MAX));
+        if self.omitted > 0 {
+            remarks.push(remark(file, None, "", format!("{} more such lines are left out", self.omitted)));
+        }
+        remarks
+    }
+}
+
+fn remark(file: &str, line: Option<usize>, key: &str, message: String) -> Note {
+    Note { file: file.to_owned(), line, column: None, key: key.to_owned(), message }
 }
 
 /// Checks a whole file. Nothing but the `kind` is reported of a file for something else.
@@ -31,8 +69,8 @@ pub(super) fn check<'a>(root: &Node, file: &'a str, leniency: Leniency) -> Findi
         readable: true,
         draft: Draft::default(),
         lines: BTreeMap::new(),
-        problems: Vec::new(),
-        notes: Vec::new(),
+        problems: Remarks::default(),
+        notes: Remarks::default(),
     };
     match &root.value {
         Value::Null => {}
@@ -57,22 +95,15 @@ enum Effect {
 impl Findings<'_> {
     /// Adds a problem with a key, on the line where the file sets it, if it does.
     pub(super) fn problem_with(&mut self, key: &str, message: String) {
-        let line = self.lines.get(key).copied();
-        self.problems.push(Note { file: self.file.to_owned(), line, column: None, key: key.to_owned(), message });
+        self.problems.add(|| remark(self.file, self.lines.get(key).copied(), key, message));
     }
 
     fn problem(&mut self, line: usize, key: &str, message: String) {
-        let note = self.remark(line, key, message);
-        self.problems.push(note);
+        self.problems.add(|| remark(self.file, Some(line), key, message));
     }
 
     fn note(&mut self, line: usize, key: &str, message: String) {
-        let note = self.remark(line, key, message);
-        self.notes.push(note);
-    }
-
-    fn remark(&self, line: usize, key: &str, message: String) -> Note {
-        Note { file: self.file.to_owned(), line: Some(line), column: None, key: key.to_owned(), message }
+        self.notes.add(|| remark(self.file, Some(line), key, message));
     }
 
     fn refused(&mut self, line: usize, key: &str, refusal: Refusal) {
@@ -177,14 +208,17 @@ impl Findings<'_> {
     }
 
     fn unknown(&mut self, entry: &Entry, keys: &'static [Key], path: &str) {
-        let advice = match suggest(&entry.name, keys, path) {
-            Some(meant) => format!("did you mean {meant}?"),
-            None => format!("known here: {}", keys.iter().map(|key| key.name).collect::<Vec<_>>().join(", ")),
+        let (remarks, what) = match self.leniency {
+            Leniency::Strict => (&mut self.problems, "unknown key"),
+            Leniency::Lenient => (&mut self.notes, "unknown key, ignored"),
         };
-        match self.leniency {
-            Leniency::Strict => self.problem(entry.line, path, format!("unknown key; {advice}")),
-            Leniency::Lenient => self.note(entry.line, path, format!("unknown key, ignored; {advice}")),
-        }
+        remarks.add(|| {
+            let advice = match suggest(&entry.name, keys, path) {
+                Some(meant) => format!("did you mean {meant}?"),
+                None => format!("known here: {}", keys.iter().map(|key| key.name).collect::<Vec<_>>().join(", ")),
+            };
+            remark(self.file, Some(entry.line), path, format!("{what}; {advice}"))
+        });
     }
 }
 

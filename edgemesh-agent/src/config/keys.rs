@@ -135,7 +135,7 @@ const KUBE_API: &[Key] = &[
     used("master", "URL of the API server, overriding the one in kubeConfig.", Slot::Url(|d| &mut d.master)),
     used(
         "kubeConfig",
-        "Path of a kubeconfig. With it or master empty, the pod's ServiceAccount is used.",
+        "Path of a kubeconfig. With this, master and staticDirectory empty, the pod's ServiceAccount is used.",
         Slot::OptionalPath(|d| &mut d.kube_config),
     ),
     used(
@@ -226,8 +226,8 @@ const EDGE_PROXY: &[Key] = &[
     used("enable", "Whether to carry connections to Services.", Slot::Bool(|d| &mut d.proxy.enable)).essential(),
     used(
         "serviceFilterMode",
-        "Which Services are carried, by the label service.edgemesh.kubeedge.io/service-proxy-name: \
-         FilterIfLabelExists all but those with it, FilterIfLabelDoesNotExists only those.",
+        "Which Services are carried: FilterIfLabelExists all but those labelled \
+         service.edgemesh.kubeedge.io/service-proxy-name, FilterIfLabelDoesNotExists only those.",
         Slot::Filter(|d| &mut d.proxy.filter),
     ),
     used(

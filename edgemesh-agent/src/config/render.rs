@@ -21,7 +21,7 @@ pub fn minimal_yaml() -> String {
 
 /// The JSON Schema (draft 2020-12) of the configuration file, for editors.
 ///
-/// Stricter than the agent in one thing: JSON Schema minds the case of keys.
+/// Stricter than the agent in that it minds the case of keys and knows one spelling of each word and truth value.
 pub fn schema() -> Value {
     let mut schema = object(KEYS, &mut Draft::default());
     if let Value::Object(members) = &mut schema {

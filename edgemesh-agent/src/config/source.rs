@@ -38,8 +38,7 @@ pub(super) fn choose(findings: &mut Findings<'_>, environment: Environment) -> O
         return Some(SourceKind::InCluster);
     }
     // A source that was given and refused is no missing source.
-    if !findings.problems.iter().any(|problem| [KUBE_CONFIG, MASTER, STATIC_DIRECTORY].contains(&problem.key.as_str()))
-    {
+    if !findings.problems.concern(&[KUBE_CONFIG, MASTER, STATIC_DIRECTORY]) {
         let node = if environment.kubernetes_port {
             "KUBERNETES_PORT is set but KUBERNETES_SERVICE_HOST is not"
         } else {
