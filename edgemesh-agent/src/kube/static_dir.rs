@@ -17,7 +17,7 @@ use tokio::{
     sync::mpsc,
     time::{Instant, timeout_at},
 };
-use tracing::{error, info};
+use tracing::info;
 
 use self::{
     notify::{Changes, DirectoryWatch},
@@ -33,6 +33,7 @@ use crate::{
 const INVALID: &str = "ManifestInvalid";
 const DUPLICATE: &str = "ManifestDuplicate";
 const TOO_MANY: &str = "ManifestLimit";
+const UNFOLLOWED: &str = "ManifestWatchFailed";
 const MISSING: &str = "ManifestDirectoryMissing";
 
 /// Changes closer together than this are read at once …
@@ -73,13 +74,16 @@ pub(super) fn start(
         missing: false,
         returned: None,
     };
-    let stop = tasks.stopping();
+    let (stop, failures) = (tasks.stopping(), source.conditions.clone());
     tasks.spawn(async move {
         tokio::select! {
             () = stop.cancelled() => {}
             ended = source.run() => match ended {
                 Ok(()) => {}
-                Err(cause) => error!(%cause, "the manifest directory is no longer watched; restart the agent"),
+                Err(cause) => {
+                    let message = format!("the manifest directory is no longer followed: {cause}; restart the agent");
+                    failures.raise(UNFOLLOWED, "", message, SystemTime::now());
+                }
             }
         }
     });

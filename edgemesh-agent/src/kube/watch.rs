@@ -160,7 +160,10 @@ impl Source {
     async fn endpoints(&self) -> Result<(), Closed> {
         let mut backoff = DefaultBackoff::default();
         loop {
-            if self.serves_slices().await {
+            let slices = self.serves_slices().await;
+            // What was wrong with the kind that is not used no longer matters.
+            self.allowed(if slices { "endpoints" } else { "endpointslices.discovery.k8s.io" });
+            if slices {
                 let other = Some(Kind::Endpoints);
                 Session::<discovery::EndpointSlice>::new(self, Kind::EndpointSlice, other).follow().await?;
             } else {

@@ -55,6 +55,10 @@ pub(super) struct World {
     pub(super) end_watches: bool,
     /// Breaks the connections of watches begun at an earlier count.
     interruptions: u64,
+    /// The latest version sent to a watch of a resource.
+    pub(super) sent: BTreeMap<String, u64>,
+    /// The versions that watches of a resource began with.
+    pub(super) begun: Vec<(String, u64)>,
     /// `verb resource` of all requests.
     pub(super) requests: Vec<String>,
 }
@@ -108,17 +112,20 @@ impl FakeServer {
         });
     }
 
-    pub(super) fn bookmark(&self, resource: &str) {
+    /// Tells watches of the current version, which is given back.
+    pub(super) fn bookmark(&self, resource: &str) -> u64 {
         self.change(|world| {
             let metadata = json!({"resourceVersion": world.revision.to_string()});
             let event = json!({"type": "BOOKMARK", "object": {"apiVersion": "v1", "kind": "X", "metadata": metadata}});
             world.log.push((world.revision, resource.to_owned(), event));
         });
+        self.world().revision
     }
 
     /// Breaks the connections of all watches.
     pub(super) fn interrupt(&self) {
-        self.change(|world| world.interruptions += 1);
+        self.world().interruptions += 1;
+        self.shared.changed.send_modify(|tick| *tick += 1);
     }
 
     pub(super) fn count(&self, request: &str) -> usize {
@@ -185,6 +192,7 @@ impl Shared {
             return answer_bytes(200, Bytes::new());
         }
         let begun = world.interruptions;
+        world.begun.push((resource.clone(), version));
         drop(world);
         self.watch(resource, version, begun)
     }
@@ -212,7 +220,7 @@ impl Shared {
                 }
                 loop {
                     let (line, over) = {
-                        let world = shared.world.lock().unwrap();
+                        let mut world = shared.world.lock().unwrap();
                         if world.interruptions > begun {
                             let broken = Err(io::Error::from(io::ErrorKind::ConnectionReset));
                             return Some((broken, (Arc::clone(&shared), changed, version, true)));
@@ -222,8 +230,10 @@ impl Shared {
                             let gone = json!({"kind": "Status", "status": "Failure", "code": 410, "reason": "Expired", "message": "too old resource version"});
                             (Some(json!({"type": "ERROR", "object": gone})), true)
                         } else {
-                            version = news.map_or(version, |(revision, _, _)| *revision);
-                            (news.map(|(_, _, event)| event.clone()), false)
+                            let news = news.cloned();
+                            version = news.as_ref().map_or(version, |(revision, _, _)| *revision);
+                            world.sent.insert(resource.clone(), version);
+                            (news.map(|(_, _, event)| event), false)
                         }
                     };
                     if let Some(line) = line {
