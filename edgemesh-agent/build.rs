@@ -18,7 +18,6 @@ const OBJECT: &str = "EDGEMESH_BPF_OBJECT";
 const REQUIRE: &str = "EDGEMESH_REQUIRE_BPF";
 const ADVICE: &str = "run `cargo xtask build-ebpf`";
 
-#[expect(clippy::print_stdout, reason = "this is how a build script talks to cargo")]
 fn main() -> ExitCode {
     println!("cargo::rustc-check-cfg=cfg(bpf_object)");
     println!("cargo::rerun-if-changed=build.rs");
@@ -46,7 +45,6 @@ fn main() -> ExitCode {
 }
 
 /// The object someone named; a relative path starts at the repository, whatever directory cargo was called in.
-#[expect(clippy::print_stdout, reason = "this is how a build script talks to cargo")]
 fn chosen(path: PathBuf) -> Result<PathBuf, String> {
     let path = if path.is_absolute() { path } else { package().join("..").join(path) };
     println!("cargo::rerun-if-changed={}", path.display());
@@ -54,7 +52,6 @@ fn chosen(path: PathBuf) -> Result<PathBuf, String> {
 }
 
 /// The object that `cargo xtask build-ebpf` made.
-#[expect(clippy::print_stdout, reason = "this is how a build script talks to cargo")]
 fn built() -> Result<PathBuf, String> {
     let places = places();
     for path in &places {
@@ -111,7 +108,6 @@ fn is_elf(path: &Path) -> bool {
 
 /// The package's version and the commit. Builds for development leave git alone: a new commit would mean compiling the
 /// agent again.
-#[expect(clippy::print_stdout, reason = "this is how a build script talks to cargo")]
 fn version() -> String {
     let version = variable("CARGO_PKG_VERSION").unwrap_or_default();
     if variable("PROFILE").is_none_or(|profile| profile != "release") {

@@ -9,7 +9,7 @@ mod plan;
 use std::{path::PathBuf, process::ExitCode};
 
 use anyhow::Context as _;
-use compiler::Compiler;
+use compiler::{Compiler, Refusal};
 pub(crate) use compiler::{Route, TARGET};
 use linker::Linker;
 use plan::Plan;
@@ -120,25 +120,27 @@ fn chosen(compiler: &Compiler, route: Route, linker: &Linker) -> Toolchain {
 }
 
 fn explain(compilers: &[Compiler], linkers: &[Linker], failed: &[(plan::Step, String)]) -> String {
+    let wanted = plan::wanted_llvm(compilers);
     let mut rows = Vec::new();
     for compiler in compilers {
-        let (why, fix) = match compiler::route(compiler) {
-            Err(refusal) => (refusal.why, refusal.fix),
-            Ok(_) => ("no bpf-linker fits".to_owned(), "see bpf-linker".to_owned()),
-        };
-        rows.push([compiler.name.clone(), compiler.found(), why, fix]);
+        let refusal = compiler::route(compiler)
+            .err()
+            .unwrap_or_else(|| Refusal { why: "no bpf-linker fits".to_owned(), fix: "see bpf-linker".to_owned() });
+        rows.push([compiler.name.clone(), compiler.found(), refusal.why, refusal.fix]);
     }
-    for linker in linkers {
-        let (why, fix) = linker::refusal(linker, plan::wanted_llvm(compilers));
-        rows.push([linker.path.display().to_string(), linker.found(), why, fix]);
+    // Without a compiler there is nothing to say against a linker.
+    if let Some(llvm) = wanted {
+        for linker in linkers {
+            let refusal = linker::refusal(linker, llvm);
+            rows.push([linker.path.display().to_string(), linker.found(), refusal.why, refusal.fix]);
+        }
     }
     for (step, why) in failed {
         rows.push([step.to_string(), "-".to_owned(), why.clone(), step.by_hand()]);
     }
-    let lead = if compilers.iter().any(|compiler| compiler::route(compiler).is_ok()) {
-        "no bpf-linker here can link the eBPF programs"
-    } else {
-        "no compiler here can build the eBPF programs"
+    let lead = match wanted {
+        Some(_) => "no bpf-linker here can link the eBPF programs",
+        None => "no compiler here can build the eBPF programs",
     };
     format!("{lead}\n{}then run `cargo xtask setup` again", table::render(["tried", "found", "why not", "fix"], &rows))
 }

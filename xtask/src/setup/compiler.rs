@@ -155,7 +155,7 @@ pub(crate) fn route(compiler: &Compiler) -> Result<Route, Refusal> {
             Origin::Rustup => format!("rustup component add rust-src --toolchain {}", compiler.name),
             Origin::Chosen | Origin::System => another(),
         };
-        return refuse(&format!("no libcore for {TARGET} and no rust-src to build it from"), fix);
+        return refuse("no rust-src", fix);
     }
     let nightly = facts.release.contains("nightly") || facts.release.contains("dev");
     Ok(if nightly { Route::Nightly } else { Route::Bootstrap })

@@ -8,6 +8,7 @@ use std::{
 
 use anyhow::Context as _;
 
+use super::{compiler::Refusal, plan::Step};
 use crate::process;
 
 /// The version that [`super::plan`] installs.
@@ -29,7 +30,7 @@ pub(crate) struct Linker {
 
 #[derive(Clone, Debug, Eq, PartialEq)]
 pub(crate) struct Facts {
-    /// `bpf-linker 0.13.0`.
+    /// `0.13.0`.
     pub(crate) version: String,
     /// The major version of its LLVM, if it can be told.
     pub(crate) llvm: Option<u32>,
@@ -84,26 +85,27 @@ pub(crate) fn record(tools: &Path, llvm: u32) -> anyhow::Result<()> {
 }
 
 /// Why `linker` will not do for a compiler with LLVM `wanted`, and what helps.
-pub(crate) fn refusal(linker: &Linker, wanted: Option<u32>) -> (String, String) {
-    let fix = match (linker.chosen, wanted) {
-        (true, _) => "set BPF_LINKER to a bpf-linker that works, or unset it".to_owned(),
-        (false, Some(llvm)) => super::plan::Step::Linker { llvm }.by_hand(),
-        (false, None) => "find a compiler first".to_owned(),
+pub(crate) fn refusal(linker: &Linker, wanted: u32) -> Refusal {
+    let why = match &linker.state {
+        Err(why) => why.clone(),
+        Ok(_) => format!("LLVM older than the compiler's {wanted}"),
     };
-    let why = match (&linker.state, wanted) {
-        (Err(why), _) => why.clone(),
-        (Ok(Facts { llvm: Some(own), .. }), Some(llvm)) if *own < llvm => {
-            format!("LLVM older than the compiler's {llvm}")
-        }
-        (Ok(_), _) => "no compiler to link for".to_owned(),
+    let fix = if linker.chosen {
+        "set BPF_LINKER to a bpf-linker that works, or unset it".to_owned()
+    } else {
+        Step::Linker { llvm: wanted }.by_hand()
     };
-    (why, fix)
+    Refusal { why, fix }
 }
 
 fn examine(chosen: bool, path: PathBuf) -> Linker {
     let mut command = Command::new(&path);
     command.arg("--version");
-    let state = process::ask(command).map(|version| Facts { version: version.trim().to_owned(), llvm: llvm_of(&path) });
+    let state = process::ask(command).map(|answer| {
+        let answer = answer.trim();
+        let version = answer.strip_prefix(NAME).unwrap_or(answer).trim().to_owned();
+        Facts { version, llvm: llvm_of(&path) }
+    });
     Linker { chosen, path, state }
 }
 
@@ -130,7 +132,7 @@ fn llvm_named_in(elf: &[u8]) -> Option<u32> {
 #[cfg(test)]
 impl Linker {
     pub(crate) fn works(path: &str, llvm: Option<u32>) -> Self {
-        let facts = Facts { version: "bpf-linker 0.13.0".into(), llvm };
+        let facts = Facts { version: "0.13.0".into(), llvm };
         Self { chosen: false, path: PathBuf::from(path), state: Ok(facts) }
     }
 }
@@ -169,11 +171,12 @@ mod tests {
 
     #[test]
     fn refusal_says_what_is_wrong_and_how_to_get_another() {
-        let (why, fix) = refusal(&Linker::works("l", Some(21)), Some(22));
-        assert_eq!(why, "LLVM older than the compiler's 22");
-        assert!(fix.contains("llvm-22"), "{fix}");
+        let old = refusal(&Linker::works("l", Some(21)), 22);
+        assert_eq!(old.why, "LLVM older than the compiler's 22");
+        assert!(old.fix.contains("llvm-22"), "{}", old.fix);
         let chosen = Linker { chosen: true, state: Err("cannot run l".into()), ..Linker::works("l", None) };
-        assert_eq!(refusal(&chosen, Some(22)).0, "cannot run l");
-        assert!(refusal(&chosen, Some(22)).1.contains("BPF_LINKER"));
+        let chosen = refusal(&chosen, 22);
+        assert_eq!(chosen.why, "cannot run l");
+        assert!(chosen.fix.contains("BPF_LINKER"), "{}", chosen.fix);
     }
 }
