@@ -49,6 +49,7 @@ pub use pod::{Attempt, Connection, Hammer, Pod};
 pub use topology::{Node, Site};
 
 use netns::Netns;
+use shell::Shell;
 
 /// What a single operation in the lab may take unless it is told otherwise.
 pub const DEADLINE: Duration = Duration::from_secs(5);
@@ -68,6 +69,8 @@ struct Inner {
     backbone: Netns,
     /// All children, to be waited for when the keeper has killed them.
     children: Mutex<Vec<SharedChild>>,
+    /// All shells, to keep them running.
+    shells: Mutex<Vec<Arc<Shell>>>,
     keeper: Mutex<Option<Child>>,
     sites: AtomicU32,
     links: AtomicU32,
@@ -97,6 +100,7 @@ impl Lab {
             directory,
             backbone: Netns::new()?,
             children: Mutex::default(),
+            shells: Mutex::default(),
             keeper: Mutex::new(Some(keeper)),
             sites: AtomicU32::new(0),
             links: AtomicU32::new(0),

@@ -14,7 +14,7 @@ use crate::probe::message::{
     Transport,
 };
 
-/// A pod, or a node's own network ([`super::Node::host`]).
+/// A pod, or a node's own network ([`super::Node::host`]). It lives as long as the lab, with or without a handle.
 ///
 /// Every operation runs inside it, blocks until it is done, and is bounded: each connect, send and receive by
 /// [`DEADLINE`], or by what [`Pod::within`] says. Errors name the pod; [`super::errno`] tells which system call error
@@ -63,8 +63,8 @@ macro_rules! ask {
 }
 
 impl Pod {
-    pub(super) fn new(name: &str, ips: Vec<IpAddr>, shell: Shell, cgroup: PathBuf) -> Self {
-        Self { name: name.to_owned(), ips, cgroup, shell: Arc::new(shell), deadline: DEADLINE }
+    pub(super) fn new(name: &str, ips: Vec<IpAddr>, shell: Arc<Shell>, cgroup: PathBuf) -> Self {
+        Self { name: name.to_owned(), ips, cgroup, shell, deadline: DEADLINE }
     }
 
     /// The pod's name, by which its servers name themselves.
@@ -153,11 +153,14 @@ impl Pod {
 
     fn attempt(&self, transport: Transport, target: SocketAddr) -> Result<Attempt> {
         let request = Request::Connect(transport, self.dial(target));
-        let outcome = ask!(self, request, self.deadline, Response::Connected(took) => Attempt::Connected(took));
-        outcome.or_else(|error: anyhow::Error| match super::errno(&error) {
-            Some(errno) => Ok(Attempt::Failed(errno.to_owned())),
-            None => Err(error),
-        })
+        match self.shell.call(request, self.deadline) {
+            Ok(Response::Connected(took)) => Ok(Attempt::Connected(took)),
+            Ok(other) => bail!("the probe shell of {} answered {other:?} to a connect", self.name),
+            Err(error) => match super::errno(&error) {
+                Some(errno) => Ok(Attempt::Failed(errno.to_owned())),
+                None => Err(error),
+            },
+        }
     }
 
     /// Sends `requests` HTTP requests on one keep-alive connection to an [`App::Http`] server.

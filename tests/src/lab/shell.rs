@@ -33,7 +33,7 @@ type Waiting = Option<HashMap<u64, Sender<Result<Response, Failure>>>>;
 
 impl Shell {
     /// Starts a shell that runs in `place`, called `what`, and writes complaints to the log `log`.
-    pub(super) fn start(lab: &Inner, place: &Place<'_>, what: &str, log: &str) -> Result<Self> {
+    pub(super) fn start(lab: &Inner, place: &Place<'_>, what: &str, log: &str) -> Result<Arc<Self>> {
         let mut command = Command::new(binary("EDGEMESH_LAB_PROBE", "lab-probe")?);
         let (_, log) = lab.log_file(&format!("{log}.log"))?;
         command.arg("shell").stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(log);
@@ -48,13 +48,16 @@ impl Shell {
         let stdout = stdout.context("a probe shell has no output")?;
         // Ends with the shell, which ends with the lab.
         std::thread::spawn(move || deliver(stdout, &reader));
-        Ok(Self {
+        let shell = Arc::new(Self {
             place: what.to_owned(),
             pid,
             stdin: Mutex::new(stdin.context("a probe shell has no input")?),
             next: AtomicU64::new(1),
             waiting,
-        })
+        });
+        // A shell ends with its input; the lab keeps that open when no handle does.
+        locked(&lab.shells).push(Arc::clone(&shell));
+        Ok(shell)
     }
 
     /// Has the shell work on `request`, which it should finish within `bound`.
