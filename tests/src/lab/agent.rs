@@ -173,6 +173,12 @@ impl AgentCommand<'_> {
         self
     }
 
+    /// Runs it where `/proc` is not mounted, so that it finds no mount of anything.
+    pub fn without_proc(mut self) -> Self {
+        self.hidden.push(PathBuf::from("/proc"));
+        self
+    }
+
     /// Runs it to its end, at most for `deadline`, and collects its status and what it printed.
     pub fn output(self, deadline: Duration) -> Result<Output> {
         let mut command = self.prepare()?;
