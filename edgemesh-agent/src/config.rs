@@ -1,6 +1,27 @@
-//! The configuration file.
+//! The configuration file: EdgeMesh's keys, and a few of our own in the same shape.
+//!
+//! One table, `keys`, says which keys there are, what they hold and where their values go. Reading a file, printing the
+//! default one and the JSON schema all follow it, so they cannot disagree.
 
-use std::{net::IpAddr, net::SocketAddr, path::PathBuf};
+mod check;
+mod document;
+mod keys;
+mod render;
+mod source;
+#[cfg(test)]
+mod tests;
+mod value;
+
+use std::{
+    ffi::OsString,
+    fmt::{self, Display, Formatter},
+    fs::{self, File},
+    io::{self, Read},
+    net::{IpAddr, Ipv4Addr, SocketAddr},
+    path::{Path, PathBuf},
+};
+
+pub use self::render::{default_yaml, minimal_yaml, schema};
 
 /// The agent's configuration, parsed and validated: nothing after this point sees a raw string.
 #[derive(Clone, Debug, PartialEq)]
@@ -14,8 +35,9 @@ pub struct AgentConfig {
 #[derive(Clone, Debug, PartialEq)]
 pub struct SourceConfig {
     pub kind: SourceKind,
-    /// Requests per second to the API server, and how many may come at once.
+    /// Requests per second to the API server; default 100.
     pub qps: u32,
+    /// How many requests may come at once; default 200.
     pub burst: u32,
 }
 
@@ -43,9 +65,21 @@ pub struct CommonConfig {
     pub control_socket: PathBuf,
 }
 
+impl Default for CommonConfig {
+    fn default() -> Self {
+        Self {
+            bridge_device_name: "edgemesh0".to_owned(),
+            bridge_device_ip: IpAddr::V4(Ipv4Addr::new(169, 254, 96, 16)),
+            admin_address: Some(SocketAddr::from((Ipv4Addr::LOCALHOST, 20008))),
+            control_socket: PathBuf::from("/run/edgemesh/agent.sock"),
+        }
+    }
+}
+
 /// `modules.edgeProxy`.
-#[derive(Clone, Debug, Eq, PartialEq)]
+#[derive(Clone, Debug, Default, Eq, PartialEq)]
 pub struct ProxyConfig {
+    /// Default false, as in EdgeMesh, whose manifests set it.
     pub enable: bool,
     pub filter: ServiceFilter,
     pub dataplane: DataplaneMode,
@@ -82,4 +116,159 @@ pub struct EbpfConfig {
     pub max_frontends: u32,
     /// Capacity of sets larger than 8; default 200000.
     pub max_backends: u32,
+}
+
+impl Default for EbpfConfig {
+    fn default() -> Self {
+        Self {
+            cgroup_root: None,
+            pin_directory: PathBuf::from("/sys/fs/bpf/edgemesh"),
+            max_frontends: 20_000,
+            max_backends: 200_000,
+        }
+    }
+}
+
+/// What to do about keys that neither EdgeMesh nor this agent has.
+#[derive(Clone, Copy, Debug, Default, Eq, PartialEq)]
+pub enum Leniency {
+    /// They are errors.
+    #[default]
+    Strict,
+    /// They are notes (`--lenient`).
+    Lenient,
+}
+
+/// What EdgeMesh learns from its environment about where it runs.
+#[derive(Clone, Copy, Debug, Default, Eq, PartialEq)]
+pub struct Environment {
+    /// `KUBERNETES_PORT` is there, which makes a node one of the cloud to EdgeMesh (`DetectRunningMode`).
+    pub kubernetes_port: bool,
+    /// `KUBERNETES_SERVICE_HOST` is there and not empty: the API server's address for pods.
+    pub kubernetes_service_host: bool,
+}
+
+impl Environment {
+    /// Asks `lookup` (in a program, [`std::env::var_os`]) for the variables.
+    pub fn of(lookup: impl Fn(&str) -> Option<OsString>) -> Self {
+        Self {
+            kubernetes_port: lookup("KUBERNETES_PORT").is_some(),
+            kubernetes_service_host: lookup("KUBERNETES_SERVICE_HOST").is_some_and(|host| !host.is_empty()),
+        }
+    }
+}
+
+/// A configuration and what its user should know about it.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Loaded {
+    pub config: AgentConfig,
+    /// In the order of the file; at most 50, and one on how many more there would be.
+    pub notes: Vec<Note>,
+}
+
+/// A remark on one place in a file; its text is one line, `FILE:LINE: KEY: MESSAGE`.
+#[derive(Clone, Debug, Eq, PartialEq)]
+pub struct Note {
+    /// As the user named it.
+    pub file: String,
+    /// Counted from 1; `None` where the matter is something the file does not say.
+    pub line: Option<usize>,
+    /// Counted from 1; given for text that is not YAML.
+    pub column: Option<usize>,
+    /// The key's full path, `modules.edgeProxy.enable`; empty for the file as a whole.
+    pub key: String,
+    /// Lower case and without full stop; holds no secret.
+    pub message: String,
+}
+
+impl Display for Note {
+    fn fmt(&self, f: &mut Formatter<'_>) -> fmt::Result {
+        write!(f, "{}", self.file)?;
+        for position in [self.line, self.column].into_iter().flatten() {
+            write!(f, ":{position}")?;
+        }
+        if !self.key.is_empty() {
+            write!(f, ": {}", self.key)?;
+        }
+        write!(f, ": {}", self.message)
+    }
+}
+
+/// Why a file is no configuration.
+#[derive(Debug, thiserror::Error)]
+pub enum ConfigError {
+    /// The file could not be read at all.
+    #[error("cannot read the configuration file {}: {source}; check the path and its permissions", path.display())]
+    Unreadable { path: PathBuf, source: io::Error },
+    /// Neither a file nor a link to one, so that reading it might never end.
+    #[error("cannot read the configuration file {}: it is not a regular file", path.display())]
+    NotAFile { path: PathBuf },
+    /// Larger than 1 MiB, as much as a ConfigMap holds.
+    #[error("cannot use the configuration file {file}: it is larger than 1 MiB")]
+    TooLarge { file: String },
+    /// Everything that is wrong in the file (of more than 50 things, the first 50), in its order; shown one to a line.
+    #[error("{}", lines(problems))]
+    Invalid { problems: Vec<Note> },
+}
+
+/// A ConfigMap holds no more either.
+const MAX_SIZE: usize = 1 << 20;
+
+/// Reads and checks a configuration file.
+///
+/// # Errors
+/// The file cannot be read, or holds anything wrong: then all of it is reported together.
+pub fn load(path: &Path, leniency: Leniency, environment: &Environment) -> Result<Loaded, ConfigError> {
+    let unreadable = |source| ConfigError::Unreadable { path: path.to_owned(), source };
+    if !fs::metadata(path).map_err(unreadable)?.is_file() {
+        return Err(ConfigError::NotAFile { path: path.to_owned() });
+    }
+    let mut bytes = Vec::new();
+    File::open(path).and_then(|file| file.take(MAX_SIZE as u64 + 1).read_to_end(&mut bytes)).map_err(unreadable)?;
+    let file = path.display().to_string();
+    // Before UTF-8, as the cut may go through a character.
+    if bytes.len() > MAX_SIZE {
+        return Err(ConfigError::TooLarge { file });
+    }
+    match str::from_utf8(&bytes) {
+        Ok(text) => parse(text, &file, leniency, environment),
+        Err(error) => {
+            let line = 1 + bytes.iter().take(error.valid_up_to()).filter(|byte| **byte == b'\n').count();
+            let message = "not UTF-8; expected a YAML text".to_owned();
+            let problem = Note { file, line: Some(line), column: None, key: String::new(), message };
+            Err(ConfigError::Invalid { problems: vec![problem] })
+        }
+    }
+}
+
+/// Checks the text of a configuration file, which messages call `file`.
+///
+/// Absent keys and `null` mean the default. Looks at the file system for one thing: whether `kubeConfig` is there.
+///
+/// # Errors
+/// As [`load`].
+pub fn parse(text: &str, file: &str, leniency: Leniency, environment: &Environment) -> Result<Loaded, ConfigError> {
+    if text.len() > MAX_SIZE {
+        return Err(ConfigError::TooLarge { file: file.to_owned() });
+    }
+    let root = document::read(text).map_err(|document::Malformed { line, column, message }| {
+        let (line, column) = (Some(line), Some(column));
+        let problem = Note { file: file.to_owned(), line, column, key: String::new(), message };
+        ConfigError::Invalid { problems: vec![problem] }
+    })?;
+    let mut findings = check::check(&root, file, leniency);
+    let kind = if findings.readable { source::choose(&mut findings, *environment) } else { None };
+    let check::Findings { draft, problems, notes, .. } = findings;
+    let (problems, notes) = (problems.in_order(file), notes.in_order(file));
+    match kind {
+        Some(kind) if problems.is_empty() => {
+            let source = SourceConfig { kind, qps: draft.qps, burst: draft.burst };
+            Ok(Loaded { config: AgentConfig { source, common: draft.common, proxy: draft.proxy }, notes })
+        }
+        _ => Err(ConfigError::Invalid { problems }),
+    }
+}
+
+fn lines(problems: &[Note]) -> String {
+    problems.iter().map(Note::to_string).collect::<Vec<_>>().join("\n")
 }

@@ -1,10 +1,20 @@
 //! The EdgeMesh node agent as a library; `main.rs` is only its command line.
 //!
 //! Data flows one way: a source ([`kube`]) delivers [`model::Event`]s, the [`model::Builder`] turns them into immutable
-//! [`model::ServiceTable`]s, and consumers ([`dataplane`]) compare each table with the one before.
+//! [`model::ServiceTable`]s, and consumers ([`dataplane`]) compare each table with the one before. [`app`] puts the parts
+//! together.
 
+pub mod admin;
+pub mod app;
+pub mod cleanup;
 pub mod conditions;
 pub mod config;
+pub mod dataplane;
 pub mod kube;
 pub mod lifecycle;
+pub mod metrics;
 pub mod model;
+pub mod net;
+pub mod show;
+pub mod status;
+pub mod telemetry;

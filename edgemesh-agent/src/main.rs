@@ -1,1 +1,293 @@
-fn main() {}
+//! The command line of the EdgeMesh node agent.
+
+use std::{
+    io::{self, Write},
+    path::PathBuf,
+    process::ExitCode,
+};
+
+use clap::{Parser, Subcommand};
+use edgemesh_agent::{
+    admin, app, cleanup,
+    config::{self, Environment, Leniency, Loaded},
+    dataplane::ebpf,
+    show::{self, Output},
+    status, telemetry,
+};
+use tracing::{error, warn};
+
+const EXIT_CODES: &str = "\
+Exit codes (sysexits.h):
+  0   success
+  1   an error with no code of its own
+  64  wrong use of the command line
+  69  the agent is not running, or does not answer
+  71  this system lacks something: cgroup2, bpf(2), a bpffs, the control socket
+  77  no permission: run as root, see the message for the capability
+  78  the configuration, NODE_NAME, the kubeconfig or the manifest directory is wrong";
+
+/// The EdgeMesh node agent: Kubernetes Services by eBPF, at the edge and in the cloud.
+///
+/// Without a command it runs as the agent of the node named by NODE_NAME until SIGTERM. RUST_LOG sets the log level
+/// (default info).
+#[derive(Debug, Parser)]
+#[command(version, disable_version_flag = true, after_help = EXIT_CODES)]
+struct Cli {
+    /// The configuration file
+    #[arg(long, global = true, value_name = "FILE", default_value = "/etc/edgemesh/config/edgemesh-agent.yaml")]
+    config_file: PathBuf,
+    /// Unknown keys in the configuration are warnings, not errors
+    #[arg(long, global = true)]
+    lenient: bool,
+    /// How log lines look
+    #[arg(long, value_name = "FORMAT", default_value = "text")]
+    log_format: telemetry::LogFormat,
+    #[command(subcommand)]
+    command: Option<Command>,
+}
+
+#[derive(Debug, Subcommand)]
+enum Command {
+    /// Check the configuration file and say what is wrong with it
+    CheckConfig,
+    /// Print a configuration: all keys with their defaults, the shortest useful one, or a JSON schema
+    Config {
+        #[arg(value_enum)]
+        what: Print,
+    },
+    /// What the running agent serves, from where, and what is wrong
+    Status(Ask),
+    /// Every Service with its frontends and counters
+    Services(Ask),
+    /// The endpoints of one Service, and why each is used or not
+    Backends {
+        /// NAMESPACE/NAME
+        service: edgemesh_agent::model::NamespacedName,
+        #[command(flatten)]
+        ask: Ask,
+    },
+    /// Remove everything the agent made on this node: eBPF links and maps, the device, the control socket
+    Cleanup {
+        /// Even while an agent is running
+        #[arg(long)]
+        force: bool,
+    },
+    /// The version, and whether this build has its eBPF programs
+    Version,
+}
+
+#[derive(Clone, Copy, Debug, clap::ValueEnum)]
+enum Print {
+    Default,
+    Min,
+    Schema,
+}
+
+#[derive(Debug, clap::Args)]
+struct Ask {
+    /// The running agent's control socket
+    #[arg(long, value_name = "PATH", default_value = "/run/edgemesh/agent.sock")]
+    socket: PathBuf,
+    /// The form of the answer
+    #[arg(short, long, value_enum, default_value = "table")]
+    output: Output,
+}
+
+/// An error on its way to the terminal, with the code to exit with.
+struct Failure {
+    code: u8,
+    message: String,
+}
+
+const USAGE: u8 = 64;
+const UNAVAILABLE: u8 = 69;
+const OS: u8 = 71;
+const NO_PERMISSION: u8 = 77;
+const CONFIG: u8 = 78;
+
+fn main() -> ExitCode {
+    let cli = match Cli::try_parse() {
+        Ok(cli) => cli,
+        Err(error) => {
+            let code = if error.use_stderr() { USAGE } else { 0 };
+            // Nothing can be done about a closed terminal.
+            let _ = error.print();
+            return code.into();
+        }
+    };
+    match dispatch(&cli) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(failure) => {
+            let _ = writeln!(io::stderr(), "error: {}", failure.message);
+            failure.code.into()
+        }
+    }
+}
+
+fn dispatch(cli: &Cli) -> Result<(), Failure> {
+    match &cli.command {
+        None => run(cli),
+        Some(Command::CheckConfig) => {
+            let loaded = load(cli)?;
+            for note in &loaded.notes {
+                print(&format!("note: {note}\n"));
+            }
+            print(&format!("{} is good\n", cli.config_file.display()));
+            Ok(())
+        }
+        Some(Command::Config { what }) => {
+            match what {
+                Print::Default => print(&config::default_yaml()),
+                Print::Min => print(&config::minimal_yaml()),
+                Print::Schema => print(&format!("{:#}\n", config::schema())),
+            }
+            Ok(())
+        }
+        Some(Command::Status(ask)) => {
+            let answer = fetch(ask, "/v1/status")?;
+            print(&render(ask, &answer, || show::status(&answer))?);
+            Ok(())
+        }
+        Some(Command::Services(ask)) => {
+            let answer = fetch(ask, "/v1/services")?;
+            let rows: Vec<status::ServiceRow> = serde_json::from_value(answer.clone()).map_err(other_version)?;
+            print(&render(ask, &answer, || show::services(&rows))?);
+            Ok(())
+        }
+        Some(Command::Backends { service, ask }) => {
+            let answer = fetch(ask, &format!("/v1/backends/{service}"))?;
+            let report: status::BackendsReport = serde_json::from_value(answer.clone()).map_err(other_version)?;
+            print(&render(ask, &answer, || show::backends(&report))?);
+            Ok(())
+        }
+        Some(Command::Cleanup { force }) => clean_up(cli, *force),
+        Some(Command::Version) => {
+            let programs = if ebpf::is_built_in() { "built in" } else { "not in this build (cargo xtask build-ebpf)" };
+            print(&format!("edgemesh-agent {}\neBPF programs: {programs}\n", status::VERSION));
+            Ok(())
+        }
+    }
+}
+
+fn run(cli: &Cli) -> Result<(), Failure> {
+    telemetry::init(cli.log_format).map_err(|error| Failure { code: CONFIG, message: format!("{error:#}") })?;
+    let node = node_name(std::env::var("NODE_NAME").ok())?;
+    let loaded = load(cli)?;
+    for note in &loaded.notes {
+        warn!("{note}");
+    }
+    // Two providers in one process would make rustls refuse to choose; an error means that one is chosen already.
+    let _ = rustls::crypto::aws_lc_rs::default_provider().install_default();
+    block_on(async {
+        let bound = app::build(loaded.config, &node).await.map_err(|failure| {
+            let failure = start_failure(&failure);
+            error!("{}", failure.message);
+            failure
+        })?;
+        bound.run().await.map_err(|error| Failure { code: 1, message: format!("cannot wait for signals: {error}") })
+    })?
+}
+
+fn start_failure(error: &app::StartError) -> Failure {
+    let code = match error {
+        app::StartError::Source(_) => CONFIG,
+        app::StartError::Dataplane(error) if error.is_permission() => NO_PERMISSION,
+        app::StartError::ControlSocket { error, .. } if error.kind() == io::ErrorKind::PermissionDenied => {
+            NO_PERMISSION
+        }
+        app::StartError::Dataplane(_) | app::StartError::ControlSocket { .. } | app::StartError::Thread(_) => OS,
+    };
+    Failure { code, message: error.to_string() }
+}
+
+fn node_name(value: Option<String>) -> Result<String, Failure> {
+    value.filter(|name| !name.is_empty()).ok_or_else(|| Failure {
+        code: CONFIG,
+        message: "the environment variable NODE_NAME is not set; set it to this node's name (in a DaemonSet from the \
+                  field spec.nodeName)"
+            .to_owned(),
+    })
+}
+
+fn load(cli: &Cli) -> Result<Loaded, Failure> {
+    let leniency = if cli.lenient { Leniency::Lenient } else { Leniency::Strict };
+    config::load(&cli.config_file, leniency, &Environment::of(|name| std::env::var_os(name)))
+        .map_err(|error| Failure { code: CONFIG, message: error.to_string() })
+}
+
+fn clean_up(cli: &Cli, force: bool) -> Result<(), Failure> {
+    let config = load(cli)?.config;
+    let socket = &config.common.control_socket;
+    if !force && cleanup::is_running(socket) {
+        let message = format!(
+            "an agent is running (it answers on {}); stop it first, or use --force to cut Services off under it",
+            socket.display()
+        );
+        return Err(Failure { code: UNAVAILABLE, message });
+    }
+    let (removed, result) = block_on(cleanup::cleanup(&config))?;
+    for name in &removed {
+        print(&format!("removed {name}\n"));
+    }
+    if removed.is_empty() && result.is_ok() {
+        print("nothing to remove\n");
+    }
+    result.map_err(|error| Failure { code: NO_PERMISSION, message: error.to_string() })
+}
+
+fn fetch(ask: &Ask, path: &str) -> Result<serde_json::Value, Failure> {
+    let body = block_on(admin::get(&ask.socket, path))?
+        .map_err(|error| Failure { code: UNAVAILABLE, message: error.to_string() })?;
+    serde_json::from_slice(&body).map_err(other_version)
+}
+
+fn other_version(error: serde_json::Error) -> Failure {
+    let message = format!("cannot understand the agent's answer: {error}; is it of another version than this command?");
+    Failure { code: UNAVAILABLE, message }
+}
+
+fn render(ask: &Ask, answer: &serde_json::Value, table: impl FnOnce() -> String) -> Result<String, Failure> {
+    let failure = |error: String| Failure { code: 1, message: format!("cannot print the answer: {error}") };
+    match ask.output {
+        Output::Table => Ok(table()),
+        Output::Json => Ok(format!("{answer:#}\n")),
+        Output::Yaml => serde_yaml::to_string(answer).map_err(|error| failure(error.to_string())),
+    }
+}
+
+/// One thread carries all of the agent's waiting; what blocks has threads of its own.
+fn block_on<T>(future: impl Future<Output = T>) -> Result<T, Failure> {
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
+    let runtime =
+        runtime.map_err(|error| Failure { code: OS, message: format!("cannot start the runtime: {error}") })?;
+    let value = runtime.block_on(future);
+    // A blocking call that hangs must not keep the process.
+    runtime.shutdown_timeout(std::time::Duration::from_secs(1));
+    Ok(value)
+}
+
+/// Writes to standard output; a reader that went away (`| head`) is no error.
+fn print(text: &str) {
+    let _ = io::stdout().lock().write_all(text.as_bytes());
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use clap::CommandFactory;
+
+    #[test]
+    fn the_command_line_is_well_formed() {
+        Cli::command().debug_assert();
+    }
+
+    #[test]
+    fn a_missing_or_empty_node_name_is_a_configuration_error() {
+        for value in [None, Some(String::new())] {
+            let Err(failure) = node_name(value) else { panic!("accepted") };
+            assert_eq!(failure.code, CONFIG);
+            assert!(failure.message.contains("NODE_NAME"));
+        }
+        assert!(node_name(Some("edge1".to_owned())).is_ok());
+    }
+}

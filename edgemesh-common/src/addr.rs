@@ -41,6 +41,13 @@ impl Addr {
         self.words()[3]
     }
 
+    /// Equality in four word comparisons; `==` would become a byte loop in the kernel.
+    #[inline(always)]
+    pub const fn same(&self, other: &Self) -> bool {
+        let (a, b) = (self.words(), other.words());
+        (a[0] ^ b[0]) | (a[1] ^ b[1]) | (a[2] ^ b[2]) | (a[3] ^ b[3]) == 0
+    }
+
     /// Whether this is an IPv4 address in its v4-mapped form.
     #[inline(always)]
     pub const fn is_v4(&self) -> bool {
@@ -87,6 +94,13 @@ mod tests {
         fn words_and_bytes_are_the_same_memory(octets: [u8; 16]) {
             let addr = Addr(octets);
             prop_assert_eq!(Addr::from_words(addr.words()), addr);
+        }
+
+        #[test]
+        fn same_is_equality(a: [u8; 16], byte in 0usize..16, other: u8) {
+            let mut b = a;
+            b[byte] = other;
+            prop_assert_eq!(Addr(a).same(&Addr(b)), a == b);
         }
 
         #[test]

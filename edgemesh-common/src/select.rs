@@ -37,13 +37,15 @@ pub enum Verdict {
 /// Decides where a connection to `key` goes.
 #[inline(always)]
 pub fn select<T: Tables>(tables: &T, key: &FrontendKey) -> Verdict {
-    pick(tables, key, None)
+    pick(tables, key, || None)
 }
 
-/// Decides where a datagram to `key` goes, staying with the backend `(id, generation, service)` of an earlier datagram
-/// of the same socket while it is still eligible.
+/// Decides where a datagram to `key` goes, staying with the backend of an earlier datagram of the same socket while it
+/// is still eligible.
+///
+/// `earlier` is asked only once `key` is known to be a frontend: other datagrams pay for the lookup alone.
 #[inline(always)]
-pub fn select_sticky<T: Tables>(tables: &T, key: &FrontendKey, earlier: Option<Earlier>) -> Verdict {
+pub fn select_sticky<T: Tables>(tables: &T, key: &FrontendKey, earlier: impl Fn() -> Option<Earlier>) -> Verdict {
     pick(tables, key, earlier)
 }
 
@@ -56,7 +58,7 @@ pub struct Earlier {
 }
 
 #[inline(always)]
-fn pick<T: Tables>(tables: &T, key: &FrontendKey, earlier: Option<Earlier>) -> Verdict {
+fn pick<T: Tables>(tables: &T, key: &FrontendKey, earlier: impl Fn() -> Option<Earlier>) -> Verdict {
     for _ in 0..ATTEMPTS {
         let Some(frontend) = tables.frontend(key) else {
             return if tables.is_service_addr(&key.addr) { Verdict::Refuse { service: 0 } } else { Verdict::Untouched };
@@ -65,9 +67,9 @@ fn pick<T: Tables>(tables: &T, key: &FrontendKey, earlier: Option<Earlier>) -> V
         let service = read(&frontend.service);
         let count = read(&frontend.count);
 
-        let kept = match earlier {
+        let kept = match earlier() {
             Some(e)
-                if e.service == service && (e.generation == generation || is_inline(frontend, count, e.backend.id)) =>
+                if e.service == service && (e.generation == generation || is_inline(frontend, count, &e.backend)) =>
             {
                 Some(e.backend)
             }
@@ -101,16 +103,17 @@ fn pick<T: Tables>(tables: &T, key: &FrontendKey, earlier: Option<Earlier>) -> V
     Verdict::Refuse { service: 0 }
 }
 
-/// Whether an inline set has the backend `id`. A larger set answers no: its members are found by place, not by id, and
-/// a new random choice is never wrong.
+/// Whether an inline set has a backend at the address of `wanted`. A larger set answers no: its members are found by
+/// place, not by address, and a new random choice is never wrong.
 #[inline(always)]
-fn is_inline(frontend: &Frontend, count: u32, id: u32) -> bool {
+fn is_inline(frontend: &Frontend, count: u32, wanted: &Backend) -> bool {
     if count as usize > INLINE_BACKENDS {
         return false;
     }
     let mut found = false;
     for (place, backend) in frontend.inline.iter().enumerate() {
-        found |= (place as u32) < count && read(&backend.id) == id;
+        let backend = read(backend);
+        found |= (place as u32) < count && backend.port == wanted.port && backend.addr.same(&wanted.addr);
     }
     found
 }
@@ -232,7 +235,7 @@ mod tests {
                         prop_assert!(refused_by_its_service);
                     }
                     Some(ids) => {
-                        let wanted = ids[(u64::from(random) * ids.len() as u64 >> 32) as usize];
+                        let wanted = ids[((u64::from(random) * ids.len() as u64) >> 32) as usize];
                         let Verdict::Forward { backend: got, generation, .. } = verdict else {
                             return Err(TestCaseError::fail(format!("{verdict:?}")));
                         };
@@ -254,18 +257,20 @@ mod tests {
             let ids: Vec<u32> = before.iter().copied().collect();
             fake.put(key, 3, 1, &ids);
             fake.randoms.borrow_mut().push(randoms[0]);
-            let Verdict::Forward { service, generation, backend } = select_sticky(&fake, &key, None) else {
+            let Verdict::Forward { service, generation, backend } = select_sticky(&fake, &key, || None) else {
                 return Err(TestCaseError::fail("no backend"));
             };
             let earlier = Earlier { service, generation, backend };
             let ids: Vec<u32> = after.iter().copied().collect();
             fake.put(key, 3, 2, &ids);
             fake.randoms.borrow_mut().push(randoms[1]);
-            match select_sticky(&fake, &key, Some(earlier)) {
+            match select_sticky(&fake, &key, || Some(earlier)) {
                 Verdict::Forward { backend: now, .. } if after.contains(&backend.id) => prop_assert_eq!(now, backend),
                 Verdict::Forward { backend: now, .. } => prop_assert!(after.contains(&now.id)),
                 Verdict::Refuse { service: 3 } => prop_assert!(after.is_empty()),
-                other => return Err(TestCaseError::fail(format!("{other:?}"))),
+                other @ (Verdict::Untouched | Verdict::Refuse { .. }) => {
+                    return Err(TestCaseError::fail(format!("{other:?}")));
+                }
             }
         }
     }

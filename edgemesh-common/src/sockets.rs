@@ -21,7 +21,7 @@ impl Connected {
     /// The frontend, if `addr:port` is the backend this socket was sent to.
     #[inline(always)]
     pub fn frontend_of(&self, addr: &Addr, port: [u8; 2]) -> Option<(Addr, [u8; 2])> {
-        (self.service != 0 && self.backend == *addr && self.backend_port == port)
+        (self.service != 0 && self.backend.same(addr) && self.backend_port == port)
             .then_some((self.frontend, self.frontend_port))
     }
 }
@@ -31,7 +31,7 @@ impl Datagrams {
     #[inline(always)]
     pub fn earlier(&self, frontend: &FrontendKey) -> Option<Earlier> {
         for flow in &self.flows {
-            if flow.backend_id != 0 && flow.frontend_port == frontend.port && flow.frontend == frontend.addr {
+            if flow.backend_id != 0 && flow.frontend_port == frontend.port && flow.frontend.same(&frontend.addr) {
                 return Some(Earlier {
                     service: flow.service,
                     generation: flow.generation,
@@ -46,7 +46,7 @@ impl Datagrams {
     #[inline(always)]
     pub fn frontend_of(&self, addr: &Addr, port: [u8; 2]) -> Option<(Addr, [u8; 2])> {
         for flow in &self.flows {
-            if flow.service != 0 && flow.backend_port == port && flow.backend == *addr {
+            if flow.service != 0 && flow.backend_port == port && flow.backend.same(addr) {
                 return Some((flow.frontend, flow.frontend_port));
             }
         }
@@ -74,9 +74,9 @@ impl Datagrams {
             if old.service == 0 {
                 continue;
             }
-            if old.backend_port == flow.backend_port && old.backend == flow.backend {
+            if old.backend_port == flow.backend_port && old.backend.same(&flow.backend) {
                 slot = place;
-            } else if old.frontend_port == flow.frontend_port && old.frontend == flow.frontend {
+            } else if old.frontend_port == flow.frontend_port && old.frontend.same(&flow.frontend) {
                 old.backend_id = 0;
             }
         }

@@ -1,1 +1,66 @@
-fn main() {}
+//! `cargo xtask`: the commands a developer or a CI job runs in this repository.
+//!
+//! One file per command. Nothing beyond a stable Rust, git and a C compiler has to be on the machine before; `setup`
+//! finds or installs the rest.
+
+#![expect(clippy::print_stdout, clippy::print_stderr, reason = "a command-line tool speaks through the terminal")]
+
+mod artifacts;
+mod bench;
+mod build_ebpf;
+mod console;
+mod demo;
+mod launch;
+mod process;
+mod setup;
+mod table;
+mod test;
+mod workspace;
+
+use std::process::ExitCode;
+
+use clap::{Parser, Subcommand};
+use console::Console;
+use workspace::Workspace;
+
+/// Builds, demonstrates, tests and measures EdgeMesh.
+#[derive(Debug, Parser)]
+#[command(name = "cargo xtask", bin_name = "cargo xtask", disable_help_subcommand = true)]
+struct Cli {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Debug, Subcommand)]
+enum Command {
+    /// Finds or installs what the other commands need.
+    Setup(setup::Args),
+    /// Builds the eBPF programs and checks the object.
+    BuildEbpf(build_ebpf::Args),
+    /// Runs every check: format, clippy, unit tests, end-to-end tests, docs.
+    Test(test::Args),
+    /// Raises a small mesh on this machine and shows that it works.
+    Demo(demo::Args),
+    /// Runs the benchmarks.
+    Bench(bench::Args),
+}
+
+fn main() -> ExitCode {
+    let cli = Cli::parse();
+    let console = Console::new();
+    let done = Workspace::find().and_then(|workspace| match cli.command {
+        Command::Setup(args) => setup::run(&args, &workspace, &console),
+        Command::BuildEbpf(args) => build_ebpf::run(&args, &workspace, &console),
+        Command::Test(args) => test::run(&args, &workspace, &console),
+        Command::Demo(args) => demo::run(args, &workspace, &console),
+        Command::Bench(args) => bench::run(args, &workspace, &console),
+    });
+    match done {
+        Ok(code) => code,
+        Err(error) => {
+            console.break_line();
+            eprintln!("error: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}

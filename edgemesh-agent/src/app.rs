@@ -1,0 +1,231 @@
+//! The agent put together: build everything, bind everything, run until told to stop.
+
+use std::{
+    io,
+    net::SocketAddr,
+    path::PathBuf,
+    sync::Arc,
+    thread,
+    time::{Duration, Instant, SystemTime},
+};
+
+use tokio::{
+    net::TcpListener,
+    sync::{mpsc, watch},
+};
+use tracing::{debug, info, warn};
+
+use crate::{
+    admin::{self, DataplaneSight, Sight},
+    conditions::Conditions,
+    config::{AgentConfig, DataplaneMode},
+    dataplane::{
+        self,
+        ebpf::{Ebpf, OpenError},
+    },
+    kube,
+    lifecycle::{Blocker, Readiness, Tasks},
+    model::{Builder, Event, ServiceTable},
+    net::{self, Device},
+};
+
+/// How long the tasks may take to end after a stop signal; well below Kubernetes' 30 s grace period.
+const DRAIN_DEADLINE: Duration = Duration::from_secs(5);
+/// How many events may wait for the builder before the source has to.
+const EVENTS: usize = 1024;
+const REBIND: Duration = Duration::from_secs(5);
+
+/// Why the agent cannot start, in one line, with what to do.
+#[derive(Debug, thiserror::Error)]
+pub enum StartError {
+    #[error(transparent)]
+    Source(#[from] kube::Error),
+    #[error(transparent)]
+    Dataplane(#[from] OpenError),
+    #[error("cannot listen on the control socket {}: {error}; stop the other agent, or set commonConfig.controlSocket", path.display())]
+    ControlSocket { path: PathBuf, error: io::Error },
+    #[error("cannot start the data plane's thread: {0}")]
+    Thread(#[source] io::Error),
+}
+
+/// A started agent: everything bound, translation in force as far as an earlier agent left it.
+#[derive(Debug)]
+pub struct Bound {
+    /// Where /healthz, /readyz and /metrics are; None if switched off, or if the port was taken and is waited for.
+    pub admin_address: Option<SocketAddr>,
+    control_socket: PathBuf,
+    tasks: Tasks,
+    dataplane: Option<thread::JoinHandle<()>>,
+}
+
+/// Builds and starts the agent for `node`.
+///
+/// # Errors
+///
+/// See [`StartError`]; nothing started is left running.
+pub async fn build(config: AgentConfig, node: &str) -> Result<Bound, StartError> {
+    let (tasks, readiness, conditions) = (Tasks::default(), Readiness::default(), Conditions::default());
+    let started = build_on(config, node, &tasks, readiness, conditions).await;
+    if started.is_err() {
+        tasks.drain(DRAIN_DEADLINE).await;
+    }
+    started
+}
+
+async fn build_on(
+    config: AgentConfig,
+    node: &str,
+    tasks: &Tasks,
+    readiness: Readiness,
+    conditions: Conditions,
+) -> Result<Bound, StartError> {
+    let socket_path = config.common.control_socket.clone();
+    let socket = admin::bind_socket(&socket_path)
+        .map_err(|error| StartError::ControlSocket { path: socket_path.clone(), error })?;
+
+    let (events, received) = mpsc::channel(EVENTS);
+    let (publish, tables) = watch::channel(Arc::<ServiceTable>::default());
+    let source = kube::start(&config.source, events, conditions.clone(), tasks)?;
+    let builder = Builder::new(config.proxy.filter);
+    tasks.spawn(build_tables(builder, received, publish, readiness.block("the metadata source")));
+
+    let (mut dataplane, mut thread) = (None, None);
+    if config.proxy.enable {
+        // `auto` has one data plane to choose from.
+        let (DataplaneMode::Auto | DataplaneMode::Ebpf) = config.proxy.dataplane;
+        let mut ebpf = Ebpf::open(&config.proxy.ebpf)?;
+        ebpf.follow_log(tasks);
+        let (cgroup, adopted_frontends) = (ebpf.cgroup().to_owned(), ebpf.adopted());
+        let unready = readiness.block("the data plane");
+        let (handle, started) =
+            dataplane::spawn(Box::new(ebpf), tables.clone(), conditions.clone(), unready, tasks.stopping())
+                .map_err(StartError::Thread)?;
+        dataplane = Some(DataplaneSight { handle, cgroup, adopted_frontends });
+        thread = Some(started);
+    } else {
+        info!("modules.edgeProxy.enable is false: Services are not translated on this node");
+    }
+
+    let device = ensure_device(&config, &conditions).await;
+    let sight = Sight {
+        node: node.into(),
+        started: Instant::now(),
+        readiness,
+        conditions: conditions.clone(),
+        tables,
+        source,
+        dataplane,
+        device,
+    };
+    tasks.spawn(admin::serve_socket(socket, sight.clone(), tasks.clone()));
+    let mut admin_address = None;
+    if let Some(address) = config.common.admin_address {
+        match admin::bind(address).await {
+            Ok(listener) => {
+                admin_address = listener.local_addr().ok();
+                tasks.spawn(admin::serve(listener, sight, tasks.clone()));
+            }
+            Err(error) => {
+                raise_admin(&conditions, address, &error);
+                tasks.spawn(serve_when_free(address, sight, tasks.clone()));
+            }
+        }
+    }
+    info!(version = crate::status::VERSION, node, "edgemesh-agent has started");
+    Ok(Bound { admin_address, control_socket: socket_path, tasks: tasks.clone(), dataplane: thread })
+}
+
+impl Bound {
+    /// Runs until SIGTERM, SIGINT or SIGQUIT, then drains. Translation stays in force.
+    ///
+    /// # Errors
+    ///
+    /// The signal handlers cannot be installed.
+    pub async fn run(self) -> io::Result<()> {
+        let signal = crate::lifecycle::stop_signal().await?;
+        info!(signal, "stopping; translation stays in force until `edgemesh-agent cleanup`");
+        self.stop().await;
+        Ok(())
+    }
+
+    /// Ends all tasks and the data plane's thread, within a bound.
+    pub async fn stop(self) {
+        self.tasks.drain(DRAIN_DEADLINE).await;
+        if let Some(thread) = self.dataplane {
+            let joined = tokio::task::spawn_blocking(move || thread.join());
+            match tokio::time::timeout(DRAIN_DEADLINE, joined).await {
+                Ok(Ok(Ok(()))) => {}
+                Ok(_) => warn!("the data plane's thread panicked"),
+                Err(_) => warn!("the data plane's thread is still busy; stopping without it"),
+            }
+        }
+        if let Err(error) = std::fs::remove_file(&self.control_socket) {
+            debug!(path = %self.control_socket.display(), "cannot remove the control socket: {error}");
+        }
+    }
+}
+
+/// Turns events into tables until the source ends.
+///
+/// Events that have queued up while a table was made go into the next one together, so a burst costs a few tables and a
+/// single event is passed on at once.
+async fn build_tables(
+    mut builder: Builder,
+    mut received: mpsc::Receiver<Event>,
+    publish: watch::Sender<Arc<ServiceTable>>,
+    unready: Blocker,
+) {
+    let mut unready = Some(unready);
+    let mut batch = Vec::with_capacity(EVENTS);
+    while received.recv_many(&mut batch, EVENTS).await > 0 {
+        for event in batch.drain(..) {
+            builder.apply(event);
+        }
+        if let Some(table) = builder.build() {
+            if table.complete {
+                unready = None;
+            }
+            publish.send_replace(table);
+        }
+        // The builder has the thread for as long as it likes; let others have it now and then.
+        tokio::task::yield_now().await;
+    }
+    drop(unready);
+}
+
+/// The device only matters to what listens on its address, so its lack is a condition, not an end.
+async fn ensure_device(config: &AgentConfig, conditions: &Conditions) -> Option<Device> {
+    let (name, address) = (&config.common.bridge_device_name, config.common.bridge_device_ip);
+    match net::ensure_device(name, address).await {
+        Ok(device) => {
+            info!(device = device.name, kind = %device.kind, %address, "the node-local address is in place");
+            Some(device)
+        }
+        Err(error) => {
+            conditions.raise("DeviceMissing", name, error.to_string(), SystemTime::now());
+            None
+        }
+    }
+}
+
+fn raise_admin(conditions: &Conditions, address: SocketAddr, error: &io::Error) {
+    let message = format!(
+        "cannot listen on {address}: {error}; /healthz, /readyz and /metrics are missing until it is free, or set \
+         commonConfig.adminAddress"
+    );
+    conditions.raise("AdminAddressUnavailable", address.to_string(), message, SystemTime::now());
+}
+
+async fn serve_when_free(address: SocketAddr, sight: Sight, tasks: Tasks) {
+    let stop = tasks.stopping();
+    loop {
+        tokio::select! {
+            () = stop.cancelled() => return,
+            () = tokio::time::sleep(REBIND) => {}
+        }
+        if let Ok(listener) = TcpListener::bind(address).await {
+            sight.conditions.clear("AdminAddressUnavailable", &address.to_string());
+            return admin::serve(listener, sight, tasks).await;
+        }
+    }
+}

@@ -1,0 +1,56 @@
+//! `edgemesh-agent cleanup`: takes back everything the agent ever put into this node, and nothing else.
+
+use std::{io, path::Path};
+
+use crate::{config::AgentConfig, dataplane::ebpf, net};
+
+/// What stands in the way, one line each.
+#[derive(Debug, thiserror::Error)]
+#[error("{}", .0.join("\n"))]
+pub struct CleanupError(Vec<String>);
+
+/// Removes links and maps, the device and its address, and the control socket; goes on after an error and reports all
+/// of them. Returns what was removed, for people to read.
+///
+/// # Errors
+///
+/// See [`CleanupError`]; what is not named in it is gone.
+pub async fn cleanup(config: &AgentConfig) -> (Vec<String>, Result<(), CleanupError>) {
+    let (mut removed, mut errors) = (Vec::new(), Vec::new());
+    let pins = &config.proxy.ebpf.pin_directory;
+    match ebpf::remove_all(pins) {
+        Ok(names) => removed.extend(names),
+        Err(error) => errors.push(format!("cannot remove the pins in {}: {error}; run as root", pins.display())),
+    }
+    match net::remove_device(&config.common.bridge_device_name, config.common.bridge_device_ip).await {
+        Ok(name) => removed.extend(name),
+        Err(error) => errors.push(error.to_string()),
+    }
+    let socket = &config.common.control_socket;
+    match remove_socket(socket) {
+        Ok(names) => removed.extend(names),
+        Err(error) => errors.push(format!("cannot remove the control socket {}: {error}", socket.display())),
+    }
+    (removed, if errors.is_empty() { Ok(()) } else { Err(CleanupError(errors)) })
+}
+
+/// Whether an agent answers on the socket.
+pub fn is_running(socket: &Path) -> bool {
+    std::os::unix::net::UnixStream::connect(socket).is_ok()
+}
+
+fn remove_socket(socket: &Path) -> io::Result<Vec<String>> {
+    let mut removed = Vec::new();
+    match std::fs::remove_file(socket) {
+        Ok(()) => removed.push(socket.display().to_string()),
+        Err(error) if error.kind() == io::ErrorKind::NotFound => {}
+        Err(error) => return Err(error),
+    }
+    // The directory is ours only if it bears our name; one with something else in it stays.
+    if let Some(directory) = socket.parent().filter(|directory| directory.ends_with("edgemesh"))
+        && std::fs::remove_dir(directory).is_ok()
+    {
+        removed.push(directory.display().to_string());
+    }
+    Ok(removed)
+}

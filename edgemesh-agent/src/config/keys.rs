@@ -1,0 +1,340 @@
+//! Every key of the file, once: what is read, checked, suggested, printed and described all follows from this table.
+
+use std::{
+    net::{IpAddr, SocketAddr},
+    path::PathBuf,
+};
+
+use super::{CommonConfig, DataplaneMode, ProxyConfig, ServiceFilter};
+
+/// The `apiVersion` of EdgeMesh's agent configuration.
+pub(super) const API_VERSION: &str = "agent.edgemesh.config.kubeedge.io/v1alpha1";
+/// The `kind` of EdgeMesh's agent configuration.
+pub(super) const KIND: &str = "EdgeMeshAgent";
+
+/// One key.
+#[derive(Debug)]
+pub(super) struct Key {
+    /// As EdgeMesh spells it; a file may use any case.
+    pub(super) name: &'static str,
+    /// One line, for the comments of the default file and for the schema.
+    pub(super) doc: &'static str,
+    pub(super) kind: Kind,
+    /// A used key that the smallest file with which the agent does its work has to set.
+    pub(super) essential: bool,
+}
+
+#[derive(Debug)]
+pub(super) enum Kind {
+    /// A mapping of further keys.
+    Section(&'static [Key]),
+    /// `apiVersion` and `kind`, with the value this agent wants.
+    Header(&'static str),
+    /// A key this agent acts on.
+    Used(Slot),
+    /// A key of EdgeMesh that has no effect in this version.
+    Accepted(Plain),
+}
+
+/// Where the value of a key goes, which also says what it has to look like. Defaults are those of [`Draft::default`].
+#[derive(Debug)]
+pub(super) enum Slot {
+    Bool(fn(&mut Draft) -> &mut bool),
+    /// 1 or more.
+    Count(fn(&mut Draft) -> &mut u32),
+    Interface(fn(&mut Draft) -> &mut String),
+    Ip(fn(&mut Draft) -> &mut IpAddr),
+    /// IP:PORT, or empty.
+    Listen(fn(&mut Draft) -> &mut Option<SocketAddr>),
+    Path(fn(&mut Draft) -> &mut PathBuf),
+    /// A path that fits into a `sockaddr_un`.
+    UnixSocket(fn(&mut Draft) -> &mut PathBuf),
+    /// A path, or empty.
+    OptionalPath(fn(&mut Draft) -> &mut Option<PathBuf>),
+    /// An http or https URL, or empty.
+    Url(fn(&mut Draft) -> &mut Option<String>),
+    Filter(fn(&mut Draft) -> &mut ServiceFilter),
+    Dataplane(fn(&mut Draft) -> &mut DataplaneMode),
+}
+
+/// The type of a key without effect, with the values that change nothing: EdgeMesh's defaults.
+#[derive(Debug)]
+pub(super) enum Plain {
+    Bool(bool),
+    Whole(i64),
+    Number(f64),
+    Text(&'static [&'static str]),
+    /// One of the words; the first is the default.
+    Choice(&'static [&'static str]),
+    /// Texts; none by default.
+    Texts,
+    /// Mappings; none by default.
+    Items(&'static [Key]),
+    /// EdgeMesh overwrites it at start, whatever it holds.
+    Opaque,
+}
+
+/// The values of all used keys: those of the file over the defaults.
+#[derive(Clone, Debug, PartialEq)]
+pub(super) struct Draft {
+    pub(super) master: Option<String>,
+    pub(super) kube_config: Option<PathBuf>,
+    pub(super) static_directory: Option<PathBuf>,
+    pub(super) qps: u32,
+    pub(super) burst: u32,
+    pub(super) common: CommonConfig,
+    pub(super) proxy: ProxyConfig,
+}
+
+impl Default for Draft {
+    fn default() -> Self {
+        Self {
+            master: None,
+            kube_config: None,
+            static_directory: None,
+            qps: 100,
+            burst: 200,
+            common: CommonConfig::default(),
+            proxy: ProxyConfig::default(),
+        }
+    }
+}
+
+const fn section(name: &'static str, doc: &'static str, keys: &'static [Key]) -> Key {
+    Key { name, doc, kind: Kind::Section(keys), essential: false }
+}
+
+const fn header(name: &'static str, doc: &'static str, wanted: &'static str) -> Key {
+    Key { name, doc, kind: Kind::Header(wanted), essential: false }
+}
+
+const fn used(name: &'static str, doc: &'static str, slot: Slot) -> Key {
+    Key { name, doc, kind: Kind::Used(slot), essential: false }
+}
+
+const fn accepted(name: &'static str, doc: &'static str, plain: Plain) -> Key {
+    Key { name, doc, kind: Kind::Accepted(plain), essential: false }
+}
+
+impl Key {
+    const fn essential(self) -> Self {
+        Self { essential: true, ..self }
+    }
+}
+
+/// The top level. EdgeMesh's part is its `pkg/apis/config/v1alpha1/types.go`, with the defaults of `default.go`.
+pub(super) static KEYS: &[Key] = &[
+    header("apiVersion", "The version of this file's form.", API_VERSION),
+    header("kind", "What this file configures.", KIND),
+    section("kubeAPIConfig", "Where Services and endpoints come from.", KUBE_API),
+    section("commonConfig", "What all modules share.", COMMON),
+    section("modules", "The parts of the agent.", MODULES),
+];
+
+const KUBE_API: &[Key] = &[
+    used("master", "URL of the API server, overriding the one in kubeConfig.", Slot::Url(|d| &mut d.master)),
+    used(
+        "kubeConfig",
+        "Path of a kubeconfig. With this, master and staticDirectory empty, the pod's ServiceAccount is used.",
+        Slot::OptionalPath(|d| &mut d.kube_config),
+    ),
+    used(
+        "staticDirectory",
+        "Directory of manifests to read instead of asking an API server; watched. Excludes kubeConfig and master.",
+        Slot::OptionalPath(|d| &mut d.static_directory),
+    ),
+    used("qps", "Requests per second to the API server.", Slot::Count(|d| &mut d.qps)),
+    used("burst", "How many requests to the API server may come at once.", Slot::Count(|d| &mut d.burst)),
+    accepted(
+        "contentType",
+        "Encoding of API objects; this agent always speaks JSON.",
+        // The one for cloud nodes and the one for edge nodes.
+        Plain::Text(&["application/vnd.kubernetes.protobuf", "application/json"]),
+    ),
+    accepted("mode", "Detected at start.", Plain::Opaque),
+    section("metaServer", "KubeEdge's API for nodes at the edge.", META_SERVER),
+    accepted("deleteKubeConfig", "Whether to delete the kubeconfig made for metaServer.", Plain::Bool(false)),
+];
+
+const META_SERVER: &[Key] = &[
+    accepted("server", "URL of metaServer.", Plain::Text(&["http://127.0.0.1:10550"])),
+    section("security", "How to log in to metaServer.", META_SERVER_SECURITY),
+];
+
+const META_SERVER_SECURITY: &[Key] = &[
+    accepted("requireAuthorization", "Whether metaServer wants TLS and a token.", Plain::Bool(false)),
+    accepted("insecureSkipTLSVerify", "Whether to trust any certificate.", Plain::Bool(false)),
+    accepted("tlsCaFile", "Path of the CA.", Plain::Text(&["/etc/edgemesh/metaserver/rootCA.crt"])),
+    accepted("tlsCertFile", "Path of the certificate.", Plain::Text(&["/etc/edgemesh/metaserver/server.crt"])),
+    accepted("tlsPrivateKeyFile", "Path of its key.", Plain::Text(&["/etc/edgemesh/metaserver/server.key"])),
+];
+
+const COMMON: &[Key] = &[
+    used(
+        "bridgeDeviceName",
+        "The network device that is created to hold bridgeDeviceIP.",
+        Slot::Interface(|d| &mut d.common.bridge_device_name),
+    ),
+    used(
+        "bridgeDeviceIP",
+        "The address on this node that the agent's services for pods listen on.",
+        Slot::Ip(|d| &mut d.common.bridge_device_ip),
+    ),
+    used(
+        "adminAddress",
+        "IP:PORT that answers /healthz, /readyz and /metrics. Empty: none.",
+        Slot::Listen(|d| &mut d.common.admin_address),
+    ),
+    used(
+        "controlSocket",
+        "The unix socket that `edgemesh-agent status` and its like talk to.",
+        Slot::UnixSocket(|d| &mut d.common.control_socket),
+    ),
+    section("pprofConfig", "Go's profiler.", PPROF),
+];
+
+const PPROF: &[Key] = &[
+    accepted("enableProfiling", "Whether to serve /debug/pprof.", Plain::Bool(false)),
+    accepted("profilingAddress", "IP to serve it on.", Plain::Text(&[""])),
+    accepted("profilingPort", "Port to serve it on.", Plain::Whole(0)),
+];
+
+const MODULES: &[Key] = &[
+    section("edgeDNS", "Answers the cluster's DNS names on this node.", EDGE_DNS),
+    section("edgeProxy", "Carries connections to Services to their endpoints.", EDGE_PROXY),
+    section("edgeTunnel", "Reaches nodes of other networks.", EDGE_TUNNEL),
+    section("edgeCNI", "Gives pods their addresses.", EDGE_CNI),
+];
+
+const EDGE_DNS: &[Key] = &[
+    // On edge nodes EdgeMesh's default is true; asking for it there deserves the note all the same.
+    accepted("enable", "Whether to answer DNS.", Plain::Bool(false)),
+    accepted("kubeAPIConfig", "Overwritten at start.", Plain::Opaque),
+    accepted("listenInterface", "Overwritten at start.", Plain::Opaque),
+    accepted("listenPort", "Port to answer on.", Plain::Whole(53)),
+    section("cacheDNS", "A cache before the cluster's DNS.", CACHE_DNS),
+];
+
+const CACHE_DNS: &[Key] = &[
+    accepted("enable", "Whether to cache.", Plain::Bool(false)),
+    accepted("autoDetect", "Whether to look the cluster's DNS servers up.", Plain::Bool(true)),
+    accepted("upstreamServers", "The DNS servers to ask.", Plain::Texts),
+    accepted("cacheTTL", "Seconds an answer is kept.", Plain::Whole(30)),
+];
+
+const EDGE_PROXY: &[Key] = &[
+    used("enable", "Whether to carry connections to Services.", Slot::Bool(|d| &mut d.proxy.enable)).essential(),
+    used(
+        "serviceFilterMode",
+        "Which Services are carried: FilterIfLabelExists all but those labelled \
+         service.edgemesh.kubeedge.io/service-proxy-name, FilterIfLabelDoesNotExists only those.",
+        Slot::Filter(|d| &mut d.proxy.filter),
+    ),
+    used(
+        "dataplane",
+        "How the kernel is made to translate: auto (the best it allows) or ebpf.",
+        Slot::Dataplane(|d| &mut d.proxy.dataplane),
+    ),
+    section("ebpf", "Translation by eBPF programs.", EBPF),
+    accepted("listenInterface", "Overwritten at start.", Plain::Opaque),
+    section("socks5Proxy", "A SOCKS5 server that knows nodes by name.", SOCKS5),
+    section("loadBalancer", "How an endpoint is chosen.", LOAD_BALANCER),
+];
+
+const EBPF: &[Key] = &[
+    used(
+        "cgroupRoot",
+        "The cgroup2 directory whose processes are served. Empty: found from the node's mounts.",
+        Slot::OptionalPath(|d| &mut d.proxy.ebpf.cgroup_root),
+    ),
+    used(
+        "pinDirectory",
+        "Where maps and links are pinned so that they outlive the agent; on a bpffs, mounted there if need be.",
+        Slot::Path(|d| &mut d.proxy.ebpf.pin_directory),
+    ),
+    used(
+        "maxFrontends",
+        "How many address:port pairs Services may answer on.",
+        Slot::Count(|d| &mut d.proxy.ebpf.max_frontends),
+    ),
+    used(
+        "maxBackends",
+        "How many endpoints there may be in all in sets of more than 8.",
+        Slot::Count(|d| &mut d.proxy.ebpf.max_backends),
+    ),
+];
+
+const SOCKS5: &[Key] = &[
+    accepted("enable", "Whether to serve SOCKS5.", Plain::Bool(false)),
+    accepted("listenPort", "Port to serve it on.", Plain::Whole(10800)),
+    accepted("nodeName", "Overwritten at start.", Plain::Opaque),
+    accepted("namespace", "Overwritten at start.", Plain::Opaque),
+];
+
+const LOAD_BALANCER: &[Key] = &[
+    accepted("caller", "Overwritten at start.", Plain::Opaque),
+    accepted("nodeName", "Overwritten at start.", Plain::Opaque),
+    section("consistentHash", "The ring for DestinationRules that hash.", CONSISTENT_HASH),
+];
+
+const CONSISTENT_HASH: &[Key] = &[
+    accepted("partitionCount", "Partitions of the ring.", Plain::Whole(100)),
+    accepted("replicationFactor", "Points on the ring per endpoint.", Plain::Whole(10)),
+    accepted("load", "How far above the mean an endpoint may be loaded.", Plain::Number(1.25)),
+];
+
+const EDGE_TUNNEL: &[Key] = &[
+    accepted("enable", "Whether to open tunnels.", Plain::Bool(false)),
+    accepted("mode", "Overwritten at start.", Plain::Opaque),
+    accepted("nodeName", "Overwritten at start.", Plain::Opaque),
+    accepted("configPath", "Overwritten at start.", Plain::Opaque),
+    accepted("listenPort", "Port for other nodes.", Plain::Whole(20006)),
+    accepted("transport", "What carries the tunnel.", Plain::Choice(&["tcp", "ws", "quic"])),
+    // Sic.
+    accepted("rendezvous", "Name under which nodes find each other.", Plain::Text(&["EDGEMESH_PLAYGOUND"])),
+    accepted("relayNodes", "Nodes that others can reach and that forward for them.", Plain::Items(RELAY_NODE)),
+    accepted("enableIpfsLog", "Whether libp2p logs its details.", Plain::Bool(false)),
+    accepted("maxCandidates", "How many relays are considered.", Plain::Whole(15)),
+    accepted("heartbeatPeriod", "Seconds between looks at the relays' connections.", Plain::Whole(120)),
+    accepted("finderPeriod", "Seconds between searches for relays.", Plain::Whole(60)),
+    section("psk", "The secret that the nodes share.", PSK),
+    section("tunnelLimitConfig", "Limits on streams.", TUNNEL_LIMITS),
+    accepted("listenInterfaces", "Devices to listen on.", Plain::Text(&["*", ""])),
+    accepted("extraFilteredInterfaces", "Further devices not to listen on.", Plain::Text(&[""])),
+    section("metricConfig", "The tunnel's metrics.", METRICS),
+];
+
+const RELAY_NODE: &[Key] = &[
+    accepted("nodeName", "The node's name in Kubernetes.", Plain::Text(&[""])),
+    accepted("advertiseAddress", "Its addresses that others can reach.", Plain::Texts),
+];
+
+const PSK: &[Key] = &[
+    accepted("enable", "Whether nodes have to know the secret.", Plain::Bool(true)),
+    accepted("path", "Path of the file that holds it.", Plain::Text(&["/etc/edgemesh/psk"])),
+];
+
+const TUNNEL_LIMITS: &[Key] = &[
+    accepted("enable", "Whether streams are limited.", Plain::Bool(true)),
+    accepted("tunnelBaseStreamIn", "Streams from all nodes.", Plain::Whole(10240)),
+    accepted("tunnelBaseStreamOut", "Streams to all nodes.", Plain::Whole(10240)),
+    accepted("tunnelPeerBaseStreamIn", "Streams from one node.", Plain::Whole(1024)),
+    accepted("tunnelPeerBaseStreamOut", "Streams to one node.", Plain::Whole(1024)),
+];
+
+const METRICS: &[Key] = &[
+    accepted("enable", "Whether to serve them.", Plain::Bool(false)),
+    accepted("port", "Port to serve them on.", Plain::Whole(9999)),
+];
+
+const EDGE_CNI: &[Key] = &[
+    accepted("enable", "Whether to give pods addresses.", Plain::Bool(false)),
+    accepted("encapsulationIP", "Never read by EdgeMesh.", Plain::Text(&[""])),
+    accepted("tunMode", "Never read by EdgeMesh.", Plain::Whole(0)),
+    section("meshCIDRConfig", "The ranges of pod addresses.", MESH_CIDRS),
+];
+
+const MESH_CIDRS: &[Key] = &[
+    accepted("cloudCIDR", "Ranges of cloud nodes.", Plain::Texts),
+    accepted("edgeCIDR", "Ranges of edge nodes.", Plain::Texts),
+];

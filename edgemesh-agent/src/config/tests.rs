@@ -1,0 +1,270 @@
+use std::{fs, time::Duration};
+
+use proptest::prelude::*;
+use serde_json::Value;
+
+use super::{
+    keys::{Draft, KEYS, Key, Kind, Plain},
+    *,
+};
+
+mod edgemesh;
+mod fuzz;
+mod mistakes;
+
+/// A pod of the cluster, so that a file need not name a source.
+const POD: Environment = Environment { kubernetes_port: true, kubernetes_service_host: true };
+/// A process on some machine.
+const NOWHERE: Environment = Environment { kubernetes_port: false, kubernetes_service_host: false };
+
+fn parsed(text: &str) -> Result<Loaded, ConfigError> {
+    parse(text, "agent.yaml", Leniency::Strict, &POD)
+}
+
+fn accepted(text: &str) -> Loaded {
+    parsed(text).unwrap_or_else(|error| panic!("refused:\n{error}\nin:\n{text}"))
+}
+
+/// The lines of the refusal.
+fn refused(text: &str) -> Vec<String> {
+    match parsed(text) {
+        Ok(loaded) => panic!("accepted {loaded:?}\nin:\n{text}"),
+        Err(error) => error.to_string().lines().map(str::to_owned).collect(),
+    }
+}
+
+fn notes(loaded: &Loaded) -> Vec<String> {
+    loaded.notes.iter().map(Note::to_string).collect()
+}
+
+fn defaults() -> AgentConfig {
+    AgentConfig {
+        source: SourceConfig { kind: SourceKind::InCluster, qps: 100, burst: 200 },
+        common: CommonConfig::default(),
+        proxy: ProxyConfig::default(),
+    }
+}
+
+/// `a.b.c` and a value as nested YAML.
+fn nested(path: &str, value: &str) -> String {
+    let names: Vec<&str> = path.split('.').collect();
+    let mut text = String::new();
+    for (depth, name) in names.iter().enumerate() {
+        let end = if depth + 1 == names.len() { format!(" {value}") } else { String::new() };
+        text.push_str(&format!("{}{name}:{end}\n", "  ".repeat(depth)));
+    }
+    text
+}
+
+/// Every key of the table that holds a value, with its path.
+fn leaves() -> Vec<(String, &'static Key)> {
+    fn walk(keys: &'static [Key], path: &str, leaves: &mut Vec<(String, &'static Key)>) {
+        for key in keys {
+            let path = if path.is_empty() { key.name.to_owned() } else { format!("{path}.{}", key.name) };
+            match &key.kind {
+                Kind::Section(keys) => walk(keys, &path, leaves),
+                Kind::Header(_) | Kind::Used(_) | Kind::Accepted(_) => leaves.push((path, key)),
+            }
+        }
+    }
+    let mut leaves = Vec::new();
+    walk(KEYS, "", &mut leaves);
+    leaves
+}
+
+#[test]
+fn documents_the_defaults() {
+    let config = accepted("").config;
+    assert_eq!(config, defaults());
+    assert_eq!(config.common.bridge_device_name, "edgemesh0");
+    assert_eq!(config.common.bridge_device_ip.to_string(), "169.254.96.16");
+    assert_eq!(config.common.admin_address, Some("127.0.0.1:20008".parse().unwrap()));
+    assert_eq!(config.common.control_socket, Path::new("/run/edgemesh/agent.sock"));
+    assert!(!config.proxy.enable);
+    assert_eq!(config.proxy.filter, ServiceFilter::UnlabelledOnly);
+    assert_eq!(config.proxy.dataplane, DataplaneMode::Auto);
+    assert_eq!(config.proxy.ebpf.cgroup_root, None);
+    assert_eq!(config.proxy.ebpf.pin_directory, Path::new("/sys/fs/bpf/edgemesh"));
+    assert_eq!((config.proxy.ebpf.max_frontends, config.proxy.ebpf.max_backends), (20_000, 200_000));
+}
+
+#[test]
+fn takes_every_key_it_uses() {
+    let loaded = accepted(
+        "apiVersion: agent.edgemesh.config.kubeedge.io/v1alpha1
+kind: EdgeMeshAgent
+kubeAPIConfig:
+  master: https://[fd00::1]:6443
+  qps: 5
+  burst: 1e+06
+commonConfig:
+  bridgeDeviceName: mesh
+  bridgeDeviceIP: fd00::53
+  adminAddress: '[::1]:0'
+  controlSocket: /tmp/agent.sock
+modules:
+  edgeProxy:
+    enable: yes
+    serviceFilterMode: FilterIfLabelDoesNotExists
+    dataplane: ebpf
+    ebpf:
+      cgroupRoot: /sys/fs/cgroup/pods
+      pinDirectory: /sys/fs/bpf/x
+      maxFrontends: 7
+      maxBackends: 8
+",
+    );
+    assert_eq!(notes(&loaded), [""; 0]);
+    let kind = SourceKind::Kubeconfig { path: None, master: Some("https://[fd00::1]:6443".to_owned()) };
+    let expected = AgentConfig {
+        source: SourceConfig { kind, qps: 5, burst: 1_000_000 },
+        common: CommonConfig {
+            bridge_device_name: "mesh".to_owned(),
+            bridge_device_ip: "fd00::53".parse().unwrap(),
+            admin_address: Some("[::1]:0".parse().unwrap()),
+            control_socket: PathBuf::from("/tmp/agent.sock"),
+        },
+        proxy: ProxyConfig {
+            enable: true,
+            filter: ServiceFilter::LabelledOnly,
+            dataplane: DataplaneMode::Ebpf,
+            ebpf: EbpfConfig {
+                cgroup_root: Some(PathBuf::from("/sys/fs/cgroup/pods")),
+                pin_directory: PathBuf::from("/sys/fs/bpf/x"),
+                max_frontends: 7,
+                max_backends: 8,
+            },
+        },
+    };
+    assert_eq!(loaded.config, expected);
+}
+
+#[test]
+fn an_empty_text_switches_off_what_may_be_off() {
+    let config =
+        accepted("commonConfig: {adminAddress: ''}\nkubeAPIConfig: {kubeConfig: '', master: '', staticDirectory: ''}")
+            .config;
+    assert_eq!(config.common.admin_address, None);
+    assert_eq!(config.source.kind, SourceKind::InCluster);
+}
+
+#[test]
+fn prints_a_default_file_that_means_the_defaults() {
+    let text = default_yaml();
+    let loaded = accepted(&text);
+    assert_eq!(loaded.config, defaults());
+    assert_eq!(notes(&loaded), [""; 0]);
+    for (path, key) in leaves() {
+        let name = format!("{}: ", key.name);
+        let printed = text.lines().any(|line| line.trim_start().starts_with(&name));
+        match key.kind {
+            Kind::Used(_) | Kind::Header(_) => {
+                assert!(printed, "{path} is missing in:\n{text}");
+                assert!(text.contains(&format!("# {}\n", key.doc)), "{path} is undocumented in:\n{text}");
+            }
+            Kind::Accepted(_) | Kind::Section(_) => {}
+        }
+    }
+    assert!(!text.contains("edgeTunnel"), "a key without effect is printed as if it had one:\n{text}");
+}
+
+#[test]
+fn prints_a_minimal_file_that_enables_the_proxy_and_nothing_else() {
+    assert_eq!(
+        minimal_yaml(),
+        "apiVersion: agent.edgemesh.config.kubeedge.io/v1alpha1\nkind: EdgeMeshAgent\nmodules:\n  edgeProxy:\n    enable: true\n"
+    );
+    let mut expected = defaults();
+    expected.proxy.enable = true;
+    assert_eq!(accepted(&minimal_yaml()).config, expected);
+}
+
+#[test]
+fn the_schema_knows_every_key_and_no_other() {
+    let schema = schema();
+    for (path, key) in leaves() {
+        let pointer = format!("/properties/{}", path.replace('.', "/properties/"));
+        let member = schema.pointer(&pointer).unwrap_or_else(|| panic!("no {pointer} in the schema"));
+        let description = member["description"].as_str().unwrap();
+        assert!(description.starts_with(key.doc), "{path}: {description}");
+        let without_effect = description.contains("no effect in this version");
+        assert_eq!(without_effect, matches!(key.kind, Kind::Accepted(_)), "{path}: {description}");
+        // A default of the schema is one to the agent too.
+        if let Some(default) = member.get("default") {
+            let loaded = accepted(&nested(&path, &default.to_string()));
+            assert_eq!(loaded.config, defaults(), "{path}: {default}");
+            assert_eq!(notes(&loaded), [""; 0], "{path}: {default}");
+        }
+    }
+    assert_eq!(schema["additionalProperties"], Value::Bool(false));
+    assert_eq!(schema["properties"]["modules"]["properties"]["edgeProxy"]["additionalProperties"], Value::Bool(false));
+    assert_eq!(
+        schema.pointer("/properties/modules/properties/edgeProxy/properties/dataplane/enum"),
+        Some(&serde_json::json!(["auto", "ebpf", null]))
+    );
+}
+
+#[test]
+fn null_means_the_default_everywhere() {
+    for (path, _) in leaves() {
+        let loaded = accepted(&nested(&path, "null"));
+        assert_eq!(loaded.config, defaults(), "{path}");
+        assert_eq!(notes(&loaded), [""; 0], "{path}");
+    }
+    // EdgeMesh crashes on these.
+    for section in
+        ["kubeAPIConfig:", "kubeAPIConfig: {metaServer: ~}", "modules: {edgeProxy: NULL, edgeTunnel: {psk: }}"]
+    {
+        assert_eq!(accepted(section).config, defaults(), "{section}");
+    }
+}
+
+#[test]
+fn chooses_the_source() {
+    let directory = tempfile::tempdir().unwrap();
+    let file = directory.path().join("kubeconfig");
+    fs::write(&file, "").unwrap();
+    let file = file.to_str().unwrap();
+    let given = |path: Option<&str>, master: Option<&str>| SourceKind::Kubeconfig {
+        path: path.map(PathBuf::from),
+        master: master.map(str::to_owned),
+    };
+    let from_host = Environment { kubernetes_port: false, kubernetes_service_host: true };
+    let cases = [
+        ("{staticDirectory: /m}".to_owned(), POD, SourceKind::Static { directory: "/m".into() }),
+        ("{staticDirectory: /m}".to_owned(), NOWHERE, SourceKind::Static { directory: "/m".into() }),
+        (format!("{{kubeConfig: {file}}}"), POD, given(Some(file), None)),
+        (format!("{{kubeConfig: {file}}}"), NOWHERE, given(Some(file), None)),
+        ("{master: http://m:80}".to_owned(), NOWHERE, given(None, Some("http://m:80"))),
+        (format!("{{kubeConfig: {file}, master: http://m}}"), POD, given(Some(file), Some("http://m"))),
+        ("{}".to_owned(), POD, SourceKind::InCluster),
+        ("{}".to_owned(), from_host, SourceKind::InCluster),
+    ];
+    for (section, environment, expected) in cases {
+        let loaded = parse(&format!("kubeAPIConfig: {section}"), "f", Leniency::Strict, &environment);
+        assert_eq!(loaded.unwrap().config.source.kind, expected, "{section} in {environment:?}");
+    }
+}
+
+#[test]
+fn learns_of_its_place_from_the_variables() {
+    let of = |set: &[(&str, &str)]| {
+        Environment::of(|name| set.iter().find(|(key, _)| *key == name).map(|(_, value)| OsString::from(value)))
+    };
+    assert_eq!(of(&[]), NOWHERE);
+    assert_eq!(of(&[("KUBERNETES_PORT", "tcp://10.96.0.1:443"), ("KUBERNETES_SERVICE_HOST", "10.96.0.1")]), POD);
+    // EdgeMesh asks whether the first is there, whatever it holds; the second is needed as an address.
+    let empty = of(&[("KUBERNETES_PORT", ""), ("KUBERNETES_SERVICE_HOST", "")]);
+    assert_eq!(empty, Environment { kubernetes_port: true, kubernetes_service_host: false });
+}
+
+#[test]
+fn the_table_is_sound() {
+    let leaves = leaves();
+    for (path, key) in &leaves {
+        assert!(!key.doc.is_empty() && !key.doc.contains('\n') && key.doc.ends_with('.'), "{path}: {:?}", key.doc);
+        let same = leaves.iter().filter(|(other, _)| other.eq_ignore_ascii_case(path)).count();
+        assert_eq!(same, 1, "{path} is in the table more than once");
+    }
+    assert_eq!(Draft::default().common, CommonConfig::default());
+}

@@ -1,0 +1,270 @@
+//! From a node of the file to a typed value, or to a sentence on what is wrong with it.
+
+use std::{
+    borrow::Cow,
+    net::{IpAddr, SocketAddr},
+    path::{Path, PathBuf},
+};
+
+use hyper::Uri;
+
+use super::{
+    DataplaneMode, ServiceFilter,
+    document::{Node, Scalar, Value},
+    keys::{Draft, Plain, Slot},
+};
+
+/// `sun_path` of Linux holds 108 bytes, the last of them NUL.
+pub(super) const MAX_SOCKET_PATH: usize = 107;
+/// IFNAMSIZ less the NUL.
+pub(super) const MAX_INTERFACE: usize = 15;
+/// The modes that a file may ask for, as it spells them.
+pub(super) const FILTERS: [(&str, ServiceFilter); 2] = [
+    ("FilterIfLabelExists", ServiceFilter::UnlabelledOnly),
+    ("FilterIfLabelDoesNotExists", ServiceFilter::LabelledOnly),
+];
+/// The data planes that a file may ask for.
+pub(super) const DATAPLANES: [(&str, DataplaneMode); 2] =
+    [("auto", DataplaneMode::Auto), ("ebpf", DataplaneMode::Ebpf)];
+
+/// Why a value cannot be used.
+#[derive(Debug)]
+pub(super) struct Refusal {
+    /// What was given, or what is wrong with it.
+    pub(super) problem: String,
+    pub(super) expected: Cow<'static, str>,
+}
+
+/// Puts the value of a used key into its place; `Null` leaves the default.
+pub(super) fn store(node: &Node, slot: &Slot, draft: &mut Draft) -> Result<(), Refusal> {
+    if matches!(node.value, Value::Null) {
+        return Ok(());
+    }
+    match slot {
+        Slot::Bool(at) => *at(draft) = truth(node).ok_or_else(|| given(node, "true or false"))?,
+        Slot::Count(at) => *at(draft) = count(node)?,
+        Slot::Interface(at) => *at(draft) = interface(node)?,
+        Slot::Ip(at) => *at(draft) = ip(node)?,
+        Slot::Listen(at) => *at(draft) = listen(node)?,
+        Slot::Path(at) => *at(draft) = path(text(node, PATH)?, PATH)?,
+        Slot::UnixSocket(at) => *at(draft) = unix_socket(node)?,
+        Slot::OptionalPath(at) => {
+            let text = text(node, OPTIONAL_PATH)?;
+            *at(draft) = if text.is_empty() { None } else { Some(path(text, OPTIONAL_PATH)?) };
+        }
+        Slot::Url(at) => *at(draft) = url(node)?,
+        Slot::Filter(at) => *at(draft) = filter(node)?,
+        Slot::Dataplane(at) => *at(draft) = dataplane(node)?,
+    }
+    Ok(())
+}
+
+/// Whether the value of a key without effect asks for anything but EdgeMesh's default. Its text is never in the
+/// refusal: among these keys are those that stand beside secrets.
+pub(super) fn differs(node: &Node, plain: &Plain) -> Result<bool, Refusal> {
+    let refuse = |expected: Cow<'static, str>| Refusal { problem: format!("given {}", type_of(node)), expected };
+    if matches!(node.value, Value::Null) {
+        return Ok(false);
+    }
+    match plain {
+        Plain::Bool(default) => truth(node).map(|v| v != *default).ok_or_else(|| refuse("true or false".into())),
+        Plain::Whole(default) => whole(node).map(|v| v != *default).ok_or_else(|| refuse("a whole number".into())),
+        Plain::Number(default) => number(node).map(|v| v != *default).ok_or_else(|| refuse("a number".into())),
+        Plain::Text(defaults) => words(node).map(|v| !defaults.contains(&v)).ok_or_else(|| refuse("a text".into())),
+        Plain::Choice(choices) => match words(node).filter(|v| choices.contains(v)) {
+            Some(word) => Ok(choices.first() != Some(&word)),
+            None => Err(refuse(one_of(choices.iter().copied()))),
+        },
+        Plain::Texts => match &node.value {
+            Value::List(items) if items.iter().all(|item| words(item).is_some()) => Ok(!items.is_empty()),
+            Value::List(_) => {
+                Err(Refusal { problem: "given something else in the list".to_owned(), expected: "texts alone".into() })
+            }
+            Value::Null | Value::Scalar(_) | Value::Map(_) => Err(refuse("a list of texts".into())),
+        },
+        Plain::Items(_) => match &node.value {
+            Value::List(items) => Ok(!items.is_empty()),
+            Value::Null | Value::Scalar(_) | Value::Map(_) => Err(refuse("a list of mappings".into())),
+        },
+        Plain::Opaque => Ok(false),
+    }
+}
+
+/// A node's type, in words that hold nothing of its content.
+pub(super) fn type_of(node: &Node) -> &'static str {
+    match &node.value {
+        Value::Null => "nothing",
+        Value::List(_) => "a list",
+        Value::Map(_) => "a mapping",
+        Value::Scalar(scalar) if scalar.quoted => "a text in quotes",
+        Value::Scalar(_) if truth(node).is_some() => "a truth value",
+        Value::Scalar(_) if number(node).is_some() => "a number",
+        Value::Scalar(_) => "a text",
+    }
+}
+
+/// A text for a message: on one line, without control characters, and not too long.
+pub(super) fn quote(text: &str) -> String {
+    const SHOWN: usize = 64;
+    let shown: String = text.chars().take(SHOWN).collect();
+    let rest = if text.chars().nth(SHOWN).is_some() { "..." } else { "" };
+    format!("\"{}{rest}\"", shown.escape_debug())
+}
+
+const PATH: &str = "an absolute path";
+const OPTIONAL_PATH: &str = "an absolute path, or \"\"";
+const LISTEN: &str = "IP:PORT such as 127.0.0.1:20008 or [::1]:20008, or \"\" for none";
+const INTERFACE: &str = "a device name of 1 to 15 bytes without '/', ':', '%' or white space";
+const URL: &str = "an http:// or https:// URL such as https://10.0.0.1:6443, without user and query, or \"\"";
+
+fn given(node: &Node, expected: &'static str) -> Refusal {
+    let problem = match &node.value {
+        Value::Scalar(scalar) => format!("given {} {}", type_of(node), quote(&scalar.text)),
+        Value::Null | Value::List(_) | Value::Map(_) => format!("given {}", type_of(node)),
+    };
+    Refusal { problem, expected: expected.into() }
+}
+
+fn wrong(text: &str, expected: &'static str) -> Refusal {
+    Refusal { problem: format!("given {}", quote(text)), expected: expected.into() }
+}
+
+fn one_of<'a>(choices: impl Iterator<Item = &'a str>) -> Cow<'static, str> {
+    choices.collect::<Vec<_>>().join(" or ").into()
+}
+
+fn plain(node: &Node) -> Option<&str> {
+    match &node.value {
+        Value::Scalar(Scalar { text, quoted: false }) => Some(text),
+        Value::Scalar(_) | Value::Null | Value::List(_) | Value::Map(_) => None,
+    }
+}
+
+/// The truth values of YAML 1.1, which EdgeMesh's YAML library reads.
+fn truth(node: &Node) -> Option<bool> {
+    match plain(node)? {
+        "true" | "True" | "TRUE" | "yes" | "Yes" | "YES" | "on" | "On" | "ON" | "y" | "Y" => Some(true),
+        "false" | "False" | "FALSE" | "no" | "No" | "NO" | "off" | "Off" | "OFF" | "n" | "N" => Some(false),
+        _ => None,
+    }
+}
+
+/// Text, in quotes or not. A number may be meant as text (a node may be named 7); a truth value hardly ever.
+fn words(node: &Node) -> Option<&str> {
+    match &node.value {
+        Value::Scalar(scalar) if truth(node).is_none() => Some(&scalar.text),
+        Value::Scalar(_) | Value::Null | Value::List(_) | Value::Map(_) => None,
+    }
+}
+
+fn text<'a>(node: &'a Node, expected: &'static str) -> Result<&'a str, Refusal> {
+    words(node).ok_or_else(|| given(node, expected))
+}
+
+/// A number, also with a fraction or an exponent, as Helm prints large ones (`1e+06`).
+fn number(node: &Node) -> Option<f64> {
+    let text = plain(node)?;
+    // Rust would also read "inf", "nan" and their like.
+    text.bytes().all(|b| b.is_ascii_digit() || b"+-.eE".contains(&b)).then(|| text.parse().ok())?
+}
+
+/// A whole number. A leading zero is octal to EdgeMesh's library and nothing to YAML 1.2, so it is refused.
+fn whole(node: &Node) -> Option<i64> {
+    let text = plain(node)?;
+    let digits = text.trim_start_matches(['+', '-']);
+    if digits.len() > 1 && digits.starts_with('0') && digits.bytes().all(|b| b.is_ascii_digit()) {
+        return None;
+    }
+    text.parse().ok().or_else(|| {
+        // Up to here a double holds every whole number.
+        let number = number(node).filter(|v| v.fract() == 0.0 && v.abs() <= 9_007_199_254_740_992.0)?;
+        Some(number as i64)
+    })
+}
+
+fn count(node: &Node) -> Result<u32, Refusal> {
+    whole(node)
+        .and_then(|v| u32::try_from(v).ok())
+        .filter(|v| *v > 0)
+        .ok_or_else(|| given(node, "a whole number from 1 to 4294967295"))
+}
+
+/// What `dev_valid_name` of the kernel takes, less '%', which the kernel would replace by a number.
+fn interface(node: &Node) -> Result<String, Refusal> {
+    let name = text(node, INTERFACE)?;
+    let fits = (1..=MAX_INTERFACE).contains(&name.len()) && name != "." && name != "..";
+    if fits && !name.contains(|c: char| matches!(c, '/' | ':' | '%') || c.is_whitespace() || c.is_control()) {
+        Ok(name.to_owned())
+    } else {
+        Err(wrong(name, INTERFACE))
+    }
+}
+
+fn ip(node: &Node) -> Result<IpAddr, Refusal> {
+    const EXPECTED: &str = "an IP address such as 169.254.96.16";
+    let text = text(node, EXPECTED)?;
+    let ip: IpAddr = text.parse().map_err(|_| wrong(text, EXPECTED))?;
+    let broadcast = matches!(ip, IpAddr::V4(v4) if v4.is_broadcast());
+    if ip.is_unspecified() || ip.is_multicast() || broadcast {
+        return Err(wrong(text, "the address of one host"));
+    }
+    Ok(ip)
+}
+
+fn listen(node: &Node) -> Result<Option<SocketAddr>, Refusal> {
+    match text(node, LISTEN)? {
+        "" => Ok(None),
+        text => text.parse().map(Some).map_err(|_| wrong(text, LISTEN)),
+    }
+}
+
+fn path(text: &str, expected: &'static str) -> Result<PathBuf, Refusal> {
+    if Path::new(text).is_absolute() && !text.contains(char::is_control) {
+        Ok(PathBuf::from(text))
+    } else {
+        Err(wrong(text, expected))
+    }
+}
+
+fn unix_socket(node: &Node) -> Result<PathBuf, Refusal> {
+    const EXPECTED: &str = "an absolute path of at most 107 bytes that does not end in '/'";
+    let text = text(node, EXPECTED)?;
+    if text.len() > MAX_SOCKET_PATH || text.ends_with('/') {
+        return Err(wrong(text, EXPECTED));
+    }
+    path(text, EXPECTED)
+}
+
+fn url(node: &Node) -> Result<Option<String>, Refusal> {
+    let text = text(node, URL)?;
+    if text.is_empty() {
+        return Ok(None);
+    }
+    let sound = text.parse::<Uri>().is_ok_and(|uri| {
+        matches!(uri.scheme_str(), Some("http" | "https")) && uri.host().is_some_and(|host| !host.is_empty())
+    });
+    // A password or a token stands before an @ or in a query, and must not reach the log.
+    match (sound, text.contains(['@', '?'])) {
+        (true, false) => Ok(Some(text.to_owned())),
+        (false, false) => Err(wrong(text, URL)),
+        (_, true) => Err(Refusal { problem: "given a URL with a user or a query".to_owned(), expected: URL.into() }),
+    }
+}
+
+fn filter(node: &Node) -> Result<ServiceFilter, Refusal> {
+    const EXPECTED: &str = "FilterIfLabelExists or FilterIfLabelDoesNotExists";
+    let word = text(node, EXPECTED)?;
+    // EdgeMesh's spelling, and the one a user would take for right.
+    let word = if word == "FilterIfLabelDoesNotExist" { "FilterIfLabelDoesNotExists" } else { word };
+    FILTERS.iter().find(|(name, _)| *name == word).map(|(_, mode)| *mode).ok_or_else(|| wrong(word, EXPECTED))
+}
+
+fn dataplane(node: &Node) -> Result<DataplaneMode, Refusal> {
+    const EXPECTED: &str = "auto or ebpf";
+    let word = text(node, EXPECTED)?;
+    if word == "iptables" {
+        let problem = "the iptables data plane is not in this version".to_owned();
+        return Err(Refusal { problem, expected: EXPECTED.into() });
+    }
+    DATAPLANES.iter().find(|(name, _)| *name == word).map(|(_, mode)| *mode).ok_or_else(|| wrong(word, EXPECTED))
+}

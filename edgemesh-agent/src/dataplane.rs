@@ -1,0 +1,66 @@
+//! Making the kernel translate: a [`Dataplane`] on a thread of its own, fed with tables.
+
+pub mod ebpf;
+mod run;
+
+use std::{net::SocketAddr, time::Instant};
+
+pub use run::{Handle, spawn};
+
+use crate::model::{Change, FrontendAddr, ServiceTable};
+
+/// Makes the kernel send traffic for Service addresses to backends.
+///
+/// All methods block (system calls, child processes); [`spawn`] gives an implementation its own thread.
+pub trait Dataplane: Send {
+    /// What `status` calls it.
+    fn name(&self) -> &'static str;
+
+    /// Brings the kernel from whatever it holds to `table`, which must be complete. Called first, and after any error.
+    ///
+    /// # Errors
+    ///
+    /// What could not be done; everything else has been.
+    fn replace(&mut self, table: &ServiceTable, now: Instant) -> Result<(), Error>;
+
+    /// Applies what changed since the last table.
+    ///
+    /// # Errors
+    ///
+    /// What could not be done; the caller goes back to [`Dataplane::replace`].
+    fn apply(&mut self, changes: &[Change<'_>], now: Instant) -> Result<(), Error>;
+
+    /// Does what was put off, such as dropping sets that a running program may still have been reading.
+    fn maintain(&mut self, now: Instant);
+
+    /// The counters of everything that counted since it was made.
+    ///
+    /// # Errors
+    ///
+    /// The kernel refuses to be read.
+    fn counters(&mut self) -> Result<Vec<Count>, Error>;
+}
+
+/// The counters of one (frontend, backend).
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+pub struct Count {
+    pub frontend: FrontendAddr,
+    /// None counts calls that reached no backend.
+    pub backend: Option<SocketAddr>,
+    pub connects: u64,
+    pub datagrams: u64,
+    pub refused: u64,
+}
+
+/// What a data plane could not do.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// Some entries found no room; all others are in force.
+    #[error(
+        "{missing} entries found no room in {map}, which holds {capacity}; raise modules.edgeProxy.ebpf.{key} and restart after `edgemesh-agent cleanup`"
+    )]
+    Full { map: &'static str, key: &'static str, capacity: u32, missing: usize },
+    /// A system call failed.
+    #[error("cannot {attempt}: {error}")]
+    Kernel { attempt: String, error: String },
+}

@@ -1,0 +1,419 @@
+//! The eBPF data plane: keeps the maps in step with the tables.
+//!
+//! An update never shows a half-written set: up to eight backends are swapped with their frontend in one map update,
+//! a larger set is written under a new generation first and then switched to, and the old generation is dropped once no
+//! running program can hold it.
+
+mod adopt;
+mod log;
+mod mounts;
+mod open;
+mod remove;
+mod sys;
+
+use std::{
+    collections::{BTreeMap, BTreeSet, HashMap, VecDeque},
+    net::{IpAddr, SocketAddr},
+    path::Path,
+    time::{Duration, Instant, SystemTime, UNIX_EPOCH},
+};
+
+use aya::maps::MapError;
+use edgemesh_common::{
+    Addr,
+    layout::{Backend, BackendKey, CounterKey, Counters, Frontend, FrontendKey, INLINE_BACKENDS, TCP, UDP},
+};
+use tracing::warn;
+
+pub use open::OpenError;
+pub use remove::remove_all;
+
+/// Whether this build has the eBPF programs in it.
+pub fn is_built_in() -> bool {
+    open::OBJECT.is_some()
+}
+
+use super::{Count, Dataplane, Error};
+use crate::{
+    config::EbpfConfig,
+    model::{Change, FrontendAddr, Protocol, ServiceTable},
+};
+
+/// How long an abandoned set stays in its map. A program runs for microseconds; a second is far beyond the longest.
+const GRACE: Duration = Duration::from_secs(1);
+
+/// The programs, attached, and their maps.
+pub struct Ebpf {
+    opened: open::Opened,
+    /// What the maps hold, as far as updates need to know.
+    installed: HashMap<FrontendKey, Installed>,
+    /// How many frontends each address in `SERVICE_ADDRS` has.
+    addrs: HashMap<Addr, usize>,
+    /// The key of each service id in use.
+    services: HashMap<u32, FrontendKey>,
+    last_service: u32,
+    /// The first generation of new frontends: differs from run to run, so that a socket's memory of a frontend that
+    /// was removed does not fit one that came in its place.
+    first_generation: u32,
+    /// What to delete, and from when on; in order of time.
+    abandoned: VecDeque<(Instant, Abandoned)>,
+    max_frontends: u32,
+    max_backends: u32,
+}
+
+#[derive(Debug, Default)]
+struct Installed {
+    service: u32,
+    generation: u32,
+    backends: Vec<Backend>,
+    /// The highest [`Backend::id`] given out so far.
+    last_backend: u32,
+}
+
+/// An entry that nothing refers to any more.
+#[derive(Debug)]
+enum Abandoned {
+    Set {
+        service: u32,
+        generation: u32,
+        count: u32,
+    },
+    Counter(CounterKey),
+    /// The id may be given out again only when nothing keyed by it is left.
+    Service(u32),
+}
+
+impl Ebpf {
+    /// Loads and attaches the programs, adopting maps and links that an earlier agent left.
+    ///
+    /// From here on translation is in force: by the adopted maps, or by empty ones, which leave all traffic alone.
+    ///
+    /// # Errors
+    ///
+    /// See [`OpenError`].
+    pub fn open(config: &EbpfConfig) -> Result<Self, OpenError> {
+        let opened = open::open(config)?;
+        let mut this = Self {
+            opened,
+            installed: HashMap::new(),
+            addrs: HashMap::new(),
+            services: HashMap::new(),
+            last_service: 0,
+            first_generation: SystemTime::now().duration_since(UNIX_EPOCH).map_or(1, |d| d.as_secs() as u32),
+            abandoned: VecDeque::new(),
+            max_frontends: config.max_frontends,
+            max_backends: config.max_backends,
+        };
+        this.adopt()?;
+        Ok(this)
+    }
+
+    /// The cgroup directory whose processes are served.
+    pub fn cgroup(&self) -> &Path {
+        &self.opened.cgroup
+    }
+
+    /// How many frontends an earlier agent left in force.
+    pub fn adopted(&self) -> usize {
+        if self.opened.adopted_links == 0 { 0 } else { self.installed.len() }
+    }
+
+    /// Puts `wanted` in force and takes `unwanted` away; goes on after errors and returns the first.
+    fn sync(
+        &mut self,
+        wanted: BTreeMap<FrontendKey, &[SocketAddr]>,
+        unwanted: BTreeSet<FrontendKey>,
+        now: Instant,
+    ) -> Result<(), Error> {
+        let mut failures = Failures::default();
+        for (key, backends) in &wanted {
+            if let Err(error) = self.put(*key, backends, now) {
+                failures.add(error);
+            }
+        }
+        for key in unwanted.iter().filter(|key| !wanted.contains_key(key)) {
+            if let Err(error) = self.take(key, now) {
+                failures.add(error);
+            }
+        }
+        failures.into_result()
+    }
+
+    fn put(&mut self, key: FrontendKey, backends: &[SocketAddr], now: Instant) -> Result<(), Error> {
+        let old = self.installed.get(&key);
+        if let Some(old) = old
+            && old.backends.len() == backends.len()
+            && old.backends.iter().zip(backends).all(|(have, want)| same(have, want))
+        {
+            return Ok(());
+        }
+        let (service, generation) = match old {
+            Some(old) => (old.service, old.generation.wrapping_add(1)),
+            None => (self.free_service(), self.first_generation),
+        };
+        let (backends, last_backend) = with_ids(self.installed.get(&key), backends);
+        let count = backends.len() as u32;
+        let mut value = Frontend { generation, service, count, generation_check: generation, ..Frontend::default() };
+        if backends.len() <= INLINE_BACKENDS {
+            value.inline[..backends.len()].copy_from_slice(&backends);
+        } else {
+            for (index, backend) in (0u32..).zip(&backends) {
+                let place = BackendKey { service, generation, index };
+                if let Err(error) = self.opened.backends.insert(place, backend, 0) {
+                    // The frontend stays at its old set; the part of the new one that was written is dropped.
+                    self.abandon(now, Abandoned::Set { service, generation, count: index });
+                    return Err(self.backends_error(&error, count - index));
+                }
+            }
+        }
+        if let Err(error) = self.opened.frontends.insert(key, value, 0) {
+            if backends.len() > INLINE_BACKENDS {
+                self.abandon(now, Abandoned::Set { service, generation, count });
+            }
+            return Err(self.frontends_error(&error, &key));
+        }
+
+        // The new set is in force; the rest is book-keeping.
+        let old = self.installed.insert(key, Installed { service, generation, backends, last_backend });
+        match old {
+            None => {
+                self.services.insert(service, key);
+                let frontends = self.addrs.entry(key.addr).or_insert(0);
+                *frontends += 1;
+                if *frontends == 1
+                    && let Err(error) = self.opened.service_addrs.insert(key.addr, 1, 0)
+                {
+                    return Err(self.frontends_error(&error, &key));
+                }
+            }
+            Some(old) => self.abandon_old(key, &old, now),
+        }
+        Ok(())
+    }
+
+    /// Drops what a replaced set leaves behind: its places, and the counters of backends that are gone.
+    fn abandon_old(&mut self, key: FrontendKey, old: &Installed, now: Instant) {
+        if old.backends.len() > INLINE_BACKENDS {
+            let count = old.backends.len() as u32;
+            self.abandon(now, Abandoned::Set { service: old.service, generation: old.generation, count });
+        }
+        let kept: BTreeSet<u32> =
+            self.installed.get(&key).into_iter().flat_map(|new| &new.backends).map(|backend| backend.id).collect();
+        for backend in old.backends.iter().filter(|backend| !kept.contains(&backend.id)) {
+            self.abandon(now, Abandoned::Counter(CounterKey { service: old.service, backend: backend.id }));
+        }
+    }
+
+    fn take(&mut self, key: &FrontendKey, now: Instant) -> Result<(), Error> {
+        let Some(old) = self.installed.remove(key) else { return Ok(()) };
+        let removed = absent_is_fine(self.opened.frontends.remove(key));
+        if let Some(frontends) = self.addrs.get_mut(&key.addr) {
+            *frontends -= 1;
+            if *frontends == 0 {
+                self.addrs.remove(&key.addr);
+                absent_is_fine(self.opened.service_addrs.remove(&key.addr))
+                    .map_err(|error| kernel("remove a Service address", &error))?;
+            }
+        }
+        self.abandon_old(*key, &old, now);
+        self.abandon(now, Abandoned::Counter(CounterKey { service: old.service, backend: 0 }));
+        self.abandon(now, Abandoned::Service(old.service));
+        removed.map_err(|error| kernel(&format!("remove the frontend {}", addr_of(key)), &error))
+    }
+
+    fn abandon(&mut self, now: Instant, what: Abandoned) {
+        self.abandoned.push_back((now + GRACE, what));
+    }
+
+    /// An id that no map entry carries.
+    fn free_service(&mut self) -> u32 {
+        loop {
+            self.last_service = self.last_service.wrapping_add(1);
+            if self.last_service != 0 && !self.services.contains_key(&self.last_service) {
+                return self.last_service;
+            }
+        }
+    }
+
+    fn frontends_error(&self, error: &MapError, key: &FrontendKey) -> Error {
+        if is_full(error) {
+            let capacity = self.max_frontends;
+            return Error::Full { map: "FRONTENDS", key: "maxFrontends", capacity, missing: 1 };
+        }
+        kernel(&format!("write the frontend {}", addr_of(key)), error)
+    }
+
+    fn backends_error(&self, error: &MapError, missing: u32) -> Error {
+        if is_full(error) {
+            let capacity = self.max_backends;
+            return Error::Full { map: "BACKENDS", key: "maxBackends", capacity, missing: missing as usize };
+        }
+        kernel("write a backend", error)
+    }
+}
+
+impl Dataplane for Ebpf {
+    fn name(&self) -> &'static str {
+        "ebpf"
+    }
+
+    fn replace(&mut self, table: &ServiceTable, now: Instant) -> Result<(), Error> {
+        let mut wanted = BTreeMap::new();
+        for frontend in table.services.iter().flat_map(|entry| &entry.frontends) {
+            wanted.extend(key_of(&frontend.at).map(|key| (key, &frontend.backends[..])));
+        }
+        let unwanted = self.installed.keys().copied().collect();
+        self.sync(wanted, unwanted, now)
+    }
+
+    fn apply(&mut self, changes: &[Change<'_>], now: Instant) -> Result<(), Error> {
+        let (mut wanted, mut unwanted) = (BTreeMap::new(), BTreeSet::new());
+        for change in changes {
+            let (old, new) = match change {
+                Change::Added(new) => (None, Some(new)),
+                Change::Removed(old) => (Some(old), None),
+                Change::Changed { old, new } => (Some(old), Some(new)),
+            };
+            unwanted.extend(old.into_iter().flat_map(|e| &e.frontends).filter_map(|f| key_of(&f.at)));
+            for frontend in new.into_iter().flat_map(|entry| &entry.frontends) {
+                wanted.extend(key_of(&frontend.at).map(|key| (key, &frontend.backends[..])));
+            }
+        }
+        self.sync(wanted, unwanted, now)
+    }
+
+    fn maintain(&mut self, now: Instant) {
+        while self.abandoned.front().is_some_and(|(due, _)| *due <= now) {
+            let Some((_, what)) = self.abandoned.pop_front() else { return };
+            match what {
+                Abandoned::Set { service, generation, count } => {
+                    for index in 0..count {
+                        let place = BackendKey { service, generation, index };
+                        if let Err(error) = absent_is_fine(self.opened.backends.remove(&place)) {
+                            warn!("cannot drop an abandoned backend: {error}");
+                        }
+                    }
+                }
+                Abandoned::Counter(key) => {
+                    if let Err(error) = absent_is_fine(self.opened.counters.remove(&key)) {
+                        warn!("cannot drop abandoned counters: {error}");
+                    }
+                }
+                Abandoned::Service(service) => {
+                    self.services.remove(&service);
+                }
+            }
+        }
+    }
+
+    fn counters(&mut self) -> Result<Vec<Count>, Error> {
+        let mut counts = Vec::new();
+        for item in self.opened.counters.iter() {
+            let (key, values) = item.map_err(|error| kernel("read the counters", &error))?;
+            let Some(frontend) = self.services.get(&key.service) else { continue };
+            let Some(installed) = self.installed.get(frontend) else { continue };
+            let backend = installed.backends.iter().find(|backend| backend.id == key.backend).map(socket_addr);
+            if key.backend != 0 && backend.is_none() {
+                continue;
+            }
+            let sum = values.iter().fold(Counters::default(), |sum, cpu| Counters {
+                connects: sum.connects + cpu.connects,
+                datagrams: sum.datagrams + cpu.datagrams,
+                refused: sum.refused + cpu.refused,
+            });
+            counts.push(Count {
+                frontend: addr_of(frontend),
+                backend,
+                connects: sum.connects,
+                datagrams: sum.datagrams,
+                refused: sum.refused,
+            });
+        }
+        Ok(counts)
+    }
+}
+
+/// Keeps the ids of backends that stay and gives new ones to the others; returns the highest id, too.
+///
+/// Ids count up for as long as the frontend is there, so that counters about to be dropped are never a new backend's.
+fn with_ids(old: Option<&Installed>, wanted: &[SocketAddr]) -> (Vec<Backend>, u32) {
+    let (known, mut last): (&[Backend], u32) = old.map_or((&[], 0), |old| (&old.backends, old.last_backend));
+    let known: HashMap<(Addr, [u8; 2]), u32> = known.iter().map(|b| ((b.addr, b.port), b.id)).collect();
+    let backends = wanted
+        .iter()
+        .map(|at| {
+            let (addr, port) = (Addr::from(at.ip()), at.port().to_be_bytes());
+            let id = known.get(&(addr, port)).copied().unwrap_or_else(|| {
+                last += 1;
+                last
+            });
+            Backend { addr, port, pad: 0, id }
+        })
+        .collect();
+    (backends, last)
+}
+
+fn same(have: &Backend, want: &SocketAddr) -> bool {
+    have.addr == Addr::from(want.ip()) && have.port == want.port().to_be_bytes()
+}
+
+fn key_of(at: &FrontendAddr) -> Option<FrontendKey> {
+    let proto = match at.protocol {
+        Protocol::Tcp => TCP,
+        Protocol::Udp => UDP,
+        Protocol::Sctp => return None,
+    };
+    Some(FrontendKey::new(at.addr.ip().into(), at.addr.port().to_be_bytes(), proto))
+}
+
+fn addr_of(key: &FrontendKey) -> FrontendAddr {
+    let protocol = if key.proto == TCP { Protocol::Tcp } else { Protocol::Udp };
+    FrontendAddr { addr: SocketAddr::new(IpAddr::from(key.addr), u16::from_be_bytes(key.port)), protocol }
+}
+
+fn socket_addr(backend: &Backend) -> SocketAddr {
+    SocketAddr::new(IpAddr::from(backend.addr), u16::from_be_bytes(backend.port))
+}
+
+fn absent_is_fine(result: Result<(), MapError>) -> Result<(), MapError> {
+    match result {
+        Err(MapError::KeyNotFound | MapError::ElementNotFound) => Ok(()),
+        Err(MapError::SyscallError(error)) if error.io_error.raw_os_error() == Some(libc::ENOENT) => Ok(()),
+        other => other,
+    }
+}
+
+fn is_full(error: &MapError) -> bool {
+    matches!(error, MapError::SyscallError(error) if error.io_error.raw_os_error() == Some(libc::E2BIG))
+}
+
+fn kernel(attempt: &str, error: &MapError) -> Error {
+    let error = if let MapError::SyscallError(error) = error { error.io_error.to_string() } else { error.to_string() };
+    Error::Kernel { attempt: attempt.to_owned(), error }
+}
+
+/// Many failures as one error: lack of room is added up, anything else is told first.
+#[derive(Default)]
+struct Failures {
+    full: Option<Error>,
+    kernel: Option<Error>,
+}
+
+impl Failures {
+    fn add(&mut self, error: Error) {
+        match (error, &mut self.full) {
+            (Error::Full { missing: more, .. }, Some(Error::Full { missing, .. })) => *missing += more,
+            (error @ Error::Full { .. }, full) => *full = Some(error),
+            (error @ Error::Kernel { .. }, _) => {
+                self.kernel.get_or_insert(error);
+            }
+        }
+    }
+
+    fn into_result(self) -> Result<(), Error> {
+        match self.kernel.or(self.full) {
+            Some(error) => Err(error),
+            None => Ok(()),
+        }
+    }
+}

@@ -1,0 +1,93 @@
+//! Taking over the maps of an earlier agent: learn what is in force, drop what it had no time to drop.
+
+use std::collections::BTreeSet;
+
+use aya::maps::MapError;
+use edgemesh_common::layout::{Backend, BackendKey, Frontend, FrontendKey, INLINE_BACKENDS};
+
+use super::{Ebpf, Installed, OpenError, absent_is_fine};
+
+impl Ebpf {
+    /// Fills the book-keeping from the maps, so that the first table only changes what differs.
+    pub(super) fn adopt(&mut self) -> Result<(), OpenError> {
+        let found: Vec<(FrontendKey, Frontend)> =
+            self.opened.frontends.iter().collect::<Result<_, _>>().map_err(|error| map_error("FRONTENDS", &error))?;
+        for (key, value) in found {
+            let backends = self.backends_of(&value)?;
+            self.last_service = self.last_service.max(value.service);
+            self.services.insert(value.service, key);
+            *self.addrs.entry(key.addr).or_insert(0) += 1;
+            let last_backend = backends.iter().map(|backend| backend.id).max().unwrap_or(0);
+            self.installed.insert(
+                key,
+                Installed { service: value.service, generation: value.generation, backends, last_backend },
+            );
+        }
+        self.sweep()
+    }
+
+    /// A set too large for its frontend and with a place missing comes back shorter, so that the first table writes it
+    /// anew.
+    fn backends_of(&self, frontend: &Frontend) -> Result<Vec<Backend>, OpenError> {
+        let count = frontend.count as usize;
+        if count <= INLINE_BACKENDS {
+            return Ok(frontend.inline[..count].to_vec());
+        }
+        let mut backends = Vec::with_capacity(count);
+        for index in 0..frontend.count {
+            let place = BackendKey { service: frontend.service, generation: frontend.generation, index };
+            match self.opened.backends.get(&place, 0) {
+                Ok(backend) => backends.push(backend),
+                Err(MapError::KeyNotFound) => {}
+                Err(error) => return Err(map_error("BACKENDS", &error)),
+            }
+        }
+        Ok(backends)
+    }
+
+    /// Deletes entries that nothing refers to.
+    fn sweep(&mut self) -> Result<(), OpenError> {
+        let sets: BTreeSet<(u32, u32)> = self.installed.values().map(|i| (i.service, i.generation)).collect();
+        let stale: Vec<BackendKey> =
+            keys(self.opened.backends.keys(), "BACKENDS", |place| !sets.contains(&(place.service, place.generation)))?;
+        for place in stale {
+            absent_is_fine(self.opened.backends.remove(&place)).map_err(|error| map_error("BACKENDS", &error))?;
+        }
+
+        let counted: BTreeSet<(u32, u32)> = self
+            .installed
+            .values()
+            .flat_map(|i| i.backends.iter().map(|b| (i.service, b.id)).chain([(i.service, 0)]))
+            .collect();
+        let stale = keys(self.opened.counters.keys(), "COUNTERS", |key| {
+            key.service != 0 && !counted.contains(&(key.service, key.backend))
+        })?;
+        for key in stale {
+            absent_is_fine(self.opened.counters.remove(&key)).map_err(|error| map_error("COUNTERS", &error))?;
+        }
+
+        let stale = keys(self.opened.service_addrs.keys(), "SERVICE_ADDRS", |addr| !self.addrs.contains_key(addr))?;
+        for addr in stale {
+            absent_is_fine(self.opened.service_addrs.remove(&addr))
+                .map_err(|error| map_error("SERVICE_ADDRS", &error))?;
+        }
+        // An agent killed between two writes may have left a frontend whose address is not known yet.
+        for addr in self.addrs.keys() {
+            self.opened.service_addrs.insert(addr, 1, 0).map_err(|error| map_error("SERVICE_ADDRS", &error))?;
+        }
+        Ok(())
+    }
+}
+
+fn keys<K>(
+    all: impl Iterator<Item = Result<K, MapError>>,
+    name: &'static str,
+    stale: impl Fn(&K) -> bool,
+) -> Result<Vec<K>, OpenError> {
+    let picked = all.filter(|key| key.as_ref().map_or(true, &stale)).collect::<Result<_, _>>();
+    picked.map_err(|error| map_error(name, &error))
+}
+
+fn map_error(name: &'static str, error: &MapError) -> OpenError {
+    OpenError::Map { name, error: error.to_string() }
+}

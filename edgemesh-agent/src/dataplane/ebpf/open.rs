@@ -1,0 +1,256 @@
+//! Bringing the programs up: load, adopt what an earlier agent pinned, attach or update in place.
+
+use std::{
+    fs, io,
+    os::fd::{AsFd, BorrowedFd, OwnedFd},
+    path::{Path, PathBuf},
+};
+
+use aya::{
+    Ebpf as Object, EbpfError, EbpfLoader,
+    maps::{HashMap, MapData, MapError, PerCpuHashMap},
+    programs::{CgroupSockAddr, CgroupSockAddrAttachType as Hook, ProgramError, ProgramType},
+    sys::{BpfHelper, is_helper_supported},
+};
+use edgemesh_common::{
+    Addr,
+    layout::{self, Backend, BackendKey, CounterKey, Counters, Frontend, FrontendKey},
+};
+use tracing::{debug, info};
+
+use super::{mounts, sys};
+use crate::config::EbpfConfig;
+
+/// The compiled eBPF object, absent from builds made before `cargo xtask build-ebpf`.
+#[cfg(bpf_object)]
+pub(super) const OBJECT: Option<&[u8]> = Some(aya::include_bytes_aligned!(env!("EDGEMESH_BPF_OBJECT_PATH")));
+#[cfg(not(bpf_object))]
+pub(super) const OBJECT: Option<&[u8]> = None;
+
+/// The programs in the order they are attached. The way back first: a socket must never be translated by a new
+/// `connect` before a `getpeername` and `recvmsg` that know its state are there.
+const PROGRAMS: [(&str, Hook); 8] = [
+    ("getpeername4", Hook::GetPeerName4),
+    ("getpeername6", Hook::GetPeerName6),
+    ("recvmsg4", Hook::UDPRecvMsg4),
+    ("recvmsg6", Hook::UDPRecvMsg6),
+    ("sendmsg4", Hook::UDPSendMsg4),
+    ("sendmsg6", Hook::UDPSendMsg6),
+    ("connect4", Hook::Connect4),
+    ("connect6", Hook::Connect6),
+];
+
+const MAPS: [&str; 6] = ["FRONTENDS", "BACKENDS", "SERVICE_ADDRS", "COUNTERS", "CONNECTED", "DATAGRAMS"];
+
+/// Why the eBPF data plane cannot be brought up, in one line each.
+#[derive(Debug, thiserror::Error)]
+pub enum OpenError {
+    #[error(
+        "this build of edgemesh-agent has no eBPF programs in it; build them with `cargo xtask build-ebpf` and build the agent again"
+    )]
+    NoObject,
+    #[error(
+        "cannot load eBPF programs: the kernel refuses permission ({0}); run as root with CAP_BPF, CAP_NET_ADMIN and CAP_PERFMON (before Linux 5.8: CAP_SYS_ADMIN), outside a user namespace"
+    )]
+    NotPermitted(String),
+    #[error("this kernel has no bpf(2) system call; Linux 5.8 or later with CONFIG_BPF_SYSCALL is needed")]
+    NoBpf,
+    #[error("cannot load the eBPF programs: {0}")]
+    Load(#[source] EbpfError),
+    #[error(
+        "the eBPF object has no {kind} '{name}'; it does not belong to this agent, build it again with `cargo xtask build-ebpf`"
+    )]
+    Foreign { kind: &'static str, name: &'static str },
+    #[error("cannot load the eBPF program '{name}': {error}; Linux 5.8 or later with CONFIG_CGROUP_BPF is needed")]
+    Program { name: &'static str, error: String },
+    #[error(
+        "no cgroup2 hierarchy is mounted where its root can be seen; mount one (mount -t cgroup2 none /sys/fs/cgroup) or name it in modules.edgeProxy.ebpf.cgroupRoot; a container also needs hostPID or the host's cgroup namespace"
+    )]
+    NoCgroup2,
+    #[error("cannot use modules.edgeProxy.ebpf.cgroupRoot '{}': {error}; name a directory of the host's cgroup2 hierarchy", path.display())]
+    CgroupRoot { path: PathBuf, error: io::Error },
+    #[error("cannot keep pins in '{}': {error}; modules.edgeProxy.ebpf.pinDirectory must be on a bpffs (mount -t bpf bpffs /sys/fs/bpf)", path.display())]
+    Pins { path: PathBuf, error: io::Error },
+    #[error("cannot attach the eBPF program '{name}' to cgroup '{}': {error}{}", cgroup.display(), attach_hint(error))]
+    Attach { name: &'static str, cgroup: PathBuf, error: io::Error },
+    #[error("cannot use the eBPF map '{name}': {error}")]
+    Map { name: &'static str, error: String },
+}
+
+impl OpenError {
+    /// Whether it is permission that is missing, rather than a kernel feature or a mount.
+    pub fn is_permission(&self) -> bool {
+        matches!(self, Self::NotPermitted(_))
+    }
+}
+
+fn attach_hint(error: &io::Error) -> &'static str {
+    match error.raw_os_error() {
+        Some(libc::EPERM) => {
+            "; another program holds this hook exclusively (see `bpftool cgroup tree`), or CAP_NET_ADMIN is missing"
+        }
+        Some(libc::EINVAL) => "; Linux 5.7 or later is needed for cgroup links",
+        _ => "",
+    }
+}
+
+/// What a successful start hands over.
+pub(super) struct Opened {
+    pub(super) frontends: HashMap<MapData, FrontendKey, Frontend>,
+    pub(super) backends: HashMap<MapData, BackendKey, Backend>,
+    pub(super) service_addrs: HashMap<MapData, Addr, u32>,
+    pub(super) counters: PerCpuHashMap<MapData, CounterKey, Counters>,
+    /// Keeps the programs loaded and the log ring mapped.
+    pub(super) object: Object,
+    /// The cgroup directory whose processes are served.
+    pub(super) cgroup: PathBuf,
+    /// How many links were found and updated, rather than made.
+    pub(super) adopted_links: usize,
+}
+
+/// Loads, adopts and attaches. When this returns, translation by whatever the maps hold is in force.
+pub(super) fn open(config: &EbpfConfig) -> Result<Opened, OpenError> {
+    let bytes = OBJECT.ok_or(OpenError::NoObject)?;
+    let (cgroup, cgroup_path) = mounts::open_cgroup(config.cgroup_root.as_deref())?;
+    let directory = version_directory(&config.pin_directory);
+    probe_permission()?;
+    mounts::prepare_pins(&directory)?;
+
+    let has_set_retval =
+        u32::from(is_helper_supported(ProgramType::CgroupSockAddr, BpfHelper::BPF_FUNC_set_retval).unwrap_or(false));
+    let mut loader = EbpfLoader::new();
+    loader
+        .override_global("HAS_SET_RETVAL", &has_set_retval, true)
+        .map_max_entries("FRONTENDS", config.max_frontends)
+        .map_max_entries("SERVICE_ADDRS", config.max_frontends)
+        .map_max_entries("BACKENDS", config.max_backends)
+        .map_max_entries("COUNTERS", config.max_backends.saturating_add(config.max_frontends));
+    for name in MAPS {
+        loader.map_pin_path(name, directory.join(name));
+    }
+    let mut object = loader.load(bytes).map_err(load_error)?;
+
+    let mut adopted_links = 0;
+    for (name, hook) in PROGRAMS {
+        let program: &mut CgroupSockAddr = object
+            .program_mut(name)
+            .and_then(|program| program.try_into().ok())
+            .ok_or(OpenError::Foreign { kind: "program", name })?;
+        program.load().map_err(|error| OpenError::Program { name, error: in_one_line(&error) })?;
+        let program = program.fd().map_err(|error| OpenError::Program { name, error: error.to_string() })?.as_fd();
+        let pin = directory.join(format!("link_{name}"));
+        let adopted = attach(program, cgroup.as_fd(), hook, &pin).map_err(|error| OpenError::Attach {
+            name,
+            cgroup: cgroup_path.clone(),
+            error,
+        })?;
+        adopted_links += usize::from(adopted);
+    }
+    info!(cgroup = %cgroup_path.display(), adopted_links, has_set_retval, "eBPF programs are attached");
+
+    let frontends = map(&mut object, "FRONTENDS")?;
+    warn_of_other_capacity(&frontends, "FRONTENDS", config.max_frontends);
+    let backends = map(&mut object, "BACKENDS")?;
+    warn_of_other_capacity(&backends, "BACKENDS", config.max_backends);
+    Ok(Opened {
+        frontends: HashMap::try_from(frontends).map_err(|error| map_error("FRONTENDS", &error))?,
+        backends: HashMap::try_from(backends).map_err(|error| map_error("BACKENDS", &error))?,
+        service_addrs: HashMap::try_from(map(&mut object, "SERVICE_ADDRS")?)
+            .map_err(|error| map_error("SERVICE_ADDRS", &error))?,
+        counters: PerCpuHashMap::try_from(map(&mut object, "COUNTERS")?)
+            .map_err(|error| map_error("COUNTERS", &error))?,
+        object,
+        cgroup: cgroup_path,
+        adopted_links,
+    })
+}
+
+/// Where the maps and links of this layout are pinned.
+pub(super) fn version_directory(pins: &Path) -> PathBuf {
+    pins.join(format!("v{}", layout::VERSION))
+}
+
+/// Puts a program into the link that an earlier agent pinned, or makes and pins a new one; says whether it adopted.
+fn attach(program: BorrowedFd<'_>, cgroup: BorrowedFd<'_>, hook: Hook, pin: &Path) -> io::Result<bool> {
+    if let Ok(link) = sys::open_pin(pin) {
+        if adopt(&link, program, cgroup)? {
+            return Ok(true);
+        }
+        debug!(pin = %pin.display(), "a pinned link belongs to another cgroup; making a new one");
+        fs::remove_file(pin)?;
+    }
+    let link = sys::link_create(program, cgroup, hook)?;
+    sys::pin(link.as_fd(), pin)?;
+    Ok(false)
+}
+
+fn adopt(link: &OwnedFd, program: BorrowedFd<'_>, cgroup: BorrowedFd<'_>) -> io::Result<bool> {
+    if sys::link_cgroup(link.as_fd())? != sys::cgroup_id(cgroup)? {
+        return Ok(false);
+    }
+    match sys::link_update(link.as_fd(), program) {
+        Ok(()) => Ok(true),
+        Err(error) if error.raw_os_error() == Some(libc::ENOLINK) => Ok(false),
+        Err(error) => Err(error),
+    }
+}
+
+/// Asks for the smallest thing that needs the permission all else needs, so that its lack has one clear message.
+fn probe_permission() -> Result<(), OpenError> {
+    match is_helper_supported(ProgramType::CgroupSockAddr, BpfHelper::BPF_FUNC_map_lookup_elem) {
+        Ok(_) => Ok(()),
+        Err(error) => match io_error(&error).and_then(io::Error::raw_os_error) {
+            Some(libc::EPERM | libc::EACCES) => Err(OpenError::NotPermitted(os_words(&error))),
+            Some(libc::ENOSYS) => Err(OpenError::NoBpf),
+            _ => Err(OpenError::Load(EbpfError::ProgramError(error))),
+        },
+    }
+}
+
+fn io_error<'a>(error: &'a (dyn std::error::Error + 'static)) -> Option<&'a io::Error> {
+    std::iter::successors(Some(error), |error| error.source()).find_map(|error| error.downcast_ref::<io::Error>())
+}
+
+fn os_words(error: &(dyn std::error::Error + 'static)) -> String {
+    io_error(error).map_or_else(|| error.to_string(), ToString::to_string)
+}
+
+fn load_error(error: EbpfError) -> OpenError {
+    match io_error(&error).and_then(io::Error::raw_os_error) {
+        Some(libc::EPERM | libc::EACCES) => OpenError::NotPermitted(os_words(&error)),
+        _ => OpenError::Load(error),
+    }
+}
+
+/// A verifier log has hundreds of lines, of which the last says what is wrong; all of it goes to the debug log.
+fn in_one_line(error: &ProgramError) -> String {
+    if let ProgramError::LoadError { io_error, verifier_log } = error {
+        let log = verifier_log.to_string();
+        debug!("{log}");
+        let last = log.lines().rev().find(|line| !line.trim().is_empty() && !line.starts_with("processed "));
+        return format!("{io_error} ({})", last.unwrap_or("no verifier output").trim());
+    }
+    error.to_string()
+}
+
+fn map(object: &mut Object, name: &'static str) -> Result<aya::maps::Map, OpenError> {
+    object.take_map(name).ok_or(OpenError::Foreign { kind: "map", name })
+}
+
+fn map_error(name: &'static str, error: &MapError) -> OpenError {
+    OpenError::Map { name, error: error.to_string() }
+}
+
+/// A pinned map keeps the capacity it was made with.
+fn warn_of_other_capacity(map: &aya::maps::Map, name: &'static str, wanted: u32) {
+    let (aya::maps::Map::HashMap(data) | aya::maps::Map::PerCpuHashMap(data)) = map else { return };
+    let Ok(has) = data.info().map(|info| info.max_entries()) else { return };
+    if has != wanted {
+        tracing::warn!(
+            map = name,
+            has,
+            wanted,
+            "an adopted map keeps its old capacity; to change it run `edgemesh-agent cleanup` and start again"
+        );
+    }
+}

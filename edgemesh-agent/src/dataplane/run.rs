@@ -1,0 +1,346 @@
+//! The data plane's thread: waits for tables, applies them, tries again after errors.
+
+use std::{
+    io,
+    sync::Arc,
+    thread,
+    time::{Duration, Instant, SystemTime},
+};
+
+use tokio::sync::{mpsc, oneshot, watch};
+use tokio_util::sync::CancellationToken;
+use tracing::debug;
+
+use super::{Count, Dataplane, Error};
+use crate::{
+    conditions::Conditions,
+    lifecycle::Blocker,
+    model::{ServiceTable, changes},
+};
+
+/// How often put-off work is looked at.
+const MAINTENANCE: Duration = Duration::from_secs(1);
+const FIRST_RETRY: Duration = Duration::from_millis(500);
+const LAST_RETRY: Duration = Duration::from_secs(30);
+/// How long a reader waits for counters before it goes without.
+const COUNTERS_DEADLINE: Duration = Duration::from_secs(2);
+
+/// The conditions a data plane raises.
+const FULL: &str = "DataplaneFull";
+const FAILED: &str = "DataplaneFailed";
+
+/// A running data plane. It ends with the token it was given; what it put into the kernel stays in force.
+#[derive(Clone, Debug)]
+pub struct Handle {
+    name: &'static str,
+    questions: mpsc::Sender<oneshot::Sender<Result<Vec<Count>, Error>>>,
+    applied: watch::Receiver<u64>,
+}
+
+impl Handle {
+    /// What `status` calls this data plane.
+    pub fn name(&self) -> &'static str {
+        self.name
+    }
+
+    /// The generation of the table in force; 0 before the first.
+    pub fn generation(&self) -> u64 {
+        *self.applied.borrow()
+    }
+
+    /// Reads the counters.
+    ///
+    /// # Errors
+    ///
+    /// The kernel refuses, or the thread is too busy to answer within two seconds.
+    pub async fn counters(&self) -> Result<Vec<Count>, Error> {
+        let late = |error: &str| Error::Kernel { attempt: "read the counters".to_owned(), error: error.to_owned() };
+        let (reply, answer) = oneshot::channel();
+        let exchange = async {
+            self.questions.send(reply).await.map_err(|_| late("the data plane has stopped"))?;
+            answer.await.map_err(|_| late("the data plane has stopped"))?
+        };
+        tokio::time::timeout(COUNTERS_DEADLINE, exchange).await.unwrap_or_else(|_| Err(late("it is busy")))
+    }
+}
+
+/// Starts the thread. `unready` is dropped when the first complete table is in force.
+///
+/// # Errors
+///
+/// The system refuses a thread or its runtime.
+pub fn spawn(
+    dataplane: Box<dyn Dataplane>,
+    tables: watch::Receiver<Arc<ServiceTable>>,
+    conditions: Conditions,
+    unready: Blocker,
+    stop: CancellationToken,
+) -> io::Result<(Handle, thread::JoinHandle<()>)> {
+    let (questions, asked) = mpsc::channel(4);
+    let (applied, seen) = watch::channel(0);
+    let name = dataplane.name();
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_time().build()?;
+    let worker = Worker { dataplane, conditions, unready: Some(unready), in_force: None, applied, retry: None };
+    let thread = thread::Builder::new()
+        .name("dataplane".to_owned())
+        .spawn(move || runtime.block_on(worker.run(tables, asked, stop)))?;
+    Ok((Handle { name, questions, applied: seen }, thread))
+}
+
+struct Worker {
+    dataplane: Box<dyn Dataplane>,
+    conditions: Conditions,
+    unready: Option<Blocker>,
+    /// The last table applied without an error; None sends the next one through `replace`.
+    in_force: Option<Arc<ServiceTable>>,
+    applied: watch::Sender<u64>,
+    retry: Option<Retry>,
+}
+
+#[derive(Clone, Copy)]
+struct Retry {
+    at: tokio::time::Instant,
+    delay: Duration,
+}
+
+impl Worker {
+    async fn run(
+        mut self,
+        mut tables: watch::Receiver<Arc<ServiceTable>>,
+        mut asked: mpsc::Receiver<oneshot::Sender<Result<Vec<Count>, Error>>>,
+        stop: CancellationToken,
+    ) {
+        let mut maintenance = tokio::time::interval(MAINTENANCE);
+        tables.mark_changed();
+        loop {
+            let retry_at = self.retry.map(|retry| retry.at);
+            let retry = async {
+                match retry_at {
+                    Some(at) => tokio::time::sleep_until(at).await,
+                    None => std::future::pending().await,
+                }
+            };
+            tokio::select! {
+                biased;
+                () = stop.cancelled() => return,
+                changed = tables.changed() => match changed {
+                    Ok(()) => {
+                        let table = Arc::clone(&tables.borrow_and_update());
+                        self.take(&table);
+                    }
+                    Err(_) => return,
+                },
+                Some(reply) = asked.recv() => {
+                    // A reader that gave up needs no answer.
+                    let _ = reply.send(self.dataplane.counters());
+                }
+                () = retry => {
+                    let table = Arc::clone(&tables.borrow());
+                    self.take(&table);
+                }
+                _ = maintenance.tick() => self.dataplane.maintain(Instant::now()),
+            }
+        }
+    }
+
+    /// Brings one table into force.
+    fn take(&mut self, table: &Arc<ServiceTable>) {
+        if !table.complete {
+            return;
+        }
+        let started = Instant::now();
+        let (result, changed) = match &self.in_force {
+            Some(old) => {
+                let changes = changes(old, table);
+                (self.dataplane.apply(&changes, started), changes.len())
+            }
+            None => (self.dataplane.replace(table, started), table.services.len()),
+        };
+        match result {
+            Ok(()) => {
+                debug!(generation = table.generation, changed, took = ?started.elapsed(), "table in force");
+                self.in_force = Some(Arc::clone(table));
+                self.unready = None;
+                self.retry = None;
+                self.conditions.clear(FULL, self.dataplane.name());
+                self.conditions.clear(FAILED, self.dataplane.name());
+            }
+            Err(error) => {
+                let reason = match error {
+                    // All that found room is served; staying unready would help nobody.
+                    Error::Full { .. } => {
+                        self.unready = None;
+                        FULL
+                    }
+                    Error::Kernel { .. } => FAILED,
+                };
+                self.conditions.raise(reason, self.dataplane.name(), error.to_string(), SystemTime::now());
+                self.in_force = None;
+                let delay = self.retry.map_or(FIRST_RETRY, |retry| (retry.delay * 2).min(LAST_RETRY));
+                self.retry = Some(Retry { at: tokio::time::Instant::now() + delay, delay });
+            }
+        }
+        self.applied.send_replace(table.generation);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::Mutex;
+
+    use super::*;
+    use crate::{
+        lifecycle::Readiness,
+        model::{Builder, Change, Event, NamespacedName, Object, ProxyLabels, Service, ServiceKind},
+    };
+
+    /// Records what it is told, in short words, and fails as often as it is asked to.
+    #[derive(Clone, Default)]
+    struct Fake {
+        calls: Arc<Mutex<Vec<String>>>,
+        failures: Arc<Mutex<usize>>,
+    }
+
+    impl Fake {
+        fn note(&self, call: String) -> Result<(), Error> {
+            self.calls.lock().unwrap().push(call);
+            let mut failures = self.failures.lock().unwrap();
+            if *failures > 0 {
+                *failures -= 1;
+                return Err(Error::Kernel { attempt: "work".to_owned(), error: "asked to fail".to_owned() });
+            }
+            Ok(())
+        }
+    }
+
+    impl Dataplane for Fake {
+        fn name(&self) -> &'static str {
+            "fake"
+        }
+        fn replace(&mut self, table: &ServiceTable, _: Instant) -> Result<(), Error> {
+            self.note(format!("replace {}", table.services.len()))
+        }
+        fn apply(&mut self, changes: &[Change<'_>], _: Instant) -> Result<(), Error> {
+            self.note(format!("apply {}", changes.len()))
+        }
+        fn maintain(&mut self, _: Instant) {}
+        fn counters(&mut self) -> Result<Vec<Count>, Error> {
+            Ok(Vec::new())
+        }
+    }
+
+    fn service(name: &str) -> Event {
+        Event::Apply(Object::Service(Service {
+            name: NamespacedName::new("default", name),
+            kind: ServiceKind::ClusterIp,
+            cluster_ips: Vec::new(),
+            ports: Vec::new(),
+            proxy_labels: ProxyLabels::default(),
+        }))
+    }
+
+    struct Bench {
+        fake: Fake,
+        builder: Builder,
+        tables: watch::Sender<Arc<ServiceTable>>,
+        readiness: Readiness,
+        conditions: Conditions,
+        handle: Handle,
+        stop: CancellationToken,
+        thread: Option<thread::JoinHandle<()>>,
+    }
+
+    impl Bench {
+        fn new(fake: Fake) -> Self {
+            let (tables, receiver) = watch::channel(Arc::default());
+            let (readiness, conditions, stop) = (Readiness::default(), Conditions::default(), CancellationToken::new());
+            let (handle, thread) = spawn(
+                Box::new(fake.clone()),
+                receiver,
+                conditions.clone(),
+                readiness.block("the data plane"),
+                stop.clone(),
+            )
+            .unwrap();
+            Self {
+                fake,
+                builder: Builder::default(),
+                tables,
+                readiness,
+                conditions,
+                handle,
+                stop,
+                thread: Some(thread),
+            }
+        }
+
+        fn send(&mut self, events: impl IntoIterator<Item = Event>) -> u64 {
+            events.into_iter().for_each(|event| self.builder.apply(event));
+            let table = self.builder.build().unwrap();
+            let generation = table.generation;
+            self.tables.send_replace(table);
+            generation
+        }
+
+        async fn applied(&mut self, generation: u64) {
+            let wait = self.handle.applied.wait_for(|applied| *applied >= generation);
+            tokio::time::timeout(Duration::from_secs(10), wait).await.unwrap().unwrap();
+        }
+
+        fn calls(&self) -> Vec<String> {
+            self.fake.calls.lock().unwrap().clone()
+        }
+    }
+
+    impl Drop for Bench {
+        fn drop(&mut self) {
+            self.stop.cancel();
+            if let Some(thread) = self.thread.take() {
+                thread.join().unwrap();
+            }
+        }
+    }
+
+    #[tokio::test]
+    async fn an_incomplete_table_touches_nothing_and_is_not_ready() {
+        let mut bench = Bench::new(Fake::default());
+        bench.send([service("a")]);
+        assert!(bench.handle.counters().await.unwrap().is_empty(), "the thread is alive and has seen the table");
+        assert!(bench.calls().is_empty());
+        assert_eq!(bench.readiness.waiting_for(), ["the data plane"]);
+        let generation = bench.send([Event::Synced]);
+        bench.applied(generation).await;
+        assert_eq!(bench.calls(), ["replace 1"]);
+        assert!(bench.readiness.waiting_for().is_empty());
+    }
+
+    #[tokio::test]
+    async fn later_tables_are_applied_as_changes() {
+        let mut bench = Bench::new(Fake::default());
+        let generation = bench.send([service("a"), service("b"), Event::Synced]);
+        bench.applied(generation).await;
+        let generation = bench.send([service("c"), service("d")]);
+        bench.applied(generation).await;
+        assert_eq!(bench.calls(), ["replace 2", "apply 2"]);
+    }
+
+    #[tokio::test]
+    async fn an_error_is_a_condition_and_the_whole_table_is_tried_again() {
+        let fake = Fake::default();
+        *fake.failures.lock().unwrap() = 2;
+        let mut bench = Bench::new(fake);
+        let generation = bench.send([service("a"), Event::Synced]);
+        bench.applied(generation).await;
+        let reasons = |conditions: &Conditions| conditions.list().iter().map(|c| c.reason).collect::<Vec<_>>();
+        assert_eq!(reasons(&bench.conditions), [FAILED]);
+        assert_eq!(bench.readiness.waiting_for(), ["the data plane"]);
+        tokio::time::timeout(Duration::from_secs(10), async {
+            while !reasons(&bench.conditions).is_empty() {
+                tokio::task::yield_now().await;
+            }
+        })
+        .await
+        .unwrap();
+        assert_eq!(bench.calls(), ["replace 1"; 3]);
+    }
+}

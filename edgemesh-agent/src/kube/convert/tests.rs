@@ -1,0 +1,316 @@
+use proptest::prelude::*;
+use serde_json::{Value, json};
+
+use super::*;
+
+fn service(value: Value) -> Result<Converted, ConvertError> {
+    serde_json::from_value::<core::Service>(value).unwrap().convert()
+}
+
+fn slice(value: Value) -> Result<Converted, ConvertError> {
+    serde_json::from_value::<discovery::EndpointSlice>(value).unwrap().convert()
+}
+
+fn endpoints(value: Value) -> Result<Converted, ConvertError> {
+    serde_json::from_value::<core::Endpoints>(value).unwrap().convert()
+}
+
+fn as_service(converted: &Converted) -> &Service {
+    match &converted.object {
+        Object::Service(service) => service,
+        Object::EndpointSlice(_) | Object::Endpoints(_) => panic!("not a Service"),
+    }
+}
+
+fn as_set(converted: &Converted) -> &EndpointSet {
+    match &converted.object {
+        Object::EndpointSlice(set) | Object::Endpoints(set) => set,
+        Object::Service(_) => panic!("a Service"),
+    }
+}
+
+fn faults(converted: &Converted) -> Vec<String> {
+    converted.faults.iter().map(ToString::to_string).collect()
+}
+
+fn number(port: u16) -> NonZeroU16 {
+    NonZeroU16::new(port).unwrap()
+}
+
+fn basic_slice(extra: &Value) -> Value {
+    let mut value = json!({
+        "metadata": {"name": "web-1", "labels": {"kubernetes.io/service-name": "web"}},
+        "addressType": "IPv4",
+        "ports": [{"name": "http", "port": 8080}],
+        "endpoints": [{"addresses": ["10.0.0.1"]}],
+    });
+    for (key, entry) in extra.as_object().unwrap() {
+        value[key] = entry.clone();
+    }
+    value
+}
+
+#[test]
+fn reads_a_whole_service() {
+    let converted = service(json!({
+        "metadata": {"name": "web", "namespace": "shop", "labels": {
+            "service.edgemesh.kubeedge.io/service-proxy-name": "", "service.kubernetes.io/service-proxy-name": "other"}},
+        "spec": {
+            "type": "NodePort", "clusterIP": "10.96.0.9", "clusterIPs": ["10.96.0.1", "fd00::1"],
+            "ports": [
+                {"name": "http", "port": 80, "protocol": "TCP"},
+                {"name": "dns", "port": 53, "protocol": "UDP"},
+                {"name": "sigtran", "port": 2905, "protocol": "SCTP"},
+                {"port": 81}]},
+    }))
+    .unwrap();
+    let expected_ports = [
+        ("http", Protocol::Tcp, 80),
+        ("dns", Protocol::Udp, 53),
+        ("sigtran", Protocol::Sctp, 2905),
+        ("", Protocol::Tcp, 81),
+    ];
+    let ports =
+        expected_ports.map(|(name, protocol, port)| ServicePort { name: name.into(), protocol, port: number(port) });
+    assert_eq!(
+        as_service(&converted),
+        &Service {
+            name: NamespacedName::new("shop", "web"),
+            kind: ServiceKind::NodePort,
+            // clusterIPs counts, not clusterIP.
+            cluster_ips: vec!["10.96.0.1".parse().unwrap(), "fd00::1".parse().unwrap()],
+            ports: ports.to_vec(),
+            proxy_labels: ProxyLabels { edgemesh: true, standard: true },
+        }
+    );
+    assert!(converted.faults.is_empty());
+}
+
+#[test]
+fn tells_the_kinds_of_services_apart() {
+    let cases = [
+        (json!({"clusterIP": "10.96.0.1"}), ServiceKind::ClusterIp, 1),
+        (json!({"clusterIP": "10.96.0.1", "type": "LoadBalancer"}), ServiceKind::LoadBalancer, 1),
+        (json!({"clusterIP": "None"}), ServiceKind::Headless, 0),
+        (json!({"clusterIPs": ["None"]}), ServiceKind::Headless, 0),
+        (json!({"type": "ExternalName", "externalName": "example.org"}), ServiceKind::ExternalName, 0),
+        // A dual-stack address in v4-mapped form is the IPv4 address.
+        (json!({"clusterIPs": ["::ffff:10.96.0.1", "10.96.0.1"]}), ServiceKind::ClusterIp, 1),
+    ];
+    for (spec, kind, addresses) in cases {
+        let converted = service(json!({"metadata": {"name": "web"}, "spec": spec})).unwrap();
+        let service = as_service(&converted);
+        assert_eq!((service.kind, service.cluster_ips.len()), (kind, addresses), "{spec}");
+        assert_eq!(service.name.to_string(), "default/web");
+        assert!(converted.faults.is_empty(), "{spec}: {:?}", converted.faults);
+    }
+}
+
+#[test]
+fn names_the_field_that_makes_a_service_unusable() {
+    let cases = [
+        (json!({"metadata": {}}), "metadata.name: missing"),
+        (
+            json!({"metadata": {"name": "We b"}}),
+            "metadata.name: \"We b\" is not a name; expected at most 253 lower-case",
+        ),
+        (json!({"metadata": {"name": "web", "namespace": "a/b"}}), "metadata.namespace: \"a/b\" is not a name"),
+        (
+            json!({"metadata": {"name": "web"}, "spec": {"type": "Proxy", "clusterIP": "10.96.0.1"}}),
+            "spec.type: \"Proxy\" is unknown; expected ClusterIP, NodePort, LoadBalancer or ExternalName",
+        ),
+        (
+            json!({"metadata": {"name": "web"}, "spec": {"clusterIP": "10.96.0.256"}}),
+            "spec.clusterIP: \"10.96.0.256\" is not an IP address",
+        ),
+        (
+            json!({"metadata": {"name": "web"}, "spec": {"clusterIPs": ["0.0.0.0"]}}),
+            "spec.clusterIPs[0]: 0.0.0.0 is not the address of a host",
+        ),
+    ];
+    for (value, expected) in cases {
+        let error = service(value.clone()).unwrap_err();
+        assert!(matches!(error, ConvertError::Invalid(_)), "{value}");
+        assert!(error.to_string().starts_with(expected), "{error}");
+    }
+}
+
+#[test]
+fn one_bad_port_or_address_costs_only_itself() {
+    let converted = service(json!({
+        "metadata": {"name": "web"},
+        "spec": {"clusterIPs": ["10.96.0.1", "x"], "ports": [
+            {"name": "ok", "port": 80},
+            {"name": "zero", "port": 0},
+            {"name": "big", "port": 65536, "protocol": "QUIC"},
+            {"name": "again", "port": 80},
+            {"name": "same-number", "port": 80, "protocol": "UDP"}]},
+    }))
+    .unwrap();
+    let names: Vec<&str> = as_service(&converted).ports.iter().map(|port| &*port.name).collect();
+    assert_eq!(names, ["ok", "same-number"]);
+    assert_eq!(as_service(&converted).cluster_ips.len(), 1);
+    assert_eq!(
+        faults(&converted),
+        [
+            "spec.clusterIPs[1]: \"x\" is not an IP address",
+            "spec.ports[1].port: 0 is not a port; expected 1 to 65535",
+            "spec.ports[2].port: 65536 is not a port; expected 1 to 65535",
+            "spec.ports[2].protocol: \"QUIC\" is unknown; expected TCP, UDP or SCTP",
+            "spec.ports[3]: 80/TCP is already spec.ports[0]",
+        ]
+    );
+}
+
+#[test]
+fn says_so_if_a_service_has_no_address() {
+    let converted = service(json!({"metadata": {"name": "web"}, "spec": {"ports": [{"port": 80}]}})).unwrap();
+    assert!(as_service(&converted).cluster_ips.is_empty());
+    assert_eq!(faults(&converted), ["spec.clusterIP: missing; the Service has no address to connect to"]);
+}
+
+#[test]
+fn resolves_endpoint_conditions_as_documented() {
+    // API docs: absent ready and serving mean true, absent terminating means false.
+    let cases = [
+        (json!(null), (true, true, false)),
+        (json!({}), (true, true, false)),
+        (json!({"ready": false}), (false, true, false)),
+        (json!({"ready": false, "serving": true, "terminating": true}), (false, true, true)),
+        (json!({"ready": true, "serving": false}), (true, false, false)),
+    ];
+    for (conditions, expected) in cases {
+        let endpoints = json!({"endpoints": [{"addresses": ["10.0.0.1"], "conditions": conditions}]});
+        let converted = slice(basic_slice(&endpoints)).unwrap();
+        let endpoint = &as_set(&converted).subsets[0].endpoints[0];
+        assert_eq!((endpoint.ready, endpoint.serving, endpoint.terminating), expected, "{conditions}");
+    }
+}
+
+#[test]
+fn reads_a_whole_slice() {
+    let converted = slice(basic_slice(&json!({
+        "ports": [{"name": "http", "port": 8080}, {"port": 53, "protocol": "UDP"}],
+        "endpoints": [
+            {"addresses": ["10.0.0.1", "10.0.0.2"], "nodeName": "edge-1", "zone": "a"},
+            {"addresses": ["10.0.0.3"], "nodeName": "", "zone": ""}],
+    })))
+    .unwrap();
+    let set = as_set(&converted);
+    assert_eq!((set.name.to_string(), set.service.to_string()), ("default/web-1".into(), "default/web".into()));
+    let subset = &set.subsets[0];
+    let ports: Vec<_> = subset.ports.iter().map(|port| (&*port.name, port.protocol, port.port.get())).collect();
+    assert_eq!(ports, [("http", Protocol::Tcp, 8080), ("", Protocol::Udp, 53)]);
+    let places: Vec<_> =
+        subset.endpoints.iter().map(|e| (e.address.to_string(), e.node.as_deref(), e.zone.as_deref())).collect();
+    assert_eq!(places, [("10.0.0.1".to_owned(), Some("edge-1"), Some("a")), ("10.0.0.3".to_owned(), None, None)]);
+    assert!(converted.faults.is_empty());
+}
+
+#[test]
+fn slices_that_are_not_for_a_service_are_foreign_and_wrong_ones_invalid() {
+    let cases = [
+        (json!({"metadata": {"name": "x"}}), true, "metadata.labels[kubernetes.io/service-name]: missing"),
+        (json!({"addressType": "FQDN"}), true, "addressType: \"FQDN\" cannot be proxied; expected IPv4 or IPv6"),
+        (json!({"addressType": "IPX"}), false, "addressType: \"IPX\" cannot be proxied"),
+        (
+            json!({"metadata": {"name": "x", "labels": {"kubernetes.io/service-name": ""}}}),
+            false,
+            "metadata.labels[kubernetes.io/service-name]: \"\" is not a name",
+        ),
+    ];
+    for (extra, foreign, expected) in cases {
+        let error = slice(basic_slice(&extra)).unwrap_err();
+        assert_eq!(matches!(error, ConvertError::Foreign(_)), foreign, "{extra}");
+        assert!(error.to_string().starts_with(expected), "{error}");
+    }
+}
+
+#[test]
+fn bad_endpoints_of_a_slice_cost_only_themselves() {
+    let converted = slice(basic_slice(&json!({
+        "ports": [{"port": 80}, {"name": "nil"}, {"port": -1}],
+        "endpoints": [
+            {"addresses": []}, {"addresses": ["fd00::1"]}, {"addresses": ["10.0.0.1"]}, {"addresses": ["224.0.0.1"]}],
+    })))
+    .unwrap();
+    let subset = &as_set(&converted).subsets[0];
+    assert_eq!((subset.ports.len(), subset.endpoints.len()), (1, 1));
+    assert_eq!(
+        faults(&converted),
+        [
+            "ports[1].port: missing",
+            "ports[2].port: -1 is not a port; expected 1 to 65535",
+            "endpoints[0].addresses[0]: missing",
+            "endpoints[1].addresses[0]: fd00::1 is not IPv4, as addressType says",
+            "endpoints[3].addresses[0]: 224.0.0.1 is not the address of a host",
+        ]
+    );
+}
+
+#[test]
+fn endpoints_are_ready_by_the_list_they_are_in() {
+    let converted = endpoints(json!({
+        "metadata": {"name": "web", "namespace": "shop"},
+        "subsets": [
+            {"addresses": [{"ip": "10.0.0.1", "nodeName": "edge-1"}, {"ip": "?"}],
+             "notReadyAddresses": [{"ip": "10.0.0.2"}], "ports": [{"name": "http", "port": 8080}, {"port": 0}]},
+            {"addresses": [{"ip": "fd00::1"}], "ports": [{"port": 53, "protocol": "UDP"}]}],
+    }))
+    .unwrap();
+    let set = as_set(&converted);
+    assert_eq!(set.name, set.service);
+    let ready: Vec<_> = set.subsets.iter().flat_map(|s| &s.endpoints).map(|e| (e.ready, e.serving)).collect();
+    assert_eq!(ready, [(true, true), (false, false), (true, true)]);
+    assert_eq!(
+        faults(&converted),
+        [
+            "subsets[0].ports[1].port: 0 is not a port; expected 1 to 65535",
+            "subsets[0].addresses[1].ip: \"?\" is not an IP address",
+        ]
+    );
+    let empty = endpoints(json!({"metadata": {"name": "web"}})).unwrap();
+    assert!(as_set(&empty).subsets.is_empty());
+}
+
+#[test]
+fn quotes_of_wrong_values_are_short_and_on_one_line() {
+    let error = service(json!({"metadata": {"name": format!("a\n{}", "é".repeat(500))}})).unwrap_err().to_string();
+    assert!(error.len() < 400 && !error.contains('\n'), "{error}");
+}
+
+proptest! {
+    #[test]
+    fn never_panics_on_any_value(
+        name in proptest::option::of(".*"), kind in ".*", addresses in proptest::collection::vec(".*", 0..3),
+        port in any::<i32>(), protocol in proptest::option::of(".*"), label in ".*",
+    ) {
+        let metadata = ObjectMeta {
+            name: name.clone(),
+            namespace: name,
+            labels: Some([(SERVICE_NAME_LABEL.to_owned(), label)].into()),
+            ..ObjectMeta::default()
+        };
+        let spec = core::ServiceSpec {
+            type_: Some(kind.clone()),
+            cluster_ips: Some(addresses.clone()),
+            cluster_ip: addresses.first().cloned(),
+            ports: Some(vec![core::ServicePort { port, protocol: protocol.clone(), ..Default::default() }]),
+            ..core::ServiceSpec::default()
+        };
+        let _ = core::Service { metadata: metadata.clone(), spec: Some(spec), status: None }.convert();
+        let slice = discovery::EndpointSlice {
+            address_type: kind,
+            endpoints: vec![discovery::Endpoint { addresses: addresses.clone(), ..Default::default() }],
+            metadata: metadata.clone(),
+            ports: Some(vec![discovery::EndpointPort { port: Some(port), protocol: protocol.clone(), ..Default::default() }]),
+        };
+        let _ = slice.convert();
+        let subset = core::EndpointSubset {
+            addresses: Some(addresses.into_iter().map(|ip| core::EndpointAddress { ip, ..Default::default() }).collect()),
+            not_ready_addresses: None,
+            ports: Some(vec![core::EndpointPort { port, protocol, ..Default::default() }]),
+        };
+        let _ = core::Endpoints { metadata, subsets: Some(vec![subset]) }.convert();
+    }
+}

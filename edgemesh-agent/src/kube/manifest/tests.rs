@@ -1,0 +1,155 @@
+use proptest::prelude::*;
+
+use super::*;
+
+const SERVICE: &str =
+    "apiVersion: v1\nkind: Service\nmetadata: {name: web}\nspec: {clusterIP: 10.96.0.1, ports: [{port: 80}]}\n";
+const SLICE: &str = "apiVersion: discovery.k8s.io/v1\nkind: EndpointSlice\nmetadata:\n  name: web-1\n  labels: {kubernetes.io/service-name: web}\naddressType: IPv4\nports: [{port: 8080}]\nendpoints: [{addresses: [10.0.0.1]}]\n";
+
+fn names(parsed: &Parsed) -> Vec<String> {
+    parsed.objects.iter().map(|object| format!("{} {}", object.kind(), object.name())).collect()
+}
+
+#[test]
+fn reads_all_documents_and_skips_empty_and_foreign_ones() {
+    let foreign = "apiVersion: apps/v1\nkind: Deployment\nspec: {replicas: many}\n";
+    // Same kind, other group.
+    let knative = "apiVersion: serving.knative.dev/v1\nkind: Service\nmetadata: {name: other}\n";
+    let text =
+        format!("# a comment\n---\n{SERVICE}---\n---\n# nothing\n---\n{foreign}---\n{knative}...\n---\n{SLICE}---\n");
+    let parsed = parse(&text, Format::Yaml);
+    assert_eq!(names(&parsed), ["Service default/web", "EndpointSlice default/web-1"]);
+    assert_eq!(parsed.problem(), None);
+    assert_eq!(parse("", Format::Yaml), Parsed::default());
+    assert_eq!(parse(" \n", Format::Json), Parsed::default());
+}
+
+#[test]
+fn reads_lists_of_every_form_in_both_formats() {
+    let service = r#"{"apiVersion":"v1","kind":"Service","metadata":{"name":"web"},"spec":{"clusterIP":"None"}}"#;
+    let bare = r#"{"metadata":{"name":"bare"},"spec":{"clusterIP":"None"}}"#;
+    let endpoints = r#"{"metadata":{"name":"web"},"subsets":[]}"#;
+    let slice = r#"{"metadata":{"name":"web-1","labels":{"kubernetes.io/service-name":"web"}},"addressType":"IPv6","endpoints":[]}"#;
+    let cases = [
+        (
+            format!(r#"{{"apiVersion":"v1","kind":"List","items":[{service},{{"apiVersion":"v1","kind":"Pod"}}]}}"#),
+            "Service default/web",
+        ),
+        (format!(r#"{{"apiVersion":"v1","kind":"ServiceList","items":[{bare}]}}"#), "Service default/bare"),
+        (format!(r#"{{"apiVersion":"v1","kind":"EndpointsList","items":[{endpoints}]}}"#), "Endpoints default/web"),
+        (
+            format!(r#"{{"apiVersion":"discovery.k8s.io/v1","kind":"EndpointSliceList","items":[{slice}]}}"#),
+            "EndpointSlice default/web-1",
+        ),
+    ];
+    for (text, expected) in cases {
+        for format in [Format::Yaml, Format::Json] {
+            let parsed = parse(&text, format);
+            assert_eq!((names(&parsed), parsed.problem()), (vec![expected.to_owned()], None), "{format:?}: {text}");
+        }
+    }
+    // Several documents, and tabs between tokens, as jq --tab writes them.
+    let parsed = parse(&format!("{service}\n\t{service}"), Format::Json);
+    assert_eq!((parsed.objects.len(), parsed.problem()), (2, None));
+}
+
+#[test]
+fn a_bad_document_costs_only_itself_and_is_named_with_its_line() {
+    let bad = "apiVersion: v1\nkind: Service\nmetadata: {name: bad}\nspec:\n  ports:\n  - port: eighty\n";
+    let parsed = parse(&format!("{SERVICE}---\n{bad}---\n{SLICE}"), Format::Yaml);
+    assert_eq!(names(&parsed), ["Service default/web", "EndpointSlice default/web-1"]);
+    assert_eq!(
+        parsed.broken,
+        ["document 2: spec.ports[0].port: invalid type: string \"eighty\", expected i32 at line 11 column 11"]
+    );
+}
+
+#[test]
+fn a_syntax_error_is_named_with_its_line_and_keeps_what_came_before() {
+    let parsed = parse(&format!("{SERVICE}---\nkind: [\n"), Format::Yaml);
+    assert_eq!(names(&parsed), ["Service default/web"]);
+    assert_eq!(parsed.broken.len(), 1, "{:?}", parsed.broken);
+    assert!(
+        parsed.broken[0].starts_with("document 2: ") && parsed.broken[0].contains("at line"),
+        "{:?}",
+        parsed.broken
+    );
+
+    let parsed = parse("{\"apiVersion\": \"v1\",\n\"kind\": }", Format::Json);
+    assert_eq!(parsed.broken, ["document 1: expected value at line 2 column 9"]);
+    // The reader of the second document would say line 2.
+    let text = "{\"apiVersion\":\"v1\",\n\"kind\":\"Pod\"}\n{\"apiVersion\":\"v1\",\n\"kind\":7}";
+    let parsed = parse(text, Format::Json);
+    assert_eq!(parsed.broken, ["document 2: invalid type: integer `7`, expected a string at line 4 column 8"]);
+}
+
+#[test]
+fn says_what_a_document_lacks() {
+    let cases = [
+        ("kind: Service\n", "document 1: apiVersion: missing"),
+        ("apiVersion: v1\n", "document 1: kind: missing"),
+        ("just text\n", "document 1: invalid type: string \"just text\", expected an object with apiVersion and kind"),
+        (
+            "apiVersion: discovery.k8s.io/v1beta1\nkind: EndpointSlice\n",
+            "document 1: apiVersion: \"discovery.k8s.io/v1beta1\" of kind EndpointSlice is not supported; expected discovery.k8s.io/v1",
+        ),
+        ("apiVersion: v1\nkind: Service\nspec: {}\n", "document 1: metadata.name: missing"),
+        (
+            "apiVersion: v1\nkind: List\nitems:\n- {apiVersion: v1, kind: List}\n",
+            "document 1: items[0]: a list inside a list is not supported",
+        ),
+        (
+            "apiVersion: v1\nkind: ServiceList\nitems:\n- {spec: {ports: [{port: x}]}}\n",
+            "document 1: items[0]: invalid type: string \"x\", expected i32",
+        ),
+    ];
+    for (text, expected) in cases {
+        assert_eq!(parse(text, Format::Yaml).broken, [expected], "{text}");
+    }
+}
+
+#[test]
+fn faults_inside_a_usable_object_are_partial() {
+    let parsed = parse(&SERVICE.replace("port: 80", "port: 0"), Format::Yaml);
+    assert_eq!(names(&parsed), ["Service default/web"]);
+    assert!(parsed.broken.is_empty());
+    assert_eq!(
+        parsed.partial,
+        ["document 1: Service default/web: spec.ports[0].port: 0 is not a port; expected 1 to 65535"]
+    );
+}
+
+#[test]
+fn many_problems_are_counted_rather_than_listed() {
+    let parsed = parse(&"kind: Service\n---\n".repeat(20), Format::Yaml);
+    let problem = parsed.problem().unwrap();
+    assert!(problem.ends_with("; and 12 more"), "{problem}");
+}
+
+#[test]
+fn aliases_do_not_blow_up() {
+    let mut text = "a0: &a0 [x, x, x, x, x, x, x, x, x, x]\n".to_owned();
+    for i in 1..12 {
+        let part = vec![format!("*a{}", i - 1); 10].join(", ");
+        text.push_str(&format!("a{i}: &a{i} [{part}]\n"));
+    }
+    let parsed = parse(&format!("apiVersion: v1\nkind: List\nitems: *a11\n{text}"), Format::Yaml);
+    assert!(!parsed.broken.is_empty());
+}
+
+proptest! {
+    #[test]
+    fn never_panics_on_any_text(text in ".*") {
+        parse(&text, Format::Yaml);
+        parse(&text, Format::Json);
+    }
+
+    #[test]
+    fn never_panics_on_a_damaged_manifest(at in 0_usize..400, end in 0_usize..40, insert in "[-\\[\\]{}:,&*!#'\" \n\t\\PC]{0,4}") {
+        let mut text = format!("{SERVICE}---\n{SLICE}");
+        let at = at.min(text.len());
+        text.replace_range(at..(at + end).min(text.len()), &insert);
+        parse(&text, Format::Yaml);
+        parse(&text, Format::Json);
+    }
+}

@@ -1,0 +1,139 @@
+//! inotify: which files of a directory changed, and which are being written.
+
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    fs, io,
+    os::{
+        fd::{AsFd, AsRawFd, RawFd},
+        unix::fs::MetadataExt,
+    },
+    path::{Path, PathBuf},
+};
+
+use nix::{
+    errno::Errno,
+    sys::inotify::{AddWatchFlags, InitFlags, Inotify, InotifyEvent, WatchDescriptor},
+};
+use tokio::{
+    io::{Interest, unix::AsyncFd},
+    time::Instant,
+};
+
+use super::scan::is_manifest;
+
+/// What happened since it was last looked at.
+#[derive(Debug, Default)]
+pub(super) struct Changes {
+    /// A scan is needed.
+    pub(super) due: bool,
+    /// Complete, and to be read again.
+    pub(super) touched: BTreeSet<String>,
+    /// Begun to be written, at the given time, and not closed yet.
+    pub(super) writing: BTreeMap<String, Instant>,
+}
+
+/// Watches one directory, and finds it again after it was replaced.
+#[derive(Debug)]
+pub(super) struct DirectoryWatch {
+    inotify: AsyncFd<Descriptor>,
+    watched: Option<WatchDescriptor>,
+    directory: PathBuf,
+}
+
+/// [`AsyncFd`] wants [`AsRawFd`], which [`Inotify`] does not have.
+#[derive(Debug)]
+struct Descriptor(Inotify);
+
+impl AsRawFd for Descriptor {
+    fn as_raw_fd(&self) -> RawFd {
+        self.0.as_fd().as_raw_fd()
+    }
+}
+
+impl DirectoryWatch {
+    pub(super) fn new(directory: &Path) -> io::Result<Self> {
+        let inotify = Inotify::init(InitFlags::IN_CLOEXEC | InitFlags::IN_NONBLOCK)?;
+        // SAFETY: the descriptor is owned by the value that is registered, and always the same until that is dropped.
+        let inotify = unsafe { AsyncFd::register_with_interest(Descriptor(inotify), Interest::READABLE) }?;
+        Ok(Self { inotify, watched: None, directory: directory.to_owned() })
+    }
+
+    /// Watches what is at the path now; says whether that is another directory than before.
+    ///
+    /// Failure is not reported: the scan that follows fails for the same reason, or finds by itself what is missed here.
+    pub(super) fn renew(&mut self, directory: &Path) -> bool {
+        let mask = AddWatchFlags::IN_ONLYDIR
+            | AddWatchFlags::IN_CREATE
+            | AddWatchFlags::IN_MODIFY
+            | AddWatchFlags::IN_ATTRIB
+            | AddWatchFlags::IN_CLOSE_WRITE
+            | AddWatchFlags::IN_MOVE
+            | AddWatchFlags::IN_DELETE
+            | AddWatchFlags::IN_DELETE_SELF
+            | AddWatchFlags::IN_MOVE_SELF;
+        // For a directory that is watched already this gives the same descriptor.
+        let now = self.inotify.get_ref().0.add_watch(directory, mask).ok();
+        let before = std::mem::replace(&mut self.watched, now);
+        if before == now {
+            return false;
+        }
+        if let Some(before) = before {
+            // Fails where the kernel dropped the watch with the directory.
+            let _gone = self.inotify.get_ref().0.rm_watch(before);
+        }
+        true
+    }
+
+    /// Waits for events and adds them to `changes`. Loses nothing when cancelled.
+    pub(super) async fn read(&self, changes: &mut Changes) -> io::Result<()> {
+        let read = |descriptor: &Descriptor| descriptor.0.read_events().map_err(io::Error::from);
+        let events = match self.inotify.async_io(Interest::READABLE, read).await {
+            Ok(events) => events,
+            Err(error) if error.raw_os_error() == Some(Errno::EINTR as i32) => return Ok(()),
+            Err(error) => return Err(error),
+        };
+        for event in events {
+            self.note(changes, &event, Instant::now());
+        }
+        Ok(())
+    }
+
+    fn note(&self, changes: &mut Changes, event: &InotifyEvent, now: Instant) {
+        let is = |flag| event.mask.intersects(flag);
+        let Some(name) = event.name.as_ref().and_then(|name| name.to_str()) else {
+            // The directory itself changed, or events were lost; also those that say that a writer is done.
+            if is(AddWatchFlags::IN_Q_OVERFLOW) {
+                changes.touched.extend(std::mem::take(&mut changes.writing).into_keys());
+            }
+            changes.due = true;
+            return;
+        };
+        if !is_manifest(name.as_bytes()) {
+            // The kubelet replaces the files of a mounted ConfigMap at once, by renaming the link `..data`.
+            changes.due |= name.starts_with("..");
+            return;
+        }
+        let begins = is(AddWatchFlags::IN_CREATE) && !complete_at_creation(&self.directory.join(name));
+        if begins || is(AddWatchFlags::IN_MODIFY) {
+            // Truncating is a modification too: between it and the writer's close the file is not to be trusted.
+            changes.writing.entry(name.to_owned()).or_insert(now);
+            changes.touched.remove(name);
+            return;
+        }
+        changes.due = true;
+        if is(AddWatchFlags::IN_ATTRIB) {
+            // Says nothing about a writer. Clearing the fingerprint matters: a chmod makes a file readable.
+            changes.touched.insert(name.to_owned());
+            return;
+        }
+        changes.writing.remove(name);
+        if is(AddWatchFlags::IN_CREATE | AddWatchFlags::IN_CLOSE_WRITE | AddWatchFlags::IN_MOVED_TO) {
+            changes.touched.insert(name.to_owned());
+        }
+    }
+}
+
+/// Links come into being with their content, and nobody closes them.
+fn complete_at_creation(path: &Path) -> bool {
+    fs::symlink_metadata(path).is_ok_and(|metadata| !metadata.is_file() || metadata.nlink() > 1)
+}

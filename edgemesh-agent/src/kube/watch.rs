@@ -1,0 +1,261 @@
+//! The sources `in-cluster` and `manual`: lists and watches the API server.
+//!
+//! The loop is the one of client-go's reflector, with `kube::Api` underneath. `kube::runtime::watcher` does not serve
+//! here: it does not tell that an interrupted watch was taken up again, so a condition could never be cleared on a quiet
+//! cluster; it puts no bound on a list; and it retries a watch that is answered 410 without listing anew.
+//!
+//! Nothing is ever removed because of an error: [`Event::Replace`] follows only from a list that was read to its end.
+
+mod limit;
+mod session;
+
+use std::time::{Duration, SystemTime};
+
+use k8s_openapi::api::{core::v1 as core, discovery::v1 as discovery};
+use kube::{
+    Client,
+    runtime::{utils::Backoff, watcher::DefaultBackoff},
+};
+use tokio::{
+    sync::mpsc,
+    time::{sleep, timeout},
+};
+use tracing::info;
+
+use self::{
+    limit::Limiter,
+    session::{Closed, Session},
+};
+use super::{Error, SourceState, client::ApiServer, client::chain};
+use crate::{
+    conditions::Conditions,
+    config::SourceConfig,
+    lifecycle::Tasks,
+    model::{Event, Kind},
+};
+
+const UNREACHABLE: &str = "ApiServerUnreachable";
+const FORBIDDEN: &str = "ApiServerForbidden";
+const ANSWER: &str = "ApiServerError";
+
+/// For answers that are not streamed: discovery, and one page of a list.
+const ANSWER_TIMEOUT: Duration = Duration::from_secs(60);
+/// After the longest pause the back-off stays there.
+const LONGEST_PAUSE: Duration = Duration::from_secs(30);
+
+/// Starts the source.
+pub(super) fn start(
+    server: ApiServer,
+    config: &SourceConfig,
+    events: mpsc::Sender<Event>,
+    conditions: Conditions,
+    tasks: &Tasks,
+) -> Result<SourceState, Error> {
+    let state = SourceState::new(server.url.clone(), SystemTime::now());
+    let source = Source {
+        client: server.client,
+        url: server.url,
+        limiter: Limiter::new(config.qps, config.burst),
+        events,
+        conditions,
+        state: state.clone(),
+        listed: Listed::default(),
+    };
+    let stop = tasks.stopping();
+    tasks.spawn(async move {
+        tokio::select! {
+            () = stop.cancelled() => {}
+            () = source.events.closed() => {}
+            () = source.run() => {}
+        }
+    });
+    Ok(state)
+}
+
+struct Source {
+    client: Client,
+    url: String,
+    limiter: Limiter,
+    events: mpsc::Sender<Event>,
+    conditions: Conditions,
+    state: SourceState,
+    listed: Listed,
+}
+
+/// Which of the two halves have been listed at least once.
+#[derive(Debug, Default)]
+struct Listed(std::sync::atomic::AtomicU8);
+
+impl Listed {
+    /// Says whether `kind` was the last that was missing.
+    fn complete_with(&self, kind: Kind) -> bool {
+        let half = if kind == Kind::Service { 1 } else { 2 };
+        let before = self.0.fetch_or(half, std::sync::atomic::Ordering::SeqCst);
+        before != 3 && before | half == 3
+    }
+}
+
+/// A request that came to nothing.
+#[derive(Debug, thiserror::Error)]
+enum Failure {
+    #[error(transparent)]
+    Api(#[from] kube::Error),
+    #[error("no answer within {0:?}")]
+    TimedOut(Duration),
+    #[error("the answer has no resourceVersion, so the resource cannot be watched")]
+    NoVersion,
+}
+
+/// What a [`Failure`] means for what to do next.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+enum Meaning {
+    /// The resourceVersion is too old: list again.
+    Expired,
+    /// The server does not have the resource.
+    NotServed,
+    Forbidden,
+    /// It answered, but not with what was asked for.
+    Answered,
+    Unreachable,
+}
+
+impl Failure {
+    fn meaning(&self) -> Meaning {
+        match self {
+            Self::Api(kube::Error::Api(status)) => match status.code {
+                410 => Meaning::Expired,
+                404 => Meaning::NotServed,
+                401 | 403 => Meaning::Forbidden,
+                _ => Meaning::Answered,
+            },
+            Self::Api(kube::Error::SerdeError(_)) | Self::NoVersion => Meaning::Answered,
+            Self::Api(_) | Self::TimedOut(_) => Meaning::Unreachable,
+        }
+    }
+
+    fn detail(&self) -> String {
+        match self {
+            Self::Api(kube::Error::Api(status)) => {
+                let message = status.message.split_whitespace().collect::<Vec<_>>().join(" ");
+                format!("{} {message}", status.code).trim_end().to_owned()
+            }
+            Self::Api(_) | Self::TimedOut(_) | Self::NoVersion => chain(self),
+        }
+    }
+}
+
+impl Source {
+    async fn run(&self) {
+        let (_, _) = tokio::join!(self.services(), self.endpoints());
+    }
+
+    async fn services(&self) -> Result<(), Closed> {
+        let mut backoff = DefaultBackoff::default();
+        loop {
+            Session::<core::Service>::new(self, Kind::Service, None).follow().await?;
+            pause(&mut backoff).await;
+        }
+    }
+
+    async fn endpoints(&self) -> Result<(), Closed> {
+        let mut backoff = DefaultBackoff::default();
+        loop {
+            let slices = self.serves_slices().await;
+            // What was wrong with the kind that is not used no longer matters.
+            self.allowed(if slices { "endpoints" } else { "endpointslices.discovery.k8s.io" });
+            if slices {
+                let other = Some(Kind::Endpoints);
+                Session::<discovery::EndpointSlice>::new(self, Kind::EndpointSlice, other).follow().await?;
+            } else {
+                let other = Some(Kind::EndpointSlice);
+                Session::<core::Endpoints>::new(self, Kind::Endpoints, other).follow().await?;
+            }
+            pause(&mut backoff).await;
+        }
+    }
+
+    /// Asks until it is answered.
+    async fn serves_slices(&self) -> bool {
+        const VERSION: &str = "discovery.k8s.io/v1";
+        let mut backoff = DefaultBackoff::default();
+        loop {
+            self.limiter.permit().await;
+            let failure = match bounded(self.client.list_api_group_resources(VERSION)).await {
+                Ok(list) => {
+                    self.answered();
+                    self.allowed(VERSION);
+                    let slices = list.resources.iter().any(|resource| resource.name == "endpointslices");
+                    info!(slices, "the API server answered which endpoint API it serves");
+                    return slices;
+                }
+                Err(failure) => failure,
+            };
+            if failure.meaning() == Meaning::NotServed {
+                self.answered();
+                self.allowed(VERSION);
+                info!(slices = false, "the API server serves no EndpointSlices of version v1; using Endpoints");
+                return false;
+            }
+            self.failed("get", VERSION, &failure);
+            pause(&mut backoff).await;
+        }
+    }
+
+    /// The server can be reached.
+    fn answered(&self) {
+        self.conditions.clear(UNREACHABLE, "");
+        self.state.connected(SystemTime::now());
+    }
+
+    /// The server gives what it was asked for.
+    fn allowed(&self, resource: &str) {
+        self.conditions.clear(FORBIDDEN, resource);
+        self.conditions.clear(ANSWER, resource);
+    }
+
+    fn failed(&self, verb: &str, resource: &str, failure: &Failure) {
+        let now = SystemTime::now();
+        let (url, detail) = (&self.url, failure.detail());
+        let (reason, subject, message) = match failure.meaning() {
+            Meaning::Forbidden => {
+                let todo = if matches!(failure, Failure::Api(kube::Error::Api(status)) if status.code == 401) {
+                    "check the token or client certificate it uses".to_owned()
+                } else {
+                    format!("bind a ClusterRole that grants get, list and watch on {resource} to its account")
+                };
+                (FORBIDDEN, resource, format!("the API server {url} refuses to {verb} {resource}: {detail}; {todo}"))
+            }
+            Meaning::Unreachable => {
+                let todo =
+                    "check the address, the network and the certificates; the last known state is served meanwhile";
+                (UNREACHABLE, "", format!("cannot reach the API server {url}: {detail}; {todo}"))
+            }
+            Meaning::Answered | Meaning::Expired | Meaning::NotServed => {
+                let todo = "check that this is a Kubernetes API server, and its log";
+                (ANSWER, resource, format!("the API server {url} failed to {verb} {resource}: {detail}; {todo}"))
+            }
+        };
+        if reason != UNREACHABLE {
+            self.conditions.clear(UNREACHABLE, "");
+        }
+        self.state.failed(message.clone(), now);
+        self.conditions.raise(reason, subject, message, now);
+    }
+}
+
+async fn bounded<T>(request: impl Future<Output = kube::Result<T>>) -> Result<T, Failure> {
+    timeout(ANSWER_TIMEOUT, request).await.map_err(|_| Failure::TimedOut(ANSWER_TIMEOUT))?.map_err(Failure::Api)
+}
+
+async fn pause(backoff: &mut DefaultBackoff) {
+    sleep(backoff.next().unwrap_or(LONGEST_PAUSE)).await;
+}
+
+fn reset(backoff: &mut DefaultBackoff) {
+    Backoff::reset(backoff);
+}
+
+#[cfg(test)]
+mod fake;
+#[cfg(test)]
+mod tests;

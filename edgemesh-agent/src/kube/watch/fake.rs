@@ -1,0 +1,265 @@
+//! A small API server for tests: paged lists, watches from a resourceVersion, 410 for versions that are too old.
+
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    convert::Infallible,
+    io,
+    net::SocketAddr,
+    sync::{Arc, Mutex, MutexGuard},
+};
+
+use bytes::Bytes;
+use futures::stream;
+use http_body_util::{BodyExt, Full, StreamBody, combinators::UnsyncBoxBody};
+use hyper::{
+    Request, Response,
+    body::{Frame, Incoming},
+    server::conn::http1,
+    service::service_fn,
+};
+use hyper_util::rt::TokioIo;
+use serde_json::{Value, json};
+use tokio::{net::TcpListener, sync::watch, task::JoinSet};
+
+type Body = UnsyncBoxBody<Bytes, io::Error>;
+
+pub(super) struct FakeServer {
+    pub(super) address: SocketAddr,
+    shared: Arc<Shared>,
+    _tasks: JoinSet<()>,
+}
+
+struct Shared {
+    world: Mutex<World>,
+    changed: watch::Sender<u64>,
+}
+
+#[derive(Default)]
+pub(super) struct World {
+    revision: u64,
+    objects: BTreeMap<(String, String), Value>,
+    log: Vec<(u64, String, Value)>,
+    /// Versions before this are gone.
+    pub(super) compacted: u64,
+    /// 410 as HTTP status instead of within the stream.
+    pub(super) gone_as_status: bool,
+    /// `verb resource` and the status code it is answered with.
+    pub(super) refused: BTreeMap<String, u16>,
+    /// Resources that are not served at all.
+    pub(super) absent: BTreeSet<String>,
+    /// Objects on a page of a list; 0 for all.
+    pub(super) page: usize,
+    /// Refuses all pages but the first.
+    pub(super) break_second_page: bool,
+    /// Ends each watch at once.
+    pub(super) end_watches: bool,
+    /// Breaks the connections of watches begun at an earlier count.
+    interruptions: u64,
+    /// The latest version sent to a watch of a resource.
+    pub(super) sent: BTreeMap<String, u64>,
+    /// The versions that watches of a resource began with.
+    pub(super) begun: Vec<(String, u64)>,
+    /// `verb resource` of all requests.
+    pub(super) requests: Vec<String>,
+}
+
+impl FakeServer {
+    pub(super) async fn start() -> Self {
+        Self::start_at("127.0.0.1:0".parse().unwrap()).await
+    }
+
+    pub(super) async fn start_at(address: SocketAddr) -> Self {
+        let listener = TcpListener::bind(address).await.unwrap();
+        let address = listener.local_addr().unwrap();
+        let world = World { revision: 10, ..World::default() };
+        let shared = Arc::new(Shared { world: Mutex::new(world), changed: watch::channel(0).0 });
+        let mut tasks = JoinSet::new();
+        let served = Arc::clone(&shared);
+        tasks.spawn(async move {
+            let mut connections = JoinSet::new();
+            while let Ok((connection, _)) = listener.accept().await {
+                let shared = Arc::clone(&served);
+                let answer = service_fn(move |request| {
+                    let response = shared.answer(&request);
+                    async { Ok::<_, Infallible>(response) }
+                });
+                connections.spawn(async move {
+                    let _ = http1::Builder::new().serve_connection(TokioIo::new(connection), answer).await;
+                });
+            }
+        });
+        Self { address, shared, _tasks: tasks }
+    }
+
+    pub(super) fn world(&self) -> MutexGuard<'_, World> {
+        self.shared.world.lock().unwrap()
+    }
+
+    pub(super) fn put(&self, resource: &str, mut object: Value) {
+        self.change(|world| {
+            object["metadata"]["resourceVersion"] = json!(world.revision.to_string());
+            let key = (resource.to_owned(), object["metadata"]["name"].as_str().unwrap().to_owned());
+            let kind = if world.objects.insert(key, object.clone()).is_some() { "MODIFIED" } else { "ADDED" };
+            world.log.push((world.revision, resource.to_owned(), json!({"type": kind, "object": object})));
+        });
+    }
+
+    pub(super) fn delete(&self, resource: &str, name: &str) {
+        self.change(|world| {
+            let mut object = world.objects.remove(&(resource.to_owned(), name.to_owned())).unwrap();
+            object["metadata"]["resourceVersion"] = json!(world.revision.to_string());
+            world.log.push((world.revision, resource.to_owned(), json!({"type": "DELETED", "object": object})));
+        });
+    }
+
+    /// Tells watches of the current version, which is given back.
+    pub(super) fn bookmark(&self, resource: &str) -> u64 {
+        self.change(|world| {
+            let metadata = json!({"resourceVersion": world.revision.to_string()});
+            let event = json!({"type": "BOOKMARK", "object": {"apiVersion": "v1", "kind": "X", "metadata": metadata}});
+            world.log.push((world.revision, resource.to_owned(), event));
+        });
+        self.world().revision
+    }
+
+    /// Breaks the connections of all watches.
+    pub(super) fn interrupt(&self) {
+        self.world().interruptions += 1;
+        self.shared.changed.send_modify(|tick| *tick += 1);
+    }
+
+    pub(super) fn count(&self, request: &str) -> usize {
+        self.world().requests.iter().filter(|made| *made == request).count()
+    }
+
+    fn change(&self, change: impl FnOnce(&mut World)) {
+        let mut world = self.world();
+        world.revision += 1;
+        change(&mut world);
+        drop(world);
+        self.shared.changed.send_modify(|tick| *tick += 1);
+    }
+}
+
+impl World {
+    /// Forgets all changes so far, as etcd's compaction does.
+    pub(super) fn compact(&mut self) {
+        self.compacted = self.revision;
+        self.log.clear();
+    }
+
+    fn list(&self, resource: &str, token: usize) -> Response<Body> {
+        let all: Vec<&Value> =
+            self.objects.iter().filter(|((r, _), _)| r == resource).map(|(_, object)| object).collect();
+        let page = if self.page == 0 { all.len().max(1) } else { self.page };
+        if token > 0 && self.break_second_page {
+            return status(500, "etcdserver: request timed out");
+        }
+        let items: Vec<&Value> = all.iter().skip(token).take(page).copied().collect();
+        let next = if token + page < all.len() { (token + page).to_string() } else { String::new() };
+        let metadata = json!({"resourceVersion": self.revision.to_string(), "continue": next});
+        answer(200, &json!({"apiVersion": "v1", "kind": "List", "metadata": metadata, "items": items}))
+    }
+}
+
+impl Shared {
+    fn answer(self: &Arc<Self>, request: &Request<Incoming>) -> Response<Body> {
+        let query: BTreeMap<&str, &str> =
+            request.uri().query().unwrap_or("").split('&').filter_map(|pair| pair.split_once('=')).collect();
+        let path = request.uri().path();
+        if path == "/apis/discovery.k8s.io/v1" {
+            return self.discovery();
+        }
+        let resource = path.rsplit('/').next().unwrap().to_owned();
+        let verb = if query.contains_key("watch") { "watch" } else { "list" };
+        let call = format!("{verb} {resource}");
+        let mut world = self.world.lock().unwrap();
+        world.requests.push(call.clone());
+        if world.absent.contains(&resource) {
+            return status(404, "the server could not find the requested resource");
+        }
+        if let Some(code) = world.refused.get(&call) {
+            return status(*code, &format!("{resource} is forbidden: User \"edge\" cannot {verb} resource"));
+        }
+        if verb == "list" {
+            return world.list(&resource, query.get("continue").map_or(0, |token| token.parse().unwrap()));
+        }
+        let version: u64 = query["resourceVersion"].parse().unwrap();
+        if version < world.compacted && world.gone_as_status {
+            return status(410, "too old resource version");
+        }
+        if world.end_watches {
+            return answer_bytes(200, Bytes::new());
+        }
+        let begun = world.interruptions;
+        world.begun.push((resource.clone(), version));
+        drop(world);
+        self.watch(resource, version, begun)
+    }
+
+    fn discovery(&self) -> Response<Body> {
+        let mut world = self.world.lock().unwrap();
+        world.requests.push("get discovery".to_owned());
+        if let Some(code) = world.refused.get("get discovery") {
+            return status(*code, "not now");
+        }
+        if world.absent.contains("endpointslices") {
+            return status(404, "the server could not find the requested resource");
+        }
+        let resource = json!({"name": "endpointslices", "singularName": "", "namespaced": true, "kind": "EndpointSlice", "verbs": []});
+        answer(200, &json!({"kind": "APIResourceList", "groupVersion": "discovery.k8s.io/v1", "resources": [resource]}))
+    }
+
+    fn watch(self: &Arc<Self>, resource: String, version: u64, begun: u64) -> Response<Body> {
+        let state = (Arc::clone(self), self.changed.subscribe(), version, false);
+        let frames = stream::unfold(state, move |(shared, mut changed, mut version, ended)| {
+            let resource = resource.clone();
+            async move {
+                if ended {
+                    return None;
+                }
+                loop {
+                    let (line, over) = {
+                        let mut world = shared.world.lock().unwrap();
+                        if world.interruptions > begun {
+                            let broken = Err(io::Error::from(io::ErrorKind::ConnectionReset));
+                            return Some((broken, (Arc::clone(&shared), changed, version, true)));
+                        }
+                        let news = world.log.iter().find(|(revision, r, _)| *revision > version && *r == resource);
+                        if version < world.compacted {
+                            let gone = json!({"kind": "Status", "status": "Failure", "code": 410, "reason": "Expired", "message": "too old resource version"});
+                            (Some(json!({"type": "ERROR", "object": gone})), true)
+                        } else {
+                            let news = news.cloned();
+                            version = news.as_ref().map_or(version, |(revision, _, _)| *revision);
+                            world.sent.insert(resource.clone(), version);
+                            (news.map(|(_, _, event)| event), false)
+                        }
+                    };
+                    if let Some(line) = line {
+                        let frame = Ok(Frame::data(Bytes::from(format!("{line}\n"))));
+                        return Some((frame, (shared, changed, version, over)));
+                    }
+                    if changed.changed().await.is_err() {
+                        return None;
+                    }
+                }
+            }
+        });
+        Response::new(BodyExt::boxed_unsync(StreamBody::new(frames)))
+    }
+}
+
+fn status(code: u16, message: &str) -> Response<Body> {
+    let status = json!({"kind": "Status", "apiVersion": "v1", "metadata": {}, "status": "Failure", "code": code, "message": message});
+    answer(code, &status)
+}
+
+fn answer(code: u16, value: &Value) -> Response<Body> {
+    answer_bytes(code, Bytes::from(value.to_string()))
+}
+
+fn answer_bytes(code: u16, bytes: Bytes) -> Response<Body> {
+    let body = BodyExt::boxed_unsync(Full::new(bytes).map_err(|never| match never {}));
+    Response::builder().status(code).header("content-type", "application/json").body(body).unwrap()
+}

@@ -1,0 +1,304 @@
+//! One resource: list it, watch it, and list again when the watch cannot go on.
+
+use std::{
+    collections::{BTreeSet, HashSet},
+    fmt::Debug,
+    hash::{DefaultHasher, Hash, Hasher},
+    pin::pin,
+    time::{Duration, SystemTime},
+};
+
+use futures::StreamExt;
+use kube::{
+    Api, Resource, ResourceExt,
+    api::{ListParams, WatchEvent, WatchParams},
+    runtime::watcher::DefaultBackoff,
+};
+use serde::de::DeserializeOwned;
+use tokio::time::{Instant, timeout};
+use tracing::{debug, info};
+
+use super::{ANSWER, Failure, Meaning, Source, bounded, pause, reset};
+use crate::{
+    kube::convert::{Convert, ConvertError, object_name},
+    model::{Event, Kind, NamespacedName, Object},
+};
+
+/// Objects that the API server holds but that cannot be used, wholly or in part.
+const INVALID: &str = "ObjectInvalid";
+/// More would only bury the first ones.
+const MAX_INVALID: usize = 100;
+
+/// As client-go: keeps the memory of both sides bounded.
+const PAGE: u32 = 500;
+/// The server is asked to end a watch after so many seconds, as kube and client-go do (5 to 10 minutes there).
+const WATCH_SECONDS: u32 = 290;
+/// A watch that brings nothing for longer than the server was asked for is dead.
+const WATCH_IDLE: Duration = Duration::from_secs(WATCH_SECONDS as u64 + 15);
+/// A watch that ends sooner did not work.
+const WATCH_MINIMUM: Duration = Duration::from_secs(1);
+
+/// The receiver of events is gone.
+pub(super) struct Closed;
+
+/// Follows all objects of one kind.
+pub(super) struct Session<'a, K> {
+    source: &'a Source,
+    api: Api<K>,
+    kind: Kind,
+    resource: String,
+    /// The kind that is not watched because this one is.
+    instead_of: Option<Kind>,
+    /// Hashes of the names of all objects delivered: enough to count them.
+    delivered: HashSet<u64>,
+    /// Subjects of the condition for objects that cannot be used.
+    invalid: BTreeSet<String>,
+}
+
+/// Why a list or watch came to nothing, and the version from which to watch on, where that is still known.
+enum Trouble {
+    Closed,
+    Request { failure: Failure, resume: Option<String> },
+}
+
+impl From<Closed> for Trouble {
+    fn from(Closed: Closed) -> Self {
+        Self::Closed
+    }
+}
+
+impl<'a, K> Session<'a, K>
+where
+    K: Resource<DynamicType = ()> + Convert + Clone + Debug + DeserializeOwned + Send + 'static,
+{
+    pub(super) fn new(source: &'a Source, kind: Kind, instead_of: Option<Kind>) -> Self {
+        let api = Api::all(source.client.clone());
+        let group = K::group(&());
+        let dot = if group.is_empty() { "" } else { "." };
+        let resource = format!("{}{dot}{group}", K::plural(&()));
+        Self { source, api, kind, resource, instead_of, delivered: HashSet::new(), invalid: BTreeSet::new() }
+    }
+
+    /// Returns when the server says that it does not have the resource.
+    ///
+    /// # Errors
+    ///
+    /// The receiver of events is gone.
+    pub(super) async fn follow(mut self) -> Result<(), Closed> {
+        let mut backoff = DefaultBackoff::default();
+        let mut version = None;
+        let mut in_vain = false;
+        loop {
+            let begun = Instant::now();
+            let verb = if version.is_some() { "watch" } else { "list" };
+            let watched = version.is_some();
+            let ended = match version.take() {
+                None => self.list().await,
+                Some(version) => self.watch(version).await,
+            };
+            match ended {
+                Ok(reached) => {
+                    version = Some(reached);
+                    if watched && begun.elapsed() < WATCH_MINIMUM {
+                        // One may have been bad luck. More are a server that ends every watch, which must not make
+                        // this a tight loop.
+                        if in_vain {
+                            pause(&mut backoff).await;
+                        }
+                        in_vain = true;
+                    } else if watched {
+                        in_vain = false;
+                        reset(&mut backoff);
+                    }
+                }
+                Err(Trouble::Closed) => return Err(Closed),
+                Err(Trouble::Request { failure, resume }) => {
+                    version = resume;
+                    match failure.meaning() {
+                        Meaning::Expired => {
+                            info!(resource = self.resource, "the resource version has expired; listing again");
+                            version = None;
+                        }
+                        Meaning::NotServed => {
+                            self.source.failed(verb, &self.resource, &failure);
+                            return Ok(());
+                        }
+                        Meaning::Forbidden | Meaning::Answered | Meaning::Unreachable => {
+                            self.source.failed(verb, &self.resource, &failure);
+                        }
+                    }
+                    pause(&mut backoff).await;
+                }
+            }
+        }
+    }
+
+    /// Gives the version from which to watch.
+    async fn list(&mut self) -> Result<String, Trouble> {
+        let failed = |failure| Trouble::Request { failure, resume: None };
+        let (mut objects, mut invalid, mut token) = (Vec::new(), Vec::new(), None::<String>);
+        let version = loop {
+            let mut params = ListParams::default().limit(PAGE);
+            params.continue_token = token;
+            self.source.limiter.permit().await;
+            let page = bounded(self.api.list(&params)).await.map_err(failed)?;
+            self.source.answered();
+            for item in page.items {
+                let (object, problem) = convert(&item, self.kind);
+                objects.extend(object);
+                invalid.extend(problem);
+            }
+            token = page.metadata.continue_.filter(|token| !token.is_empty());
+            if token.is_none() {
+                break page.metadata.resource_version.filter(|version| !version.is_empty());
+            }
+        };
+        let version = version.ok_or_else(|| failed(Failure::NoVersion))?;
+        // Not `allowed` yet: an account that may list but not watch would make that condition come and go.
+        self.source.conditions.clear(ANSWER, &self.resource);
+        debug!(resource = self.resource, objects = objects.len(), version, "listed");
+
+        for subject in std::mem::take(&mut self.invalid) {
+            if !invalid.iter().any(|(other, _)| *other == subject) {
+                self.source.conditions.clear(INVALID, &subject);
+            }
+        }
+        for (subject, problem) in invalid {
+            self.report(subject, Some(problem));
+        }
+        self.delivered = objects.iter().map(|object| fingerprint(object.name())).collect();
+        self.source.state.count(self.kind, objects.len());
+        self.send(Event::Replace(self.kind, objects)).await?;
+        if let Some(other) = self.instead_of {
+            self.source.state.count(other, 0);
+            self.send(Event::Replace(other, Vec::new())).await?;
+        }
+        if self.source.listed.complete_with(self.kind) {
+            self.send(Event::Synced).await?;
+        }
+        Ok(version)
+    }
+
+    /// Gives the version that was reached when the watch ended.
+    async fn watch(&mut self, mut version: String) -> Result<String, Trouble> {
+        let params = WatchParams::default().timeout(WATCH_SECONDS);
+        self.source.limiter.permit().await;
+        let stream = bounded(self.api.watch(&params, &version)).await;
+        let failed = |failure, version: String| Trouble::Request { failure, resume: Some(version) };
+        let stream = match stream {
+            Ok(stream) => stream,
+            Err(failure) => return Err(failed(failure, version)),
+        };
+        self.source.answered();
+        self.source.allowed(&self.resource);
+        let mut stream = pin!(stream);
+        loop {
+            let Ok(Some(next)) = timeout(WATCH_IDLE, stream.next()).await else {
+                // Regular: the server ends each watch after a while, and networks do so too. What is wrong, if
+                // anything, shows when the next one begins.
+                return Ok(version);
+            };
+            match next {
+                Ok(WatchEvent::Added(object) | WatchEvent::Modified(object)) => {
+                    advance(&mut version, object.resource_version());
+                    self.apply(&object).await?;
+                }
+                Ok(WatchEvent::Deleted(object)) => {
+                    advance(&mut version, object.resource_version());
+                    if let Ok(name) = object_name(object.meta()) {
+                        self.report(subject(self.kind, &object), None);
+                        self.remove(name).await?;
+                    }
+                }
+                Ok(WatchEvent::Bookmark(bookmark)) => advance(&mut version, Some(bookmark.metadata.resource_version)),
+                Ok(WatchEvent::Error(status)) => return Err(failed(kube::Error::Api(status).into(), version)),
+                // The change it told of is unknown now.
+                Err(kube::Error::SerdeError(error)) => {
+                    let failure = Failure::Api(kube::Error::SerdeError(error));
+                    return Err(Trouble::Request { failure, resume: None });
+                }
+                Err(kube::Error::Api(status)) => return Err(failed(kube::Error::Api(status).into(), version)),
+                Err(error) => {
+                    debug!(resource = self.resource, %error, "the watch was interrupted");
+                    return Ok(version);
+                }
+            }
+        }
+    }
+
+    async fn apply(&mut self, item: &K) -> Result<(), Closed> {
+        let (object, problem) = convert(item, self.kind);
+        self.report(subject(self.kind, item), problem.map(|(_, problem)| problem));
+        match object {
+            Some(object) => {
+                self.delivered.insert(fingerprint(object.name()));
+                self.source.state.count(self.kind, self.delivered.len());
+                self.send(Event::Apply(object)).await
+            }
+            // Its former content is known to be out of date.
+            None => match object_name(item.meta()) {
+                Ok(name) => self.remove(name).await,
+                Err(_) => Ok(()),
+            },
+        }
+    }
+
+    async fn remove(&mut self, name: NamespacedName) -> Result<(), Closed> {
+        self.delivered.remove(&fingerprint(&name));
+        self.source.state.count(self.kind, self.delivered.len());
+        self.send(Event::Delete(self.kind, name)).await
+    }
+
+    /// Raises or clears the condition of one object.
+    fn report(&mut self, subject: String, problem: Option<String>) {
+        match problem {
+            Some(problem) if self.invalid.contains(&subject) || self.invalid.len() < MAX_INVALID => {
+                let message = format!("cannot use all of {subject}: {problem}; correct the object");
+                self.source.conditions.raise(INVALID, subject.clone(), message, SystemTime::now());
+                self.invalid.insert(subject);
+            }
+            Some(problem) => debug!(subject, problem, "cannot use all of an object"),
+            None => {
+                if self.invalid.remove(&subject) {
+                    self.source.conditions.clear(INVALID, &subject);
+                }
+            }
+        }
+    }
+
+    async fn send(&self, event: Event) -> Result<(), Closed> {
+        self.source.events.send(event).await.map_err(|_| Closed)
+    }
+}
+
+/// The object as far as it can be used, and the subject and text of what is wrong with it.
+fn convert<K: Convert + ResourceExt>(item: &K, kind: Kind) -> (Option<Object>, Option<(String, String)>) {
+    match item.convert() {
+        Ok(converted) => {
+            let faults: Vec<String> = converted.faults.iter().map(ToString::to_string).collect();
+            let problem = (!faults.is_empty()).then(|| (subject(kind, item), faults.join("; ")));
+            (Some(converted.object), problem)
+        }
+        Err(ConvertError::Invalid(fault)) => (None, Some((subject(kind, item), fault.to_string()))),
+        Err(ConvertError::Foreign(fault)) => {
+            debug!(object = subject(kind, item), %fault, "not for a Service");
+            (None, None)
+        }
+    }
+}
+
+fn subject<K: ResourceExt>(kind: Kind, item: &K) -> String {
+    format!("{kind} {}/{}", item.namespace().unwrap_or_default(), item.name_any())
+}
+
+fn fingerprint(name: &NamespacedName) -> u64 {
+    let mut hasher = DefaultHasher::new();
+    name.hash(&mut hasher);
+    hasher.finish()
+}
+
+fn advance(version: &mut String, newer: Option<String>) {
+    if let Some(newer) = newer.filter(|newer| !newer.is_empty()) {
+        *version = newer;
+    }
+}

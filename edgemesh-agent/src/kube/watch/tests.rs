@@ -1,0 +1,374 @@
+use std::{collections::BTreeSet, net::SocketAddr, time::Instant};
+
+use serde_json::{Value, json};
+
+use super::{fake::FakeServer, *};
+use crate::{conditions::Condition, config::SourceKind, kube, model::Object};
+
+/// Far longer than anything takes; only a failing test waits for it.
+const PATIENCE: Duration = Duration::from_secs(30);
+const SLICES: &str = "endpointslices.discovery.k8s.io";
+
+struct Bench {
+    events: mpsc::Receiver<Event>,
+    conditions: Conditions,
+    state: SourceState,
+    tasks: Tasks,
+}
+
+fn service(name: &str, port: u16) -> Value {
+    json!({"metadata": {"name": name, "namespace": "shop"}, "spec": {"clusterIP": "10.96.0.1", "ports": [{"port": port}]}})
+}
+
+fn slice(name: &str, service: &str) -> Value {
+    let labels = json!({"kubernetes.io/service-name": service});
+    json!({
+        "metadata": {"name": name, "namespace": "shop", "labels": labels},
+        "addressType": "IPv4", "ports": [{"port": 80}], "endpoints": [{"addresses": ["10.0.0.1"]}],
+    })
+}
+
+fn describe(event: &Event) -> String {
+    let object = |object: &Object| match object {
+        Object::Service(service) => format!("{}:{}", service.name, service.ports[0].port),
+        Object::EndpointSlice(set) | Object::Endpoints(set) => set.name.to_string(),
+    };
+    match event {
+        Event::Apply(applied) => format!("apply {} {}", applied.kind(), object(applied)),
+        Event::Delete(kind, name) => format!("delete {kind} {name}"),
+        Event::Replace(kind, objects) => {
+            format!("replace {kind} [{}]", objects.iter().map(object).collect::<Vec<_>>().join(" "))
+        }
+        Event::Synced => "synced".to_owned(),
+    }
+}
+
+impl Bench {
+    fn start(address: SocketAddr) -> Self {
+        Self::start_with(&format!("http://{address}"))
+    }
+
+    fn start_with(master: &str) -> Self {
+        let _installed_before = rustls::crypto::aws_lc_rs::default_provider().install_default();
+        let (sender, events) = mpsc::channel(16);
+        let (conditions, tasks) = (Conditions::default(), Tasks::default());
+        let kind = SourceKind::Kubeconfig { path: None, master: Some(master.to_owned()) };
+        let config = SourceConfig { kind, qps: 100, burst: 200 };
+        let state = kube::start(&config, sender, conditions.clone(), &tasks).unwrap();
+        Self { events, conditions, state, tasks }
+    }
+
+    /// A source that has said all that a server with nothing but these objects makes it say.
+    async fn synced(server: &FakeServer) -> Self {
+        let mut bench = Self::start(server.address);
+        while bench.next().await != "synced" {}
+        // Else a test could interrupt a watch that has not begun.
+        for resource in ["services", "endpointslices"] {
+            let call = format!("watch {resource}");
+            wait_for(|| (server.count(&call) > 0).then_some(())).await;
+        }
+        bench
+    }
+
+    async fn next(&mut self) -> String {
+        describe(&timeout(PATIENCE, self.events.recv()).await.expect("an event in time").expect("a living source"))
+    }
+
+    async fn expect(&mut self, expected: &[&str]) {
+        for expected in expected {
+            assert_eq!(self.next().await, *expected);
+        }
+    }
+
+    /// The two halves run side by side: their order is open, but for what comes last.
+    async fn expect_in_any_order(&mut self, expected: &[&str], last: &str) {
+        let mut seen = BTreeSet::new();
+        for _ in expected {
+            seen.insert(self.next().await);
+        }
+        assert_eq!(seen, expected.iter().map(|&text| text.to_owned()).collect());
+        assert_eq!(self.next().await, last);
+    }
+
+    async fn condition(&self, reason: &str, subject: &str) -> Condition {
+        let find = || self.conditions.list().into_iter().find(|c| c.reason == reason && c.subject == subject);
+        wait_for(find).await
+    }
+
+    async fn no_condition(&self) {
+        wait_for(|| self.conditions.list().is_empty().then_some(())).await;
+    }
+}
+
+async fn wait_for<T>(mut look: impl FnMut() -> Option<T>) -> T {
+    let looking = async {
+        loop {
+            if let Some(found) = look() {
+                return found;
+            }
+            sleep(Duration::from_millis(2)).await;
+        }
+    };
+    timeout(PATIENCE, looking).await.expect("it to come true in time")
+}
+
+#[tokio::test]
+async fn lists_page_by_page_and_follows_changes() {
+    let server = FakeServer::start().await;
+    server.world().page = 2;
+    for name in ["a", "b", "c", "d", "e"] {
+        server.put("services", service(name, 80));
+    }
+    server.put("endpointslices", slice("a-1", "a"));
+    let mut bench = Bench::start(server.address);
+    bench
+        .expect_in_any_order(
+            &[
+                "replace Service [shop/a:80 shop/b:80 shop/c:80 shop/d:80 shop/e:80]",
+                "replace EndpointSlice [shop/a-1]",
+                "replace Endpoints []",
+            ],
+            "synced",
+        )
+        .await;
+    assert_eq!(server.count("list services"), 3);
+    server.put("services", service("f", 80));
+    bench.expect(&["apply Service shop/f:80"]).await;
+    server.put("services", service("f", 81));
+    bench.expect(&["apply Service shop/f:81"]).await;
+    server.delete("endpointslices", "a-1");
+    bench.expect(&["delete EndpointSlice shop/a-1"]).await;
+    let status = bench.state.status();
+    assert!(status.connected && status.last_error.is_none(), "{status:?}");
+    assert_eq!((status.objects["Service"], status.objects["EndpointSlice"]), (6, 0));
+    assert!(bench.conditions.list().is_empty());
+    assert!(bench.tasks.drain(PATIENCE).await);
+}
+
+#[tokio::test]
+async fn an_interrupted_watch_goes_on_where_it_was_without_listing_again() {
+    let server = FakeServer::start().await;
+    let mut bench = Bench::synced(&server).await;
+    server.put("services", service("a", 80));
+    bench.expect(&["apply Service shop/a:80"]).await;
+    server.interrupt();
+    server.put("services", service("b", 80));
+    bench.expect(&["apply Service shop/b:80"]).await;
+    assert_eq!((server.count("list services"), server.count("watch services")), (1, 2));
+}
+
+#[tokio::test]
+async fn lists_again_when_the_version_is_too_old() {
+    for gone_as_status in [false, true] {
+        let server = FakeServer::start().await;
+        server.put("services", service("a", 80));
+        server.put("services", service("b", 80));
+        let mut bench = Bench::synced(&server).await;
+        {
+            let mut world = server.world();
+            world.gone_as_status = gone_as_status;
+            // Keeps the watch from going on before the version is too old.
+            world.refused.insert("watch services".to_owned(), 503);
+        }
+        server.interrupt();
+        bench.condition(ANSWER, "services").await;
+        server.delete("services", "a");
+        server.put("services", service("c", 80));
+        server.world().compact();
+        server.world().refused.clear();
+        // Deleted while nobody looked.
+        let mut event = bench.next().await;
+        while event.contains("Endpoint") {
+            event = bench.next().await;
+        }
+        assert_eq!(event, "replace Service [shop/b:80 shop/c:80]");
+        assert_eq!(server.count("list services"), 2);
+        bench.no_condition().await;
+    }
+}
+
+#[tokio::test]
+async fn bookmarks_carry_the_version_over_a_compaction() {
+    let server = FakeServer::start().await;
+    let mut bench = Bench::synced(&server).await;
+    // The version moves on by changes of other kinds.
+    server.put("endpointslices", slice("a-1", "a"));
+    bench.expect(&["apply EndpointSlice shop/a-1"]).await;
+    let version = server.bookmark("services");
+    wait_for(|| (server.world().sent.get("services") == Some(&version)).then_some(())).await;
+    server.interrupt();
+    let resumed = ("services".to_owned(), version);
+    wait_for(|| server.world().begun.contains(&resumed).then_some(())).await;
+    server.world().compact();
+    server.put("services", service("b", 80));
+    bench.expect(&["apply Service shop/b:80"]).await;
+    assert_eq!(server.count("list services"), 1);
+}
+
+#[tokio::test]
+async fn a_refused_kind_is_reported_and_holds_back_only_itself() {
+    let server = FakeServer::start().await;
+    server.put("services", service("a", 80));
+    server.world().refused.insert("list endpointslices".to_owned(), 403);
+    let mut bench = Bench::start(server.address);
+    bench.expect(&["replace Service [shop/a:80]"]).await;
+    let condition = bench.condition(FORBIDDEN, SLICES).await;
+    let expected = format!(
+        "the API server http://{} refuses to list {SLICES}: 403 endpointslices is forbidden: User \"edge\" cannot list \
+         resource; bind a ClusterRole that grants get, list and watch on {SLICES} to its account",
+        server.address
+    );
+    assert_eq!(condition.message, expected);
+    assert!(bench.state.status().last_error.is_some());
+    // Services are followed meanwhile.
+    server.put("services", service("b", 80));
+    bench.expect(&["apply Service shop/b:80"]).await;
+    server.world().refused.clear();
+    bench.expect(&["replace EndpointSlice []", "replace Endpoints []", "synced"]).await;
+    bench.no_condition().await;
+}
+
+#[tokio::test]
+async fn a_refused_watch_does_not_list_over_and_over() {
+    let server = FakeServer::start().await;
+    server.world().refused.insert("watch services".to_owned(), 401);
+    let bench = Bench::start(server.address);
+    let condition = bench.condition(FORBIDDEN, "services").await;
+    assert!(condition.message.ends_with("check the token or client certificate it uses"), "{condition:?}");
+    wait_for(|| (server.count("watch services") >= 3).then_some(())).await;
+    assert_eq!(server.count("list services"), 1);
+    server.world().refused.clear();
+    bench.no_condition().await;
+}
+
+#[tokio::test]
+async fn a_list_that_breaks_off_replaces_nothing() {
+    let server = FakeServer::start().await;
+    for name in ["a", "b", "c"] {
+        server.put("services", service(name, 80));
+    }
+    server.world().page = 2;
+    server.world().break_second_page = true;
+    let mut bench = Bench::start(server.address);
+    bench.expect(&["replace EndpointSlice []", "replace Endpoints []"]).await;
+    let condition = bench.condition(ANSWER, "services").await;
+    assert!(condition.message.contains("failed to list services: 500 etcdserver: request timed out"), "{condition:?}");
+    server.world().break_second_page = false;
+    bench.expect(&["replace Service [shop/a:80 shop/b:80 shop/c:80]", "synced"]).await;
+    bench.no_condition().await;
+}
+
+#[tokio::test]
+async fn without_endpoint_slices_endpoints_are_used() {
+    let server = FakeServer::start().await;
+    server.world().absent.insert("endpointslices".to_owned());
+    server.put("endpoints", json!({"metadata": {"name": "a", "namespace": "shop"}, "subsets": []}));
+    let mut bench = Bench::start(server.address);
+    bench
+        .expect_in_any_order(
+            &["replace Service []", "replace Endpoints [shop/a]", "replace EndpointSlice []"],
+            "synced",
+        )
+        .await;
+    assert_eq!(server.count("list endpointslices"), 0);
+    assert!(bench.conditions.list().is_empty());
+}
+
+#[tokio::test]
+async fn discovery_is_asked_again_until_it_is_answered() {
+    let server = FakeServer::start().await;
+    server.world().refused.insert("get discovery".to_owned(), 503);
+    let mut bench = Bench::start(server.address);
+    bench.expect(&["replace Service []"]).await;
+    bench.condition(ANSWER, "discovery.k8s.io/v1").await;
+    assert_eq!(server.count("list endpoints") + server.count("list endpointslices"), 0);
+    server.world().refused.clear();
+    bench.expect(&["replace EndpointSlice []", "replace Endpoints []", "synced"]).await;
+    bench.no_condition().await;
+}
+
+#[tokio::test]
+async fn the_choice_is_made_anew_when_slices_are_served_no_more() {
+    let server = FakeServer::start().await;
+    server.put("endpointslices", slice("a-1", "a"));
+    let mut bench = Bench::synced(&server).await;
+    server.put("endpoints", json!({"metadata": {"name": "a", "namespace": "shop"}}));
+    server.world().absent.insert("endpointslices".to_owned());
+    server.interrupt();
+    // What the slices said stays until the endpoints are there.
+    bench.expect(&["replace Endpoints [shop/a]", "replace EndpointSlice []"]).await;
+    assert_eq!(bench.state.status().objects["EndpointSlice"], 0);
+    bench.no_condition().await;
+}
+
+#[tokio::test]
+async fn waits_for_a_server_that_is_not_there_yet() {
+    // An address of its own, for nobody else to take the port meanwhile.
+    let address = {
+        let listener = std::net::TcpListener::bind("127.0.0.83:0").unwrap();
+        listener.local_addr().unwrap()
+    };
+    let mut bench = Bench::start(address);
+    let condition = bench.condition(UNREACHABLE, "").await;
+    let (begin, middle) =
+        (format!("cannot reach the API server http://{address}: "), "Connection refused (os error 111)");
+    assert!(condition.message.starts_with(&begin) && condition.message.contains(middle), "{condition:?}");
+    assert!(!bench.state.status().connected);
+    let server = FakeServer::start_at(address).await;
+    assert_eq!(server.address, address);
+    bench
+        .expect_in_any_order(&["replace Service []", "replace EndpointSlice []", "replace Endpoints []"], "synced")
+        .await;
+    bench.no_condition().await;
+    assert!(bench.state.status().connected);
+}
+
+#[tokio::test]
+async fn a_server_without_tls_where_tls_is_expected_is_unreachable() {
+    let server = FakeServer::start().await;
+    let bench = Bench::start_with(&format!("https://{}", server.address));
+    let condition = bench.condition(UNREACHABLE, "").await;
+    assert!(!condition.message.contains('\n') && condition.message.contains("certificates"), "{condition:?}");
+}
+
+#[tokio::test]
+async fn an_unusable_object_is_reported_and_counts_as_absent() {
+    let server = FakeServer::start().await;
+    server.put("services", service("a", 80));
+    // Belongs to no Service, which is no fault.
+    let mut foreign = slice("x", "x");
+    foreign["metadata"]["labels"] = json!({});
+    server.put("endpointslices", foreign);
+    let mut bench = Bench::synced(&server).await;
+    let mut broken = service("a", 80);
+    broken["spec"]["clusterIP"] = json!("10.96.0.1.1");
+    server.put("services", broken);
+    bench.expect(&["delete Service shop/a"]).await;
+    let condition = bench.condition("ObjectInvalid", "Service shop/a").await;
+    assert_eq!(
+        condition.message,
+        "cannot use all of Service shop/a: spec.clusterIP: \"10.96.0.1.1\" is not an IP address; correct the object"
+    );
+    server.put("services", service("a", 81));
+    bench.expect(&["apply Service shop/a:81"]).await;
+    bench.no_condition().await;
+}
+
+#[tokio::test]
+async fn a_server_that_ends_every_watch_is_not_hammered() {
+    let server = FakeServer::start().await;
+    server.world().end_watches = true;
+    let begun = Instant::now();
+    let _bench = Bench::start(server.address);
+    wait_for(|| (server.count("watch services") >= 4).then_some(())).await;
+    // The second attempt comes at once, the two after it each at least the shortest pause later.
+    assert!(begun.elapsed() >= Duration::from_millis(1600), "{:?}", begun.elapsed());
+}
+
+#[tokio::test]
+async fn ends_when_nobody_listens() {
+    let server = FakeServer::start().await;
+    let Bench { events, tasks, .. } = Bench::synced(&server).await;
+    drop(events);
+    assert!(tasks.drain(PATIENCE).await);
+}

@@ -1,0 +1,246 @@
+//! How answers look on a terminal.
+
+use std::fmt::Write;
+
+use serde_json::Value;
+
+use crate::status::{BackendsReport, Counts, ServiceRow};
+
+/// The form of an answer.
+#[derive(Clone, Copy, Debug, Default, Eq, PartialEq, clap::ValueEnum)]
+pub enum Output {
+    #[default]
+    Table,
+    Json,
+    Yaml,
+}
+
+/// `status` as text: what matters first, then what is wrong.
+pub fn status(status: &Value) -> String {
+    let mut text = String::new();
+    let ready = match status["ready"].as_bool() {
+        Some(true) => "ready".to_owned(),
+        _ => format!("NOT READY, waiting for {}", list(&status["waiting_for"])),
+    };
+    let source = &status["source"];
+    let connected = if source["connected"].as_bool() == Some(true) { "connected" } else { "DISCONNECTED" };
+    let objects = source["objects"]
+        .as_object()
+        .map_or_else(String::new, |objects| objects.iter().map(|(kind, count)| format!(", {count} {kind}")).collect());
+    let mut rows = vec![
+        ("Node", format!("{} (agent {})", word(&status["node"]), word(&status["version"]))),
+        ("State", format!("{ready}, up {}", duration(&status["uptime_seconds"]))),
+        ("Source", format!("{}, {connected} for {}{objects}", word(&source["source"]), age(&source["since"]))),
+    ];
+    if let Some(error) = source["last_error"].as_str().filter(|_| connected == "DISCONNECTED") {
+        rows.push(("", format!("last error: {error}")));
+    }
+    let dataplane = &status["dataplane"];
+    if dataplane.is_null() {
+        rows.push(("Data plane", "off (modules.edgeProxy.enable is false)".to_owned()));
+    } else {
+        let adopted = match dataplane["adopted_frontends"].as_u64() {
+            Some(0) | None => String::new(),
+            Some(count) => format!(", took over {count} frontends of an earlier agent"),
+        };
+        rows.push((
+            "Data plane",
+            format!("{} on cgroup {}{adopted}", word(&dataplane["kind"]), word(&dataplane["cgroup"])),
+        ));
+        let (now, newest) = (dataplane["generation"].as_u64(), dataplane["newest_generation"].as_u64());
+        if now != newest {
+            rows.push((
+                "",
+                format!(
+                    "table {} in force, {} waiting",
+                    word(&dataplane["generation"]),
+                    word(&dataplane["newest_generation"])
+                ),
+            ));
+        }
+    }
+    let device = &status["device"];
+    rows.push((
+        "Device",
+        match device.as_object() {
+            Some(_) => {
+                format!("{} ({}) with {}", word(&device["name"]), word(&device["kind"]), word(&device["address"]))
+            }
+            None => "MISSING".to_owned(),
+        },
+    ));
+    rows.push((
+        "Serving",
+        format!(
+            "{} Services, {} frontends, {} backends",
+            word(&status["services"]),
+            word(&status["frontends"]),
+            word(&status["backends"])
+        ),
+    ));
+    for (label, value) in rows {
+        let _ = writeln!(text, "{label:<12}{value}");
+    }
+    let conditions = status["conditions"].as_array().map_or(&[][..], Vec::as_slice);
+    if conditions.is_empty() {
+        text.push_str("Conditions  none\n");
+    } else {
+        text.push_str("Conditions\n");
+    }
+    for condition in conditions {
+        let subject = condition["subject"].as_str().filter(|subject| !subject.is_empty());
+        let subject = subject.map_or_else(String::new, |subject| format!(" {subject}"));
+        let _ = writeln!(
+            text,
+            "  {}{subject} (for {})\n    {}",
+            word(&condition["reason"]),
+            age(&condition["since"]),
+            word(&condition["message"])
+        );
+    }
+    text
+}
+
+/// `services` as a table, a row for each frontend.
+pub fn services(services: &[ServiceRow]) -> String {
+    let mut rows = vec![
+        ["NAMESPACE", "NAME", "KIND", "FRONTEND", "BACKENDS", "CONNECTS", "DATAGRAMS", "REFUSED", "NOTES"]
+            .map(str::to_owned)
+            .to_vec(),
+    ];
+    for service in services {
+        let mut first = vec![service.namespace.clone(), service.name.clone(), service.kind.clone()];
+        let notes = service.notes.join("; ");
+        if service.frontends.is_empty() {
+            first.extend(["-", "-", "-", "-", "-"].map(str::to_owned));
+            first.push(notes);
+            rows.push(first);
+            continue;
+        }
+        for frontend in &service.frontends {
+            let mut row = first.clone();
+            row.extend([frontend.address.clone(), frontend.backends.to_string()]);
+            row.extend(numbers(&frontend.counts));
+            row.push(notes.clone());
+            rows.push(row);
+        }
+    }
+    columns(&rows)
+}
+
+/// `backends` as tables, one for each port.
+pub fn backends(report: &BackendsReport) -> String {
+    let service = &report.service;
+    let mut text = format!("Service {}/{} ({})\n", service.namespace, service.name, service.kind);
+    for note in &service.notes {
+        let _ = writeln!(text, "  {note}");
+    }
+    for frontend in &service.frontends {
+        let refused = frontend.counts.refused;
+        let _ = writeln!(text, "  answers on {}, {} eligible, {refused} refused", frontend.address, frontend.backends);
+    }
+    for port in &report.ports {
+        let name = if port.name.is_empty() { String::new() } else { format!(" '{}'", port.name) };
+        let _ = writeln!(text, "\nPort {}/{}{name}", port.port, port.protocol);
+        let mut rows = vec![
+            ["ENDPOINT", "NODE", "ZONE", "ELIGIBLE", "REASON", "CONNECTS", "DATAGRAMS"].map(str::to_owned).to_vec(),
+        ];
+        for endpoint in &port.endpoints {
+            let dash = || "-".to_owned();
+            rows.push(vec![
+                endpoint.address.to_string(),
+                endpoint.node.clone().unwrap_or_else(dash),
+                endpoint.zone.clone().unwrap_or_else(dash),
+                if endpoint.eligible { "yes" } else { "no" }.to_owned(),
+                endpoint.reason.clone(),
+                endpoint.counts.connects.to_string(),
+                endpoint.counts.datagrams.to_string(),
+            ]);
+        }
+        text.push_str(&columns(&rows));
+    }
+    text
+}
+
+fn numbers(counts: &Counts) -> [String; 3] {
+    [counts.connects, counts.datagrams, counts.refused].map(|count| count.to_string())
+}
+
+/// Pads every column to its widest cell; the last is left as it is.
+fn columns(rows: &[Vec<String>]) -> String {
+    let mut widths: Vec<usize> = Vec::new();
+    for row in rows {
+        widths.resize(widths.len().max(row.len()), 0);
+        for (width, cell) in widths.iter_mut().zip(row) {
+            *width = (*width).max(cell.chars().count());
+        }
+    }
+    let mut text = String::new();
+    for row in rows {
+        let mut line = String::new();
+        for (cell, width) in row.iter().zip(&widths) {
+            let _ = write!(line, "{cell:<width$}  ");
+        }
+        text.push_str(line.trim_end());
+        text.push('\n');
+    }
+    text
+}
+
+fn word(value: &Value) -> String {
+    value.as_str().map_or_else(|| value.to_string(), str::to_owned)
+}
+
+fn list(value: &Value) -> String {
+    value.as_array().map_or_else(String::new, |items| items.iter().map(word).collect::<Vec<_>>().join(", "))
+}
+
+fn age(since: &Value) -> String {
+    let now = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).map_or(0, |now| now.as_secs());
+    seconds(now.saturating_sub(since.as_u64().unwrap_or(now)))
+}
+
+fn duration(value: &Value) -> String {
+    seconds(value.as_u64().unwrap_or(0))
+}
+
+fn seconds(seconds: u64) -> String {
+    match seconds {
+        0..60 => format!("{seconds}s"),
+        60..3600 => format!("{}m{}s", seconds / 60, seconds % 60),
+        3600..86_400 => format!("{}h{}m", seconds / 3600, seconds % 3600 / 60),
+        _ => format!("{}d{}h", seconds / 86_400, seconds % 86_400 / 3600),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn durations_read_as_people_say_them() {
+        for (given, shown) in [(5, "5s"), (65, "1m5s"), (3_700, "1h1m"), (90_000, "1d1h")] {
+            assert_eq!(seconds(given), shown);
+        }
+    }
+
+    #[test]
+    fn columns_are_as_wide_as_their_widest_cell() {
+        let rows = [vec!["A".to_owned(), "B".to_owned()], vec!["long".to_owned(), "x".to_owned()]];
+        assert_eq!(columns(&rows), "A     B\nlong  x\n");
+    }
+
+    #[test]
+    fn status_names_what_is_wrong() {
+        let shown = status(&serde_json::json!({
+            "version": "1", "node": "edge1", "uptime_seconds": 3, "ready": false, "waiting_for": ["the data plane"],
+            "source": {"source": "/m", "connected": false, "since": 0, "last_error": "refused", "objects": {}},
+            "dataplane": null, "device": null, "services": 0, "frontends": 0, "backends": 0,
+            "conditions": [{"reason": "ManifestInvalid", "subject": "a.yaml", "message": "bad", "since": 0}],
+        }));
+        for part in ["NOT READY, waiting for the data plane", "DISCONNECTED", "last error: refused", "off", "MISSING"] {
+            assert!(shown.contains(part), "{part} in\n{shown}");
+        }
+        assert!(shown.contains("ManifestInvalid a.yaml"), "{shown}");
+    }
+}

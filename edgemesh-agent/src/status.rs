@@ -1,0 +1,204 @@
+//! What the agent says of itself: the answers behind `status`, `services` and `backends`, as they go over the control
+//! socket in JSON.
+
+use std::{collections::BTreeMap, net::SocketAddr};
+
+use serde::{Deserialize, Serialize};
+
+use crate::{
+    conditions::Condition,
+    dataplane::Count,
+    kube::SourceStatus,
+    model::{FrontendAddr, PortEndpoint, ServiceEntry, ServiceKind, ServiceTable},
+    net::Device,
+};
+
+/// The version of this build.
+pub const VERSION: &str = env!("CARGO_PKG_VERSION");
+
+/// `edgemesh-agent status`.
+#[derive(Clone, Debug, Serialize)]
+pub struct Status {
+    pub version: &'static str,
+    pub node: String,
+    pub uptime_seconds: u64,
+    pub ready: bool,
+    /// What readiness still waits for.
+    pub waiting_for: Vec<&'static str>,
+    pub source: SourceStatus,
+    /// None where `edgeProxy` is not enabled.
+    pub dataplane: Option<DataplaneStatus>,
+    pub device: Option<Device>,
+    pub services: usize,
+    pub frontends: usize,
+    /// Eligible (frontend, backend) pairs.
+    pub backends: usize,
+    pub conditions: Vec<Condition>,
+}
+
+/// The data plane's part of [`Status`].
+#[derive(Clone, Debug, Serialize)]
+pub struct DataplaneStatus {
+    pub kind: &'static str,
+    /// The cgroup whose processes are served.
+    pub cgroup: String,
+    /// Frontends that an earlier agent left in force and this one took over.
+    pub adopted_frontends: usize,
+    /// The generation of the table in force, and of the newest one.
+    pub generation: u64,
+    pub newest_generation: u64,
+}
+
+/// One row of `edgemesh-agent services`.
+#[derive(Clone, Debug, Deserialize, Serialize)]
+pub struct ServiceRow {
+    pub namespace: String,
+    pub name: String,
+    pub kind: String,
+    pub frontends: Vec<FrontendRow>,
+    /// Why something of this Service is not served.
+    pub notes: Vec<String>,
+}
+
+/// A frontend of a [`ServiceRow`].
+#[derive(Clone, Debug, Deserialize, Serialize)]
+pub struct FrontendRow {
+    /// `10.96.0.1:80/TCP`.
+    pub address: String,
+    /// How many endpoints are eligible.
+    pub backends: usize,
+    pub counts: Counts,
+}
+
+/// What a frontend or backend has counted.
+#[derive(Clone, Copy, Debug, Default, Deserialize, Eq, PartialEq, Serialize)]
+pub struct Counts {
+    pub connects: u64,
+    pub datagrams: u64,
+    pub refused: u64,
+}
+
+/// `edgemesh-agent backends NS/NAME`.
+#[derive(Clone, Debug, Deserialize, Serialize)]
+pub struct BackendsReport {
+    pub service: ServiceRow,
+    pub ports: Vec<PortRow>,
+}
+
+/// A port of a [`BackendsReport`].
+#[derive(Clone, Debug, Deserialize, Serialize)]
+pub struct PortRow {
+    pub name: String,
+    pub port: u16,
+    pub protocol: String,
+    pub endpoints: Vec<EndpointRow>,
+}
+
+/// An endpoint of a [`PortRow`].
+#[derive(Clone, Debug, Deserialize, Serialize)]
+pub struct EndpointRow {
+    pub address: SocketAddr,
+    pub node: Option<String>,
+    pub zone: Option<String>,
+    pub eligible: bool,
+    /// Why it is or is not.
+    pub reason: String,
+    pub counts: Counts,
+}
+
+impl Counts {
+    fn add(&mut self, count: &Count) {
+        self.connects += count.connects;
+        self.datagrams += count.datagrams;
+        self.refused += count.refused;
+    }
+}
+
+/// The counters by frontend and, within it, by backend.
+pub type CountsByFrontend = BTreeMap<FrontendAddr, BTreeMap<Option<SocketAddr>, Counts>>;
+
+/// Sorts raw counters.
+pub fn by_frontend(counts: &[Count]) -> CountsByFrontend {
+    let mut sorted = CountsByFrontend::new();
+    for count in counts {
+        sorted.entry(count.frontend).or_default().entry(count.backend).or_default().add(count);
+    }
+    sorted
+}
+
+/// All counters of one frontend together.
+pub fn total(counts: &CountsByFrontend, at: &FrontendAddr) -> Counts {
+    let parts = counts.get(at).into_iter().flat_map(BTreeMap::values);
+    parts.fold(Counts::default(), |sum, part| Counts {
+        connects: sum.connects + part.connects,
+        datagrams: sum.datagrams + part.datagrams,
+        refused: sum.refused + part.refused,
+    })
+}
+
+/// `services`: one row each, in order of names.
+pub fn services(table: &ServiceTable, counts: &CountsByFrontend) -> Vec<ServiceRow> {
+    table.services.iter().map(|entry| service_row(entry, counts)).collect()
+}
+
+/// `backends`: everything about one Service.
+pub fn backends(entry: &ServiceEntry, counts: &CountsByFrontend) -> BackendsReport {
+    let ports = entry.ports.iter().enumerate().map(|(index, served)| {
+        let frontends = || entry.frontends.iter().filter(move |frontend| frontend.port == index);
+        let endpoints = served.endpoints.iter().map(|endpoint| {
+            let parts = frontends().filter_map(|f| counts.get(&f.at)?.get(&Some(endpoint.addr)));
+            let counts = parts.fold(Counts::default(), |sum, part| Counts {
+                connects: sum.connects + part.connects,
+                datagrams: sum.datagrams + part.datagrams,
+                refused: sum.refused + part.refused,
+            });
+            EndpointRow {
+                address: endpoint.addr,
+                node: endpoint.node.as_deref().map(str::to_owned),
+                zone: endpoint.zone.as_deref().map(str::to_owned),
+                eligible: endpoint.eligible,
+                reason: reason(endpoint).to_owned(),
+                counts,
+            }
+        });
+        PortRow {
+            name: served.port.name.to_string(),
+            port: served.port.port.get(),
+            protocol: served.port.protocol.to_string(),
+            endpoints: endpoints.collect(),
+        }
+    });
+    BackendsReport { service: service_row(entry, counts), ports: ports.collect() }
+}
+
+fn service_row(entry: &ServiceEntry, counts: &CountsByFrontend) -> ServiceRow {
+    let kind = match entry.service.kind {
+        ServiceKind::ClusterIp => "ClusterIP",
+        ServiceKind::Headless => "Headless",
+        ServiceKind::NodePort => "NodePort",
+        ServiceKind::LoadBalancer => "LoadBalancer",
+        ServiceKind::ExternalName => "ExternalName",
+    };
+    let frontends = entry.frontends.iter().map(|frontend| FrontendRow {
+        address: frontend.at.to_string(),
+        backends: frontend.backends.len(),
+        counts: total(counts, &frontend.at),
+    });
+    ServiceRow {
+        namespace: entry.service.name.namespace.to_string(),
+        name: entry.service.name.name.to_string(),
+        kind: kind.to_owned(),
+        frontends: frontends.collect(),
+        notes: entry.notes.iter().map(ToString::to_string).collect(),
+    }
+}
+
+fn reason(endpoint: &PortEndpoint) -> &'static str {
+    match (endpoint.eligible, endpoint.ready, endpoint.serving, endpoint.terminating) {
+        (true, true, ..) => "ready",
+        (true, false, ..) => "terminating but still serving, and nothing is ready",
+        (false, _, true, true) => "terminating, and others are ready",
+        (false, _, false, true) => "terminating and no longer serving",
+        (false, ..) => "not ready",
+    }
+}

@@ -1,0 +1,51 @@
+//! The programs that the lab calls.
+
+use std::{env, ffi::OsString, path::PathBuf};
+
+/// Each with the Debian package that has it.
+const TOOLS: [(&str, &str); 2] = [("ip", "iproute2"), ("nsenter", "util-linux")];
+/// Not on the PATH of every user, while the lab looks there.
+const SYSTEM: [&str; 3] = ["/usr/sbin", "/usr/bin", "/sbin"];
+
+/// The programs that are not here.
+pub(crate) fn missing() -> Vec<&'static str> {
+    TOOLS.iter().map(|(tool, _)| *tool).filter(|tool| locate(tool, env::var_os("PATH")).is_none()).collect()
+}
+
+/// Where the programs are that are here.
+pub(crate) fn found() -> Vec<String> {
+    let paths = TOOLS.iter().filter_map(|(tool, _)| locate(tool, env::var_os("PATH")));
+    paths.map(|path| path.display().to_string()).collect()
+}
+
+/// The packages that have `tools`.
+pub(crate) fn packages(tools: &[&str]) -> Vec<&'static str> {
+    TOOLS.iter().filter(|(tool, _)| tools.contains(tool)).map(|(_, package)| *package).collect()
+}
+
+fn locate(tool: &str, path: Option<OsString>) -> Option<PathBuf> {
+    let path = path.unwrap_or_default();
+    let places = env::split_paths(&path).chain(SYSTEM.map(PathBuf::from));
+    places.map(|dir| dir.join(tool)).find(|file| file.is_file())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_missing_program_is_told_its_package() {
+        assert_eq!(packages(&["nsenter"]), ["util-linux"]);
+        assert_eq!(packages(&["ip", "nsenter"]), ["iproute2", "util-linux"]);
+        assert!(packages(&[]).is_empty());
+    }
+
+    #[test]
+    fn programs_are_found_on_the_path_given() {
+        let dir = tempfile::tempdir().unwrap();
+        let tool = "edgemesh-no-such-tool";
+        assert_eq!(locate(tool, Some(dir.path().into())), None);
+        std::fs::write(dir.path().join(tool), "").unwrap();
+        assert_eq!(locate(tool, Some(dir.path().into())), Some(dir.path().join(tool)));
+    }
+}
