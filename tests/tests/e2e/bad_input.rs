@@ -3,7 +3,12 @@
 use std::time::Duration;
 
 use anyhow::{Result, ensure};
-use edgemesh_tests::lab::{Capability, Lab, Node, agent::AgentCommand, agent::AgentOptions, eventually};
+use edgemesh_tests::lab::{
+    App, Capability, Lab, Node, Transport,
+    agent::{AgentCommand, AgentOptions},
+    eventually,
+    manifest::{Endpoint, Service},
+};
 use serde_json::Value;
 
 use crate::{ECHO, START, TCP_PORT, World, at};
@@ -106,7 +111,7 @@ fn a_broken_manifest_is_a_condition_and_everything_else_is_served() -> Result<()
     assert_eq!(world.client.tcp(at(ECHO[0], TCP_PORT)?)?.peer, at(ECHO[0], TCP_PORT)?);
     world.write(&["b"])?;
     eventually(START, "changes of good files are followed", || {
-        Ok(world.client.spread(edgemesh_tests::lab::Transport::Tcp, at(ECHO[0], TCP_PORT)?, 20, 1)?.names.len() == 1)
+        Ok(world.client.spread(Transport::Tcp, at(ECHO[0], TCP_PORT)?, 20, 1)?.names.len() == 1)
     })?;
     world.lab.manifests().remove("broken")?;
     eventually(START, "the condition is cleared", || Ok(conditions()? == "[]"))
@@ -142,5 +147,36 @@ fn a_foreign_device_of_our_name_is_a_condition_and_is_left_alone() -> Result<()>
     let config = node.write_file("agent.yaml", &serde_yaml::to_string(&node.agent_config())?)?;
     node.agent(&["cleanup", "--config-file", &config.to_string_lossy()]).output(Duration::from_secs(10))?;
     assert!(node.ip(&["link", "show", "edgemesh0"])?.contains("edgemesh0"));
+    Ok(())
+}
+
+#[test]
+fn a_full_map_is_a_condition_and_what_found_room_is_served() -> Result<()> {
+    let Some((lab, node)) = a_node()? else { return Ok(()) };
+    let (client, server) = (node.pod("client")?, node.pod("server")?);
+    server.serve(App::Tcp, 7001)?;
+    let backend = [Endpoint::new(server.ips()[0], "edge1")];
+    for n in 1..=6 {
+        let name = format!("s{n}");
+        let service = Service::new(&name, &[&format!("10.96.7.{n}")]).port("tcp", Transport::Tcp, 80, 7001);
+        lab.manifests().write(&name, &service.yaml_with(&backend)?)?;
+    }
+    let agent = node.start_agent(&AgentOptions::default().set("modules.edgeProxy.ebpf.maxFrontends", 4))?;
+    agent.wait_ready(START)?;
+    let status = node.cli(&["status"])?;
+    let text = String::from_utf8_lossy(&status.stdout).into_owned();
+    assert!(text.contains("DataplaneFull") && text.contains("2 entries") && text.contains("maxFrontends"), "{text}");
+    let served = |n: u32| {
+        Ok::<_, anyhow::Error>(client.within(Duration::from_millis(300)).tcp(at(&format!("10.96.7.{n}"), 80)?).is_ok())
+    };
+    let served: Vec<bool> = (1..=6).map(served).collect::<Result<_>>()?;
+    assert_eq!(served, [true, true, true, true, false, false]);
+    // Room again: the rest is served without a restart.
+    lab.manifests().remove("s1")?;
+    lab.manifests().remove("s2")?;
+    eventually(START, "the condition is cleared", || {
+        Ok(!String::from_utf8_lossy(&node.cli(&["status"])?.stdout).contains("DataplaneFull"))
+    })?;
+    assert_eq!(client.tcp(at("10.96.7.6", 80)?)?.name, "server");
     Ok(())
 }
