@@ -11,6 +11,10 @@ use crate::lab::{App, Attempt, Pod, Reply, Transport};
 
 /// Connections after which every replica of a Service must have answered: with three, one is missed once in 10^10.
 const SPREAD: u32 = 60;
+/// How many of them at once.
+const AT_ONCE: u32 = 12;
+/// Bounds each step; nothing in the lab takes long, and a demo that fails should soon say so.
+const STEP: Duration = Duration::from_secs(2);
 /// Connects per measured path.
 const ROUNDS: u32 = 300;
 
@@ -33,6 +37,7 @@ impl Row {
 
 /// Tries a Service as `client`, which is a `kind` ("pod" or "host").
 pub(super) fn rows(service: &ExampleService, kind: &str, client: &Pod) -> Vec<Row> {
+    let client = &client.within(STEP);
     let name = &service.name;
     let replicas: BTreeSet<&str> = service.backends.values().map(String::as_str).collect();
     let all = replicas.into_iter().collect::<Vec<_>>().join(" ");
@@ -136,7 +141,7 @@ fn http_names(client: &Pod, frontend: SocketAddr, requests: u32) -> Result<Vec<S
 }
 
 fn udp_spread(client: &Pod, frontend: SocketAddr) -> Result<String> {
-    let report = client.spread(Transport::Udp, frontend, SPREAD, 4)?;
+    let report = client.spread(Transport::Udp, frontend, SPREAD, AT_ONCE)?;
     ensure!(report.failures.is_empty(), "some of {SPREAD} exchanges failed: {:?}", report.failures);
     Ok(joined(&report.names.into_keys().collect()))
 }
