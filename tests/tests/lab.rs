@@ -112,7 +112,7 @@ fn loads_count_time_and_follow_what_happens_meanwhile() -> Result<()> {
     let refused = client.spread(Transport::Tcp, SocketAddr::new(tcp.ip(), 9), 10, 2)?;
     assert_eq!(refused.failures, [("ECONNREFUSED".to_owned(), 10)].into());
 
-    let quantiles = client.latency(&[tcp, server.serve(App::Tcp, 7001)?[1]], 50)?;
+    let quantiles = client.latency(Transport::Tcp, &[vec![tcp], server.serve(App::Tcp, 7001)?], 50)?;
     assert_eq!(quantiles.len(), 2);
     for of in quantiles {
         assert!(Duration::ZERO < of.min && of.min <= of.p50 && of.p50 <= of.max && of.max < DEADLINE, "{of:?}");

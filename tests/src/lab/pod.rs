@@ -87,6 +87,15 @@ impl Pod {
         self.shell.pid()
     }
 
+    /// The shell command that puts a person into the pod: in its cgroup, so that Services work as in it.
+    pub fn enter_command(&self) -> String {
+        format!(
+            "sh -c 'echo $$ > {}/cgroup.procs && exec nsenter --target {} --net --mount bash'",
+            self.cgroup.display(),
+            self.process()
+        )
+    }
+
     /// The same pod with another bound for each step of an operation.
     #[must_use]
     pub fn within(&self, deadline: Duration) -> Self {
@@ -194,10 +203,13 @@ impl Pod {
         ask!(self, request, bound, Response::Spread(report) => report)
     }
 
-    /// Times `rounds` blocking TCP connects to each target, the targets taking turns.
-    pub fn latency(&self, targets: &[SocketAddr], rounds: u32) -> Result<Vec<Quantiles>> {
-        let request = Request::Latency { targets: targets.to_vec(), rounds, deadline: self.deadline };
-        let connects = rounds.saturating_mul(u32::try_from(targets.len())?);
+    /// Times `rounds` blocking connects per group of addresses, the groups taking turns.
+    ///
+    /// The addresses of a group take turns too and are measured as one: so a Service of three replicas, which is a group
+    /// of one address, compares with the group of its three pods.
+    pub fn latency(&self, transport: Transport, groups: &[Vec<SocketAddr>], rounds: u32) -> Result<Vec<Quantiles>> {
+        let request = Request::Latency { transport, groups: groups.to_vec(), rounds, deadline: self.deadline };
+        let connects = rounds.saturating_mul(u32::try_from(groups.len())?);
         let bound = self.deadline.saturating_mul(connects);
         ask!(self, request, bound, Response::Latency(quantiles) => quantiles)
     }

@@ -37,12 +37,22 @@ pub(super) fn spread(transport: Transport, dial: Dial, count: u32, concurrency: 
     Ok(total)
 }
 
-/// Times `rounds` blocking connects to each target. The targets take turns, so that what disturbs one disturbs all.
-pub(super) fn latency(targets: &[SocketAddr], rounds: u32, deadline: Duration) -> Result<Vec<Quantiles>, Failure> {
-    let mut samples = vec![Vec::with_capacity(usize::try_from(rounds).unwrap_or(0)); targets.len()];
-    for _ in 0..rounds {
-        for (target, samples) in targets.iter().zip(&mut samples) {
-            let (socket, took) = connect_blocking(Transport::Tcp, Dial { target: *target, deadline })?;
+/// Times `rounds` blocking connects per group. The groups take turns, so that what disturbs one disturbs all.
+pub(super) fn latency(
+    transport: Transport,
+    groups: &[Vec<SocketAddr>],
+    rounds: u32,
+    deadline: Duration,
+) -> Result<Vec<Quantiles>, Failure> {
+    if groups.iter().any(Vec::is_empty) {
+        return Err(Failure::other("a group without targets cannot be timed"));
+    }
+    let rounds = usize::try_from(rounds).unwrap_or(usize::MAX);
+    let mut samples = vec![Vec::new(); groups.len()];
+    for round in 0..rounds {
+        for (group, samples) in groups.iter().zip(&mut samples) {
+            let target = group[round % group.len()];
+            let (socket, took) = connect_blocking(transport, Dial { target, deadline })?;
             reset_on_close(&socket);
             samples.push(took);
         }

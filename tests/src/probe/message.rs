@@ -91,11 +91,13 @@ pub enum Request {
         /// How many at once.
         concurrency: u32,
     },
-    /// Times blocking connects, the targets taking turns in one thread; [`Response::Latency`].
+    /// Times blocking connects, the groups taking turns in one thread; [`Response::Latency`].
     Latency {
-        /// Listening TCP addresses.
-        targets: Vec<SocketAddr>,
-        /// How many connects to each.
+        /// TCP or UDP.
+        transport: Transport,
+        /// Addresses; those of one group take turns and are measured as one.
+        groups: Vec<Vec<SocketAddr>>,
+        /// How many connects per group.
         rounds: u32,
         /// Bounds each connect.
         deadline: Duration,
@@ -135,7 +137,7 @@ pub enum Response {
     Http(HttpReport),
     /// Who answered how often.
     Spread(SpreadReport),
-    /// Per target, in the order of the request.
+    /// Per group, in the order of the request.
     Latency(Vec<Quantiles>),
     /// The id of a running hammer.
     Hammering(u64),
