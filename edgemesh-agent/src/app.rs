@@ -3,14 +3,14 @@
 use std::{
     io,
     net::SocketAddr,
-    path::PathBuf,
+    path::{Path, PathBuf},
     sync::Arc,
     thread,
     time::{Duration, Instant, SystemTime},
 };
 
 use tokio::{
-    net::TcpListener,
+    net::{TcpListener, UnixListener},
     sync::{mpsc, watch},
 };
 use tracing::{debug, info, warn};
@@ -65,9 +65,13 @@ pub struct Bound {
 /// See [`StartError`]; nothing started is left running.
 pub async fn build(config: AgentConfig, node: &str) -> Result<Bound, StartError> {
     let (tasks, readiness, conditions) = (Tasks::default(), Readiness::default(), Conditions::default());
-    let started = build_on(config, node, &tasks, readiness, conditions).await;
+    let socket_path = config.common.control_socket.clone();
+    let socket = admin::bind_socket(&socket_path)
+        .map_err(|error| StartError::ControlSocket { path: socket_path.clone(), error })?;
+    let started = build_on(config, node, socket, &tasks, readiness, conditions).await;
     if started.is_err() {
         tasks.drain(DRAIN_DEADLINE).await;
+        remove_socket(&socket_path);
     }
     started
 }
@@ -75,14 +79,11 @@ pub async fn build(config: AgentConfig, node: &str) -> Result<Bound, StartError>
 async fn build_on(
     config: AgentConfig,
     node: &str,
+    socket: UnixListener,
     tasks: &Tasks,
     readiness: Readiness,
     conditions: Conditions,
 ) -> Result<Bound, StartError> {
-    let socket_path = config.common.control_socket.clone();
-    let socket = admin::bind_socket(&socket_path)
-        .map_err(|error| StartError::ControlSocket { path: socket_path.clone(), error })?;
-
     let (events, received) = mpsc::channel(EVENTS);
     let (publish, tables) = watch::channel(Arc::<ServiceTable>::default());
     let source = kube::start(&config.source, events, conditions.clone(), tasks)?;
@@ -104,13 +105,18 @@ async fn build_on(
         thread = Some(started);
     } else {
         info!("modules.edgeProxy.enable is false: Services are not translated on this node");
+        if dataplane::ebpf::is_pinned(&config.proxy.ebpf.pin_directory) {
+            let message = "modules.edgeProxy.enable is false, yet what an earlier agent translated stays in force and \
+                           follows no change; stop the agent, run `edgemesh-agent cleanup` and start it again";
+            conditions.raise("TranslationLeftBehind", "", message, SystemTime::now());
+        }
     }
 
     let device = ensure_device(&config, &conditions).await;
     let sight = Sight {
         node: node.into(),
         started: Instant::now(),
-        readiness,
+        readiness: readiness.clone(),
         conditions: conditions.clone(),
         tables,
         source,
@@ -132,7 +138,9 @@ async fn build_on(
         }
     }
     info!(version = crate::status::VERSION, node, "edgemesh-agent has started");
-    Ok(Bound { admin_address, control_socket: socket_path, tasks: tasks.clone(), dataplane: thread })
+    readiness.started();
+    let control_socket = config.common.control_socket;
+    Ok(Bound { admin_address, control_socket, tasks: tasks.clone(), dataplane: thread })
 }
 
 impl Bound {
@@ -159,9 +167,13 @@ impl Bound {
                 Err(_) => warn!("the data plane's thread is still busy; stopping without it"),
             }
         }
-        if let Err(error) = std::fs::remove_file(&self.control_socket) {
-            debug!(path = %self.control_socket.display(), "cannot remove the control socket: {error}");
-        }
+        remove_socket(&self.control_socket);
+    }
+}
+
+fn remove_socket(path: &Path) {
+    if let Err(error) = std::fs::remove_file(path) {
+        debug!(path = %path.display(), "cannot remove the control socket: {error}");
     }
 }
 

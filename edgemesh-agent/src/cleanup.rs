@@ -6,8 +6,12 @@ use crate::{config::AgentConfig, dataplane::ebpf, net};
 
 /// What stands in the way, one line each.
 #[derive(Debug, thiserror::Error)]
-#[error("{}", .0.join("\n"))]
-pub struct CleanupError(Vec<String>);
+#[error("{}", messages.join("\n"))]
+pub struct CleanupError {
+    messages: Vec<String>,
+    /// Whether anything failed for lack of permission.
+    pub permission: bool,
+}
 
 /// Removes links and maps, the device and its address, and the control socket; goes on after an error and reports all
 /// of them. Returns what was removed, for people to read.
@@ -16,22 +20,31 @@ pub struct CleanupError(Vec<String>);
 ///
 /// See [`CleanupError`]; what is not named in it is gone.
 pub async fn cleanup(config: &AgentConfig) -> (Vec<String>, Result<(), CleanupError>) {
-    let (mut removed, mut errors) = (Vec::new(), Vec::new());
+    let (mut removed, mut messages, mut permission) = (Vec::new(), Vec::new(), false);
     let pins = &config.proxy.ebpf.pin_directory;
     match ebpf::remove_all(pins) {
         Ok(names) => removed.extend(names),
-        Err(error) => errors.push(format!("cannot remove the pins in {}: {error}; run as root", pins.display())),
+        Err(error) => {
+            permission |= error.kind() == io::ErrorKind::PermissionDenied;
+            messages.push(format!("cannot remove the pins in {}: {error}; run as root", pins.display()));
+        }
     }
     match net::remove_device(&config.common.bridge_device_name, config.common.bridge_device_ip).await {
         Ok(name) => removed.extend(name),
-        Err(error) => errors.push(error.to_string()),
+        Err(error) => {
+            permission |= error.is_permission();
+            messages.push(error.to_string());
+        }
     }
     let socket = &config.common.control_socket;
     match remove_socket(socket) {
         Ok(names) => removed.extend(names),
-        Err(error) => errors.push(format!("cannot remove the control socket {}: {error}", socket.display())),
+        Err(error) => {
+            permission |= error.kind() == io::ErrorKind::PermissionDenied;
+            messages.push(format!("cannot remove the control socket {}: {error}", socket.display()));
+        }
     }
-    (removed, if errors.is_empty() { Ok(()) } else { Err(CleanupError(errors)) })
+    (removed, if messages.is_empty() { Ok(()) } else { Err(CleanupError { messages, permission }) })
 }
 
 /// Whether an agent answers on the socket.

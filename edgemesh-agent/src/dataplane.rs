@@ -33,7 +33,7 @@ pub trait Dataplane: Send {
     /// Does what was put off, such as dropping sets that a running program may still have been reading.
     fn maintain(&mut self, now: Instant);
 
-    /// The counters of everything that counted since it was made.
+    /// The counters of everything since it was made; each frontend in force has at least one entry.
     ///
     /// # Errors
     ///
@@ -57,7 +57,7 @@ pub struct Count {
 pub enum Error {
     /// Some entries found no room; all others are in force.
     #[error(
-        "{missing} entries found no room in {map}, which holds {capacity}; raise modules.edgeProxy.ebpf.{key} and restart after `edgemesh-agent cleanup`"
+        "{missing} entries found no room in {map}, which holds {capacity}; stop the agent, raise modules.edgeProxy.ebpf.{key}, run `edgemesh-agent cleanup` and start it again"
     )]
     Full { map: &'static str, key: &'static str, capacity: u32, missing: usize },
     /// A system call failed.

@@ -49,7 +49,14 @@ impl Tasks {
 /// Each part that must come up first holds a [`Blocker`]; the agent is ready when none is left. A part that loses its
 /// footing later takes a new one.
 #[derive(Clone, Debug, Default)]
-pub struct Readiness(Arc<Mutex<BTreeMap<&'static str, usize>>>);
+pub struct Readiness(Arc<Mutex<Waiting>>);
+
+#[derive(Debug, Default)]
+struct Waiting {
+    blockers: BTreeMap<&'static str, usize>,
+    /// Set once the agent has started; before that, blockers also go when a start fails.
+    started: bool,
+}
 
 /// Keeps the agent unready until dropped.
 #[derive(Debug)]
@@ -61,28 +68,41 @@ pub struct Blocker {
 impl Readiness {
     /// Blocks readiness for `what`, a few words that complete "waiting for …".
     pub fn block(&self, what: &'static str) -> Blocker {
-        *self.0.lock().unwrap_or_else(PoisonError::into_inner).entry(what).or_insert(0) += 1;
+        *self.0.lock().unwrap_or_else(PoisonError::into_inner).blockers.entry(what).or_insert(0) += 1;
         Blocker { readiness: self.clone(), what }
     }
 
     /// What is still waited for; empty means ready.
     pub fn waiting_for(&self) -> Vec<&'static str> {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner).keys().copied().collect()
+        self.0.lock().unwrap_or_else(PoisonError::into_inner).blockers.keys().copied().collect()
+    }
+
+    /// Says that the start has succeeded; from now on, readiness is logged.
+    pub fn started(&self) {
+        let mut waiting = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        waiting.started = true;
+        waiting.log_if_ready();
+    }
+}
+
+impl Waiting {
+    fn log_if_ready(&self) {
+        if self.started && self.blockers.is_empty() {
+            info!("ready");
+        }
     }
 }
 
 impl Drop for Blocker {
     fn drop(&mut self) {
-        let mut set = self.readiness.0.lock().unwrap_or_else(PoisonError::into_inner);
-        if let Some(count) = set.get_mut(self.what) {
+        let mut waiting = self.readiness.0.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(count) = waiting.blockers.get_mut(self.what) {
             *count -= 1;
             if *count == 0 {
-                set.remove(self.what);
+                waiting.blockers.remove(self.what);
             }
         }
-        if set.is_empty() {
-            info!("ready");
-        }
+        waiting.log_if_ready();
     }
 }
 

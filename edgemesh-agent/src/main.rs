@@ -14,14 +14,14 @@ use edgemesh_agent::{
     show::{self, Output},
     status, telemetry,
 };
-use tracing::{error, warn};
+use tracing::warn;
 
 const EXIT_CODES: &str = "\
 Exit codes (sysexits.h):
   0   success
   1   an error with no code of its own
   64  wrong use of the command line
-  69  the agent is not running, or does not answer
+  69  the agent is not running, does not answer, or knows no such Service; or, for cleanup, is running
   71  this system lacks something: cgroup2, bpf(2), a bpffs, the control socket
   77  no permission: run as root, see the message for the capability
   78  the configuration, NODE_NAME, the kubeconfig or the manifest directory is wrong";
@@ -179,11 +179,7 @@ fn run(cli: &Cli) -> Result<(), Failure> {
     // Two providers in one process would make rustls refuse to choose; an error means that one is chosen already.
     let _ = rustls::crypto::aws_lc_rs::default_provider().install_default();
     block_on(async {
-        let bound = app::build(loaded.config, &node).await.map_err(|failure| {
-            let failure = start_failure(&failure);
-            error!("{}", failure.message);
-            failure
-        })?;
+        let bound = app::build(loaded.config, &node).await.map_err(|failure| start_failure(&failure))?;
         bound.run().await.map_err(|error| Failure { code: 1, message: format!("cannot wait for signals: {error}") })
     })?
 }
@@ -232,7 +228,10 @@ fn clean_up(cli: &Cli, force: bool) -> Result<(), Failure> {
     if removed.is_empty() && result.is_ok() {
         print("nothing to remove\n");
     }
-    result.map_err(|error| Failure { code: NO_PERMISSION, message: error.to_string() })
+    result.map_err(|error| Failure {
+        code: if error.permission { NO_PERMISSION } else { OS },
+        message: error.to_string(),
+    })
 }
 
 fn fetch(ask: &Ask, path: &str) -> Result<serde_json::Value, Failure> {

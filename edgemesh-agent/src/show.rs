@@ -121,7 +121,7 @@ pub fn services(services: &[ServiceRow]) -> String {
             let mut row = first.clone();
             row.extend([frontend.address.clone(), frontend.backends.to_string()]);
             row.extend(numbers(&frontend.counts));
-            row.push(notes.clone());
+            row.push(if frontend.in_force { notes.clone() } else { format!("NOT IN FORCE {notes}") });
             rows.push(row);
         }
     }
@@ -137,7 +137,13 @@ pub fn backends(report: &BackendsReport) -> String {
     }
     for frontend in &service.frontends {
         let refused = frontend.counts.refused;
-        let _ = writeln!(text, "  answers on {}, {} eligible, {refused} refused", frontend.address, frontend.backends);
+        let _ = writeln!(
+            text,
+            "  answers on {}, {} eligible, {refused} refused{}",
+            frontend.address,
+            frontend.backends,
+            if frontend.in_force { "" } else { ", NOT IN FORCE" }
+        );
     }
     for port in &report.ports {
         let name = if port.name.is_empty() { String::new() } else { format!(" '{}'", port.name) };

@@ -67,6 +67,8 @@ pub struct FrontendRow {
     pub address: String,
     /// How many endpoints are eligible.
     pub backends: usize,
+    /// Whether the kernel has it: not yet for a moment after a change, not at all if a map is full.
+    pub in_force: bool,
     pub counts: Counts,
 }
 
@@ -182,6 +184,7 @@ fn service_row(entry: &ServiceEntry, counts: &CountsByFrontend) -> ServiceRow {
     let frontends = entry.frontends.iter().map(|frontend| FrontendRow {
         address: frontend.at.to_string(),
         backends: frontend.backends.len(),
+        in_force: counts.contains_key(&frontend.at),
         counts: total(counts, &frontend.at),
     });
     ServiceRow {

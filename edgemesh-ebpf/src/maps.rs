@@ -14,7 +14,7 @@ use edgemesh_common::{
 };
 
 // Capacities here are placeholders: the agent sets them from its configuration before it creates the maps. Nothing is
-// preallocated, so capacity costs nothing until it is used.
+// preallocated, so a place that is not used costs no more than its hash bucket.
 
 #[map]
 static FRONTENDS: HashMap<FrontendKey, Frontend> = HashMap::with_max_entries(20_000, BPF_F_NO_PREALLOC);

@@ -177,7 +177,7 @@ const COMMON: &[Key] = &[
     ),
     used(
         "bridgeDeviceIP",
-        "The address on this node that the agent's services for pods listen on.",
+        "The node-local address (EdgeMesh's); what serves pods on it comes with a later version.",
         Slot::Ip(|d| &mut d.common.bridge_device_ip),
     ),
     used(

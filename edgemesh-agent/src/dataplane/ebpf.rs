@@ -26,7 +26,7 @@ use edgemesh_common::{
 use tracing::warn;
 
 pub use open::OpenError;
-pub use remove::remove_all;
+pub use remove::{is_pinned, remove_all};
 
 /// Whether this build has the eBPF programs in it.
 pub fn is_built_in() -> bool {
@@ -57,8 +57,6 @@ pub struct Ebpf {
     first_generation: u32,
     /// What to delete, and from when on; in order of time.
     abandoned: VecDeque<(Instant, Abandoned)>,
-    max_frontends: u32,
-    max_backends: u32,
 }
 
 #[derive(Debug, Default)]
@@ -103,8 +101,6 @@ impl Ebpf {
             last_service: 0,
             first_generation: SystemTime::now().duration_since(UNIX_EPOCH).map_or(1, |d| d.as_secs() as u32),
             abandoned: VecDeque::new(),
-            max_frontends: config.max_frontends,
-            max_backends: config.max_backends,
         };
         this.adopt()?;
         Ok(this)
@@ -258,7 +254,7 @@ impl Ebpf {
 
     fn frontends_error(&self, error: &MapError, key: &FrontendKey) -> Error {
         if is_full(error) {
-            let capacity = self.max_frontends;
+            let capacity = self.opened.max_frontends;
             return Error::Full { map: "FRONTENDS", key: "maxFrontends", capacity, missing: 1 };
         }
         kernel(&format!("write the frontend {}", addr_of(key)), error)
@@ -266,7 +262,7 @@ impl Ebpf {
 
     fn backends_error(&self, error: &MapError, missing: u32) -> Error {
         if is_full(error) {
-            let capacity = self.max_backends;
+            let capacity = self.opened.max_backends;
             return Error::Full { map: "BACKENDS", key: "maxBackends", capacity, missing: missing as usize };
         }
         kernel("write a backend", error)

@@ -164,6 +164,7 @@ impl Worker {
                 self.retry = None;
                 self.conditions.clear(FULL, self.dataplane.name());
                 self.conditions.clear(FAILED, self.dataplane.name());
+                self.applied.send_replace(table.generation);
             }
             Err(error) => {
                 let reason = match error {
@@ -180,7 +181,6 @@ impl Worker {
                 self.retry = Some(Retry { at: tokio::time::Instant::now() + delay, delay });
             }
         }
-        self.applied.send_replace(table.generation);
     }
 }
 
@@ -330,17 +330,19 @@ mod tests {
         *fake.failures.lock().unwrap() = 2;
         let mut bench = Bench::new(fake);
         let generation = bench.send([service("a"), Event::Synced]);
-        bench.applied(generation).await;
         let reasons = |conditions: &Conditions| conditions.list().iter().map(|c| c.reason).collect::<Vec<_>>();
-        assert_eq!(reasons(&bench.conditions), [FAILED]);
-        assert_eq!(bench.readiness.waiting_for(), ["the data plane"]);
         tokio::time::timeout(Duration::from_secs(10), async {
-            while !reasons(&bench.conditions).is_empty() {
+            while reasons(&bench.conditions).is_empty() {
                 tokio::task::yield_now().await;
             }
         })
         .await
         .unwrap();
+        assert_eq!(reasons(&bench.conditions), [FAILED]);
+        assert_eq!(bench.readiness.waiting_for(), ["the data plane"]);
+        assert_eq!(bench.handle.generation(), 0, "a table that failed is not in force");
+        bench.applied(generation).await;
+        assert_eq!(reasons(&bench.conditions), Vec::<&str>::new());
         assert_eq!(bench.calls(), ["replace 1"; 3]);
     }
 }

@@ -57,6 +57,13 @@ pub enum DeviceError {
     Foreign { name: String },
 }
 
+impl DeviceError {
+    /// Whether it is permission that is missing.
+    pub fn is_permission(&self) -> bool {
+        matches!(self, Self::Refused { error, .. } if matches!(errno(error), Some(libc::EPERM | libc::EACCES)))
+    }
+}
+
 fn hint(error: &NetlinkError) -> &'static str {
     match errno(error) {
         Some(libc::EPERM | libc::EACCES) => "; CAP_NET_ADMIN is needed",

@@ -22,6 +22,8 @@ fn inventory(node: &Node) -> Result<BTreeSet<String>> {
             all.extend(node.ip(&[&[family], what].concat())?.lines().map(|line| format!("{} {line}", what[0])));
         }
     }
+    let mounts = std::fs::read_to_string(format!("/proc/{}/mountinfo", node.pause_process()))?;
+    all.extend(mounts.lines().filter_map(|line| Some(format!("mount {}", line.split(' ').nth(4)?))));
     all.extend(node.attached_programs()?.into_iter().map(|id| format!("program {id}")));
     for directory in ["/sys/fs/bpf", "/run"] {
         let root = PathBuf::from(format!("/proc/{}/root{directory}", node.pause_process()));
@@ -74,5 +76,29 @@ fn cleanup_leaves_nothing_behind() -> Result<()> {
 
     let again = node.agent(&cleanup).output(Duration::from_secs(10))?;
     assert!(again.status.success() && again.stdout == b"nothing to remove\n", "{again:?}");
+    Ok(())
+}
+
+#[test]
+fn cleanup_takes_back_a_bpffs_that_the_agent_mounted_for_its_pins() -> Result<()> {
+    let Some(lab) = Lab::for_test()? else { return Ok(()) };
+    let lan = lab.site("lan", &["192.168.10.0/24"])?;
+    let node = lan.node("edge1", &["10.244.1.0/24"])?;
+    let before = inventory(&node)?;
+    let options = AgentOptions::default().set("modules.edgeProxy.ebpf.pinDirectory", "/run/pins/edgemesh");
+    let agent = node.start_agent(&options)?;
+    agent.wait_ready(START)?;
+    ensure!(inventory(&node)?.contains("mount /run/pins/edgemesh"), "no bpffs was mounted");
+    agent.stop()?;
+    let mut config = node.agent_config();
+    config["modules"]["edgeProxy"]["ebpf"]["pinDirectory"] = "/run/pins/edgemesh".into();
+    let config = node.write_file("agent.yaml", &serde_yaml::to_string(&config)?)?;
+    let output =
+        node.agent(&["cleanup", "--config-file", &config.to_string_lossy()]).output(Duration::from_secs(10))?;
+    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+    let after = inventory(&node)?;
+    let left: Vec<&String> = after.difference(&before).collect();
+    // The parent directory is not ours to judge: others may have come to use it.
+    assert!(left.iter().all(|line| line.ends_with("/run/pins")), "{left:?}");
     Ok(())
 }

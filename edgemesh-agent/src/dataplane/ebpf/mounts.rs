@@ -52,25 +52,25 @@ pub(super) fn open_cgroup(configured: Option<&Path>) -> Result<(File, PathBuf), 
     Err(OpenError::NoCgroup2)
 }
 
-/// Makes the pin directory, mounting a bpffs where there is none.
+/// Makes the directory `version` below `pins`, mounting a bpffs on `pins` where there is none.
 ///
 /// # Errors
 ///
 /// The directory cannot be made, or the mount is refused.
-pub(super) fn prepare_pins(directory: &Path) -> Result<(), OpenError> {
-    let error = |error: io::Error| OpenError::Pins { path: directory.to_owned(), error };
+pub(super) fn prepare_pins(pins: &Path, version: &Path) -> Result<(), OpenError> {
+    let error = |error: io::Error| OpenError::Pins { path: pins.to_owned(), error };
     let on_bpffs = |path: &Path| statfs(path).is_ok_and(|fs| fs.filesystem_type() == BPF_FS_MAGIC);
-    let nearest = directory.ancestors().find(|path| path.exists()).unwrap_or_else(|| Path::new("/"));
+    let nearest = pins.ancestors().find(|path| path.exists()).unwrap_or_else(|| Path::new("/"));
     if !on_bpffs(nearest) {
-        let target = if directory.starts_with(SYS_FS_BPF) { Path::new(SYS_FS_BPF) } else { directory };
-        if target == directory {
+        let target = if pins.starts_with(SYS_FS_BPF) { Path::new(SYS_FS_BPF) } else { pins };
+        if target == pins {
             fs::create_dir_all(target).map_err(error)?;
         }
         mount(Some("bpffs"), target, Some("bpf"), MsFlags::empty(), Some("mode=0700"))
             .map_err(|errno| error(errno.into()))?;
         info!(path = %target.display(), "mounted a bpffs");
     }
-    fs::create_dir_all(directory).map_err(error)
+    fs::create_dir_all(version).map_err(error)
 }
 
 /// The mount points of a file system type in the order of `mountinfo` (proc(5)), with its octal escapes undone.

@@ -50,9 +50,9 @@ pub enum OpenError {
     )]
     NoObject,
     #[error(
-        "cannot load eBPF programs: the kernel refuses permission ({0}); run as root with CAP_BPF, CAP_NET_ADMIN and CAP_PERFMON (before Linux 5.8: CAP_SYS_ADMIN), outside a user namespace"
+        "cannot load eBPF programs: the kernel refuses permission ({error}{}); run as root with CAP_BPF, CAP_NET_ADMIN and CAP_PERFMON, outside a user namespace", lacking(.missing)
     )]
-    NotPermitted(String),
+    NotPermitted { error: String, missing: Vec<&'static str> },
     #[error("this kernel has no bpf(2) system call; Linux 5.8 or later with CONFIG_BPF_SYSCALL is needed")]
     NoBpf,
     #[error("cannot load the eBPF programs: {0}")]
@@ -80,7 +80,7 @@ pub enum OpenError {
 impl OpenError {
     /// Whether it is permission that is missing, rather than a kernel feature or a mount.
     pub fn is_permission(&self) -> bool {
-        matches!(self, Self::NotPermitted(_))
+        matches!(self, Self::NotPermitted { .. })
     }
 }
 
@@ -100,6 +100,9 @@ pub(super) struct Opened {
     pub(super) backends: HashMap<MapData, BackendKey, Backend>,
     pub(super) service_addrs: HashMap<MapData, Addr, u32>,
     pub(super) counters: PerCpuHashMap<MapData, CounterKey, Counters>,
+    /// What the maps really hold, which for adopted ones may differ from the configuration.
+    pub(super) max_frontends: u32,
+    pub(super) max_backends: u32,
     /// Keeps the programs loaded and the log ring mapped.
     pub(super) object: Object,
     /// The cgroup directory whose processes are served.
@@ -114,7 +117,7 @@ pub(super) fn open(config: &EbpfConfig) -> Result<Opened, OpenError> {
     let (cgroup, cgroup_path) = mounts::open_cgroup(config.cgroup_root.as_deref())?;
     let directory = version_directory(&config.pin_directory);
     probe_permission()?;
-    mounts::prepare_pins(&directory)?;
+    mounts::prepare_pins(&config.pin_directory, &directory)?;
 
     let has_set_retval =
         u32::from(is_helper_supported(ProgramType::CgroupSockAddr, BpfHelper::BPF_FUNC_set_retval).unwrap_or(false));
@@ -136,7 +139,7 @@ pub(super) fn open(config: &EbpfConfig) -> Result<Opened, OpenError> {
             .program_mut(name)
             .and_then(|program| program.try_into().ok())
             .ok_or(OpenError::Foreign { kind: "program", name })?;
-        program.load().map_err(|error| OpenError::Program { name, error: in_one_line(&error) })?;
+        program.load().map_err(|error| program_error(name, &error))?;
         let program = program.fd().map_err(|error| OpenError::Program { name, error: error.to_string() })?.as_fd();
         let pin = directory.join(format!("link_{name}"));
         let adopted = attach(program, cgroup.as_fd(), hook, &pin).map_err(|error| OpenError::Attach {
@@ -149,9 +152,9 @@ pub(super) fn open(config: &EbpfConfig) -> Result<Opened, OpenError> {
     info!(cgroup = %cgroup_path.display(), adopted_links, has_set_retval, "eBPF programs are attached");
 
     let frontends = map(&mut object, "FRONTENDS")?;
-    warn_of_other_capacity(&frontends, "FRONTENDS", config.max_frontends);
+    let max_frontends = capacity(&frontends, "FRONTENDS", config.max_frontends);
     let backends = map(&mut object, "BACKENDS")?;
-    warn_of_other_capacity(&backends, "BACKENDS", config.max_backends);
+    let max_backends = capacity(&backends, "BACKENDS", config.max_backends);
     Ok(Opened {
         frontends: HashMap::try_from(frontends).map_err(|error| map_error("FRONTENDS", &error))?,
         backends: HashMap::try_from(backends).map_err(|error| map_error("BACKENDS", &error))?,
@@ -159,6 +162,8 @@ pub(super) fn open(config: &EbpfConfig) -> Result<Opened, OpenError> {
             .map_err(|error| map_error("SERVICE_ADDRS", &error))?,
         counters: PerCpuHashMap::try_from(map(&mut object, "COUNTERS")?)
             .map_err(|error| map_error("COUNTERS", &error))?,
+        max_frontends,
+        max_backends,
         object,
         cgroup: cgroup_path,
         adopted_links,
@@ -200,7 +205,7 @@ fn probe_permission() -> Result<(), OpenError> {
     match is_helper_supported(ProgramType::CgroupSockAddr, BpfHelper::BPF_FUNC_map_lookup_elem) {
         Ok(_) => Ok(()),
         Err(error) => match io_error(&error).and_then(io::Error::raw_os_error) {
-            Some(libc::EPERM | libc::EACCES) => Err(OpenError::NotPermitted(os_words(&error))),
+            Some(libc::EPERM | libc::EACCES) => Err(not_permitted(&error)),
             Some(libc::ENOSYS) => Err(OpenError::NoBpf),
             _ => Err(OpenError::Load(EbpfError::ProgramError(error))),
         },
@@ -217,9 +222,42 @@ fn os_words(error: &(dyn std::error::Error + 'static)) -> String {
 
 fn load_error(error: EbpfError) -> OpenError {
     match io_error(&error).and_then(io::Error::raw_os_error) {
-        Some(libc::EPERM | libc::EACCES) => OpenError::NotPermitted(os_words(&error)),
+        Some(libc::EPERM | libc::EACCES) => not_permitted(&error),
         _ => OpenError::Load(error),
     }
+}
+
+/// Without CAP_PERFMON the verifier refuses what it otherwise accepts, with the errno of a faulty program.
+fn program_error(name: &'static str, error: &ProgramError) -> OpenError {
+    if missing_capabilities().is_empty() {
+        OpenError::Program { name, error: in_one_line(error) }
+    } else {
+        not_permitted(error)
+    }
+}
+
+fn not_permitted(error: &(dyn std::error::Error + 'static)) -> OpenError {
+    OpenError::NotPermitted { error: os_words(error), missing: missing_capabilities() }
+}
+
+fn lacking(missing: &[&str]) -> String {
+    if missing.is_empty() { String::new() } else { format!("; missing here: {}", missing.join(", ")) }
+}
+
+/// Which of the needed capabilities this process does not have; none where it cannot be told. CAP_SYS_ADMIN stands for
+/// CAP_BPF and CAP_PERFMON (capabilities(7)).
+fn missing_capabilities() -> Vec<&'static str> {
+    let status = fs::read_to_string("/proc/self/status").unwrap_or_default();
+    let effective = status.lines().find_map(|line| line.strip_prefix("CapEff:"));
+    let Some(effective) = effective.and_then(|mask| u64::from_str_radix(mask.trim(), 16).ok()) else {
+        return Vec::new();
+    };
+    let has = |bit: u32| effective & (1 << bit) != 0;
+    let (net_admin, sys_admin, perfmon, bpf) = (has(12), has(21), has(38), has(39));
+    [("CAP_NET_ADMIN", net_admin), ("CAP_PERFMON", perfmon || sys_admin), ("CAP_BPF", bpf || sys_admin)]
+        .into_iter()
+        .filter_map(|(name, there)| (!there).then_some(name))
+        .collect()
 }
 
 /// A verifier log has hundreds of lines, of which the last says what is wrong; all of it goes to the debug log.
@@ -241,16 +279,17 @@ fn map_error(name: &'static str, error: &MapError) -> OpenError {
     OpenError::Map { name, error: error.to_string() }
 }
 
-/// A pinned map keeps the capacity it was made with.
-fn warn_of_other_capacity(map: &aya::maps::Map, name: &'static str, wanted: u32) {
-    let (aya::maps::Map::HashMap(data) | aya::maps::Map::PerCpuHashMap(data)) = map else { return };
-    let Ok(has) = data.info().map(|info| info.max_entries()) else { return };
+/// How many entries a map can have: a pinned one keeps the capacity it was made with.
+fn capacity(map: &aya::maps::Map, name: &'static str, wanted: u32) -> u32 {
+    let aya::maps::Map::HashMap(data) = map else { return wanted };
+    let Ok(has) = data.info().map(|info| info.max_entries()) else { return wanted };
     if has != wanted {
         tracing::warn!(
             map = name,
             has,
             wanted,
-            "an adopted map keeps its old capacity; to change it run `edgemesh-agent cleanup` and start again"
+            "an adopted map keeps its old capacity; to change it stop the agent, run `edgemesh-agent cleanup` and start it again"
         );
     }
+    has
 }

@@ -5,6 +5,11 @@ use nix::{
     sys::statfs::{BPF_FS_MAGIC, statfs},
 };
 
+/// Whether an agent has left links or maps below `directory`.
+pub fn is_pinned(directory: &Path) -> bool {
+    fs::read_dir(directory).is_ok_and(|mut versions| versions.next().is_some())
+}
+
 /// Removes every pin of every version below `directory`, and the directory: links detach, maps are freed, translation
 /// ends. Returns the names of what was removed; nothing there is no error.
 ///
