@@ -208,6 +208,14 @@ mod tests {
     }
 
     #[test]
+    fn only_connected_udp_sockets_are_asked_for() {
+        let request = dump(1, Family::V4);
+        assert_eq!(request[..4], u32::try_from(request.len()).unwrap().to_ne_bytes());
+        assert_eq!(request[HEADER..HEADER + 4], [libc::AF_INET as u8, libc::IPPROTO_UDP as u8, 0, 0]);
+        assert_eq!(request[HEADER + 4..HEADER + 8], 0b10_u32.to_ne_bytes());
+    }
+
+    #[test]
     fn answers_to_other_requests_are_told_apart() {
         let message = messages(&message(libc::NLMSG_DONE as u16, 3, &[0; 4])).next().unwrap().unwrap();
         assert_eq!(message.clone().answers(4), None);

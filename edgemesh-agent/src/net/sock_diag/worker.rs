@@ -22,8 +22,8 @@ use crate::conditions::Conditions;
 const WINDOW: Duration = Duration::from_millis(50);
 /// How many requests may wait; more than a fast churn makes during the slowest round.
 const REQUESTS: usize = 1024;
-/// How often a namespace is looked through again after sockets were ended in it, for those a dump passed over while the
-/// table moved, or that shared their addresses with one just ended.
+/// How often a namespace is looked through while there are sockets to end in it: a dump can pass over some when the table
+/// changes under it.
 const PASSES: usize = 4;
 
 const STALE: &str = "StaleUdpSockets";
