@@ -157,7 +157,9 @@ impl Diag {
     /// was there; a socket that was closed, or connected to another peer, since it was listed is left alone.
     ///
     /// The kernel looks the socket up by its addresses and then compares the cookie. So where several sockets share all
-    /// addresses (`SO_REUSEPORT`), only the first of them is found; the next can be ended after it.
+    /// addresses (`SO_REUSEPORT`), only the first of them is found; the next can be ended after it. And a socket bound to
+    /// a port of its choice that was disconnected (`AF_UNSPEC`) since it was listed is still found: it stays bound, but its
+    /// next call fails once. To keep that unlikely, end sockets right after listing them.
     ///
     /// # Errors
     ///
