@@ -102,12 +102,13 @@ pub fn spawn(ours: Ours, conditions: Conditions) -> io::Result<(Handle, thread::
 fn gather(first: Vec<SocketAddr>, requested: &Receiver<Vec<SocketAddr>>) -> Peers {
     let mut peers: Peers = first.into_iter().collect();
     let end = Instant::now() + WINDOW;
-    loop {
-        match requested.recv_timeout(end.saturating_duration_since(Instant::now())) {
+    while let Some(left) = end.checked_duration_since(Instant::now()) {
+        match requested.recv_timeout(left) {
             Ok(more) => peers.extend(more),
-            Err(RecvTimeoutError::Timeout | RecvTimeoutError::Disconnected) => return peers,
+            Err(RecvTimeoutError::Timeout | RecvTimeoutError::Disconnected) => break,
         }
     }
+    peers
 }
 
 struct Worker {
