@@ -10,7 +10,7 @@ use anyhow::{Result, bail};
 use super::DEADLINE;
 use super::shell::Shell;
 use crate::probe::message::{
-    App, Dial, Failure, FanReply, HammerReport, HttpReport, Quantiles, Reply, Request, Response, SpreadReport,
+    App, Dial, Failure, FanReply, HammerReport, HttpReport, Measure, Quantiles, Reply, Request, Response, SpreadReport,
     Transport,
 };
 
@@ -196,9 +196,14 @@ impl Pod {
 
     /// Times `rounds` blocking TCP connects to each target, the targets taking turns.
     pub fn latency(&self, targets: &[SocketAddr], rounds: u32) -> Result<Vec<Quantiles>> {
-        let request = Request::Latency { targets: targets.to_vec(), rounds, deadline: self.deadline };
-        let connects = rounds.saturating_mul(u32::try_from(targets.len())?);
-        let bound = self.deadline.saturating_mul(connects);
+        self.measure(Measure::Connect(Transport::Tcp), targets, rounds)
+    }
+
+    /// Times `measure` `rounds` times for each target, the targets taking turns.
+    pub fn measure(&self, measure: Measure, targets: &[SocketAddr], rounds: u32) -> Result<Vec<Quantiles>> {
+        let request = Request::Latency { measure, targets: targets.to_vec(), rounds, deadline: self.deadline };
+        let times = rounds.saturating_mul(u32::try_from(targets.len())?);
+        let bound = self.deadline.saturating_mul(3).saturating_mul(times);
         ask!(self, request, bound, Response::Latency(quantiles) => quantiles)
     }
 

@@ -4,10 +4,10 @@ use std::net::SocketAddr;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 use std::thread::{JoinHandle, Scope, ScopedJoinHandle};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
-use super::client::{Connection, connect_blocking, reset_on_close};
-use super::message::{Dial, Failure, HammerReport, Quantiles, Seen, SpreadReport, Transport, monotonic};
+use super::client::{Connection, Unconnected, connect_blocking, reset_on_close};
+use super::message::{Dial, Failure, HammerReport, Measure, Quantiles, Seen, SpreadReport, Transport, monotonic};
 
 /// More threads than this only fight for the processor.
 const MOST_AT_ONCE: u32 = 64;
@@ -37,17 +37,46 @@ pub(super) fn spread(transport: Transport, dial: Dial, count: u32, concurrency: 
     Ok(total)
 }
 
-/// Times `rounds` blocking connects to each target. The targets take turns, so that what disturbs one disturbs all.
-pub(super) fn latency(targets: &[SocketAddr], rounds: u32, deadline: Duration) -> Result<Vec<Quantiles>, Failure> {
+/// Times `measure` `rounds` times for each target.
+///
+/// The targets take turns, so that what disturbs one disturbs all, and each goes first as often as any other.
+pub(super) fn latency(
+    measure: Measure,
+    targets: &[SocketAddr],
+    rounds: u32,
+    deadline: Duration,
+) -> Result<Vec<Quantiles>, Failure> {
+    let first = *targets.first().ok_or_else(|| Failure::other("no targets"))?;
+    let sender = Unconnected::bind(first)?;
     let mut samples = vec![Vec::with_capacity(usize::try_from(rounds).unwrap_or(0)); targets.len()];
-    for _ in 0..rounds {
-        for (target, samples) in targets.iter().zip(&mut samples) {
-            let (socket, took) = connect_blocking(Transport::Tcp, Dial { target: *target, deadline })?;
-            reset_on_close(&socket);
-            samples.push(took);
+    for round in 0..usize::try_from(rounds).unwrap_or(usize::MAX) {
+        for turn in 0..targets.len() {
+            let index = (round + turn) % targets.len();
+            let (Some(target), Some(samples)) = (targets.get(index), samples.get_mut(index)) else { continue };
+            samples.push(time(measure, &sender, Dial { target: *target, deadline })?);
         }
     }
     Ok(samples.into_iter().map(quantiles).collect())
+}
+
+/// Times `measure` once. Nothing stays behind that the next round would meet: no port in TIME_WAIT, no answer unread.
+fn time(measure: Measure, sender: &Unconnected, dial: Dial) -> Result<Duration, Failure> {
+    match measure {
+        Measure::Connect(transport) => {
+            let (socket, took) = connect_blocking(transport, dial)?;
+            reset_on_close(&socket);
+            Ok(took)
+        }
+        Measure::Send => sender.send(dial),
+        Measure::Exchange => {
+            let begin = Instant::now();
+            let mut connection = Connection::open(Transport::Tcp, dial)?;
+            connection.exchange(dial.deadline)?;
+            let took = begin.elapsed();
+            connection.abort();
+            Ok(took)
+        }
+    }
 }
 
 /// A load that runs until it is stopped.

@@ -91,13 +91,15 @@ pub enum Request {
         /// How many at once.
         concurrency: u32,
     },
-    /// Times blocking connects, the targets taking turns in one thread; [`Response::Latency`].
+    /// Times one thing again and again, the targets taking turns in one thread; [`Response::Latency`].
     Latency {
-        /// Listening TCP addresses.
+        /// What is timed.
+        measure: Measure,
+        /// Servers that the measure fits, all of one address family.
         targets: Vec<SocketAddr>,
-        /// How many connects to each.
+        /// How many times for each.
         rounds: u32,
-        /// Bounds each connect.
+        /// Bounds each step.
         deadline: Duration,
     },
     /// Makes connections as fast as it can until [`Request::StopHammer`]; [`Response::Hammering`].
@@ -154,6 +156,19 @@ pub enum App {
     Http,
     /// Greets with the text message `name client-address`, then echoes messages.
     WebSocket,
+    /// A userspace proxy: accepts TCP connections and carries them to this address.
+    Proxy(SocketAddr),
+}
+
+/// What a latency is of.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
+pub enum Measure {
+    /// `connect()` on a new blocking socket, and no more.
+    Connect(Transport),
+    /// `sendto()` of a few bytes to an [`App::Udp`] server, from one unconnected socket for all rounds and targets.
+    Send,
+    /// A TCP connection to an [`App::Tcp`] server, a request of a few bytes and its answer, from the socket's making on.
+    Exchange,
 }
 
 /// The transport protocol of a client.

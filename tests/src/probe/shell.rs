@@ -89,8 +89,8 @@ impl Shell {
             Request::Spread { transport, dial, count, concurrency } => {
                 load::spread(transport, dial, count, concurrency).map(Response::Spread)
             }
-            Request::Latency { targets, rounds, deadline } => {
-                load::latency(&targets, rounds, deadline).map(Response::Latency)
+            Request::Latency { measure, targets, rounds, deadline } => {
+                load::latency(measure, &targets, rounds, deadline).map(Response::Latency)
             }
             Request::StartHammer { transport, dial, concurrency } => {
                 let hammer = Hammer::start(transport, dial, concurrency);
