@@ -6,7 +6,7 @@
 use std::net::SocketAddr;
 
 use anyhow::{Context as _, Result, ensure};
-use edgemesh_tests::lab::{App, Measure, Pod, Transport};
+use edgemesh_tests::lab::{Measure, Pod, Transport};
 
 use crate::{
     Effort,
@@ -38,7 +38,8 @@ struct Batch {
     pod: Pod,
     measure: Measure,
     services: u32,
-    paths: Vec<(&'static str, SocketAddr)>,
+    /// Each with the addresses that it leads to, which take turns.
+    paths: Vec<(&'static str, Vec<SocketAddr>)>,
     rounds: u32,
 }
 
@@ -97,9 +98,12 @@ fn rounds(measure: Measure, effort: Effort) -> u32 {
 
 /// What to measure in a scene, and what not and why.
 fn prepare(scene: &Scene, effort: Effort) -> Result<(Vec<Batch>, Option<String>)> {
-    let (direct, services) = (scene.direct()?, scene.services);
+    let (direct, services) = (scene.direct(), scene.services);
     let node = *scene.node.ips().first().context("the node has no address")?;
-    let proxy = scene.node.host().serve_at(App::Proxy(direct), SocketAddr::new(node, 7100))?;
+    let mut proxies = Vec::new();
+    for endpoint in &direct {
+        proxies.push(scene.node.host().proxy(SocketAddr::new(node, 0), *endpoint)?);
+    }
     let batch = |pod: &Pod, measure, paths| Batch {
         pod: pod.clone(),
         measure,
@@ -107,13 +111,13 @@ fn prepare(scene: &Scene, effort: Effort) -> Result<(Vec<Batch>, Option<String>)
         paths,
         rounds: rounds(measure, effort),
     };
-    let (tcp, udp) = (scene.tcp.address(), scene.udp.address());
+    let (tcp, udp) = (vec![scene.tcp.address()], vec![scene.udp.address()]);
     let (connect, client) = (Measure::Connect(Transport::Tcp), &scene.client);
     let mut batches = vec![
-        batch(client, connect, vec![(DIRECT, direct), (EBPF, tcp)]),
-        batch(client, Measure::Connect(Transport::Udp), vec![(DIRECT, direct), (EBPF, udp)]),
-        batch(client, Measure::Send, vec![(DIRECT, direct), (EBPF, udp)]),
-        batch(client, Measure::Exchange, vec![(DIRECT, direct), (EBPF, tcp), ("userspace proxy", proxy)]),
+        batch(client, connect, vec![(DIRECT, direct.clone()), (EBPF, tcp.clone())]),
+        batch(client, Measure::Connect(Transport::Udp), vec![(DIRECT, direct.clone()), (EBPF, udp.clone())]),
+        batch(client, Measure::Send, vec![(DIRECT, direct.clone()), (EBPF, udp)]),
+        batch(client, Measure::Exchange, vec![(DIRECT, direct.clone()), (EBPF, tcp), ("userspace proxy", proxies)]),
     ];
     let pod = scene.node.pod("client-with-rules")?;
     match Rules::load(&scene.lab, &pod, services, &scene.server) {
@@ -125,8 +129,8 @@ fn prepare(scene: &Scene, effort: Effort) -> Result<(Vec<Batch>, Option<String>)
             say(&format!("{services} Services: their rules are loaded by {}", rules.program));
             let paths = vec![
                 ("direct, past the rules", direct),
-                ("iptables, in the middle", rules.middle),
-                ("iptables, last", rules.last),
+                ("iptables, in the middle", vec![rules.middle]),
+                ("iptables, last", vec![rules.last]),
             ];
             batches.extend([batch(&pod, connect, paths.clone()), batch(&pod, Measure::Exchange, paths)]);
             Ok((batches, None))
@@ -147,7 +151,7 @@ fn run(batches: &[Batch], repetitions: u32) -> Result<Vec<Line>> {
         // In the order of `lines`.
         let mut at = lines.iter_mut();
         for batch in batches {
-            let targets: Vec<SocketAddr> = batch.paths.iter().map(|(_, target)| *target).collect();
+            let targets: Vec<_> = batch.paths.iter().map(|(_, targets)| targets.clone()).collect();
             for quantiles in batch.pod.measure(batch.measure, &targets, batch.rounds)? {
                 let line = at.next().context("more answers than questions")?;
                 line.medians.push(quantiles.p50.as_secs_f64() * 1e6);

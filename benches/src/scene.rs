@@ -78,10 +78,9 @@ impl Scene {
         self.lab.manifests().write(&name, &service.yaml_with(endpoints)?)
     }
 
-    /// The address of one endpoint of the measured Services.
-    pub(crate) fn direct(&self) -> Result<SocketAddr> {
-        let ip = self.server.ips().first().context("the server has no address")?;
-        Ok(SocketAddr::new(*ip, TARGET_PORT))
+    /// The addresses of the endpoints of the measured Services.
+    pub(crate) fn direct(&self) -> Vec<SocketAddr> {
+        self.server.ips().iter().map(|ip| SocketAddr::new(*ip, TARGET_PORT)).collect()
     }
 
     /// Makes sure that what is measured is what it is taken for: the server, under the address of the Service.

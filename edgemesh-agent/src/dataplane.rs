@@ -45,7 +45,7 @@ pub trait Dataplane: Send {
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
 pub struct Count {
     pub frontend: FrontendAddr,
-    /// None counts calls that reached no backend.
+    /// None counts calls that reached no backend, and those that reached one that is gone since.
     pub backend: Option<SocketAddr>,
     pub connects: u64,
     pub datagrams: u64,

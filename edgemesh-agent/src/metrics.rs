@@ -109,7 +109,7 @@ struct Rows {
 impl prometheus_client::collector::Collector for Rows {
     fn encode(&self, mut encoder: prometheus_client::encoding::DescriptorEncoder<'_>) -> Result<(), std::fmt::Error> {
         use prometheus_client::{encoding::EncodeMetric, metrics::MetricType};
-        let name = format!("edgemesh_service_{}", self.name);
+        let name = format!("service_{}", self.name);
         let mut family = encoder.encode_descriptor(&name, self.help, None, MetricType::Counter)?;
         for (labels, value) in &self.rows {
             value.encode(family.encode_family(labels)?)?;

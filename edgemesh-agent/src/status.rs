@@ -14,7 +14,7 @@ use crate::{
 };
 
 /// The version of this build.
-pub const VERSION: &str = env!("CARGO_PKG_VERSION");
+pub const VERSION: &str = env!("EDGEMESH_VERSION");
 
 /// `edgemesh-agent status`.
 #[derive(Clone, Debug, Serialize)]

@@ -112,7 +112,7 @@ fn loads_count_time_and_follow_what_happens_meanwhile() -> Result<()> {
     let refused = client.spread(Transport::Tcp, SocketAddr::new(tcp.ip(), 9), 10, 2)?;
     assert_eq!(refused.failures, [("ECONNREFUSED".to_owned(), 10)].into());
 
-    let quantiles = client.latency(&[tcp, server.serve(App::Tcp, 7001)?[1]], 50)?;
+    let quantiles = client.latency(Transport::Tcp, &[vec![tcp], server.serve(App::Tcp, 7001)?], 50)?;
     assert_eq!(quantiles.len(), 2);
     for of in quantiles {
         assert!(Duration::ZERO < of.min && of.min <= of.p50 && of.p50 <= of.max && of.max < DEADLINE, "{of:?}");
@@ -138,16 +138,16 @@ fn every_measure_times_servers_that_answer_and_fails_where_none_does() -> Result
     let (edge1, edge2) = two_nodes(&lab)?;
     let (client, server) = (edge1.pod("client")?, edge2.pod("server")?);
     let (tcp, udp) = (server.serve(App::Tcp, 7000)?[0], server.serve(App::Udp, 7000)?[0]);
-    let proxy = edge1.host().serve_at(App::Proxy(tcp), SocketAddr::new(edge1.ips()[0], 7100))?;
+    let proxy = edge1.host().proxy(SocketAddr::new(edge1.ips()[0], 0), tcp)?;
     assert_eq!(client.tcp(proxy)?.name, "server", "a proxy carries the connection to its backend");
     assert_eq!(client.tcp(proxy)?.client.ip(), edge1.ips()[0], "which sees the proxy as its client");
-    for (measure, targets) in [
-        (Measure::Connect(Transport::Tcp), [tcp, proxy]),
-        (Measure::Connect(Transport::Udp), [udp, udp]),
-        (Measure::Send, [udp, udp]),
-        (Measure::Exchange, [tcp, proxy]),
+    for (measure, groups) in [
+        (Measure::Connect(Transport::Tcp), [vec![tcp], vec![tcp, proxy]]),
+        (Measure::Connect(Transport::Udp), [vec![udp], vec![udp]]),
+        (Measure::Send, [vec![udp], vec![udp]]),
+        (Measure::Exchange, [vec![tcp], vec![proxy]]),
     ] {
-        let quantiles = client.measure(measure, &targets, 20)?;
+        let quantiles = client.measure(measure, &groups, 20)?;
         assert_eq!(quantiles.len(), 2, "{measure:?}");
         for of in quantiles {
             assert!(Duration::ZERO < of.min && of.min <= of.p50 && of.p50 <= of.max, "{measure:?}: {of:?}");
@@ -155,7 +155,7 @@ fn every_measure_times_servers_that_answer_and_fails_where_none_does() -> Result
     }
     let nobody = SocketAddr::new(tcp.ip(), 9);
     for measure in [Measure::Connect(Transport::Tcp), Measure::Exchange] {
-        let error = client.measure(measure, &[tcp, nobody], 2).unwrap_err();
+        let error = client.measure(measure, &[vec![tcp], vec![nobody]], 2).unwrap_err();
         assert_eq!(errno(&error), Some("ECONNREFUSED"), "{measure:?}");
     }
     Ok(())

@@ -1,7 +1,7 @@
 //! Builds programs and tests with cargo and learns where each one is.
 //!
 //! Every build selects the workspace's default members, and says `--examples` (there are none) where it builds programs
-//! alone: cargo then resolves the features of dependencies as it does for tests, so that tests, demo and docs share one
+//! alone: cargo then resolves the features of dependencies as it does for tests, so that tests and demo share one
 //! compilation of each dependency instead of making two.
 
 use std::{

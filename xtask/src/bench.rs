@@ -4,7 +4,9 @@ use std::{ffi::OsString, process::ExitCode};
 
 use crate::{console::Console, launch::launch, workspace::Workspace};
 
-/// Measures the data plane in the lab, with everything built in release mode. Needs root, and a machine that is
+/// Runs the benchmarks
+///
+/// They measure the data plane in the lab, with everything built in release mode. Needs root, and a machine that is
 /// otherwise idle.
 ///
 /// Arguments go to the benchmarks; `cargo xtask bench -- --help` lists them.

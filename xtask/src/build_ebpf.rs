@@ -25,7 +25,9 @@ const PACKAGE: &str = "edgemesh-ebpf";
 /// One minute on two cores, libcore included.
 const LIMIT: Duration = Duration::from_secs(20 * 60);
 
-/// Builds the eBPF programs, checks the object (programs, maps, BTF, licence) and puts it where the build of
+/// Builds the eBPF programs and checks the object
+///
+/// The object has to have every program, every map, BTF and a GPL-compatible licence. It goes where the build of
 /// edgemesh-agent looks for it: bpf/edgemesh.bpf.o in cargo's target directory.
 ///
 /// The file is replaced only when every check passes and its content differs, so the agent is recompiled only then.

@@ -6,17 +6,26 @@ use std::{
     time::{Duration, Instant},
 };
 
-/// Standard output, and whether a step's line is waiting for its end.
+/// Standard output, and what stands on its last line.
 #[derive(Debug)]
 pub(crate) struct Console {
-    open: Cell<bool>,
+    line: Cell<Line>,
     step: RefCell<String>,
     terminal: bool,
 }
 
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+enum Line {
+    Empty,
+    /// The name of a step that is waiting for its end.
+    Step,
+    /// Something else.
+    Text,
+}
+
 impl Console {
     pub(crate) fn new() -> Self {
-        Self { open: Cell::new(false), step: RefCell::new(String::new()), terminal: io::stdout().is_terminal() }
+        Self { line: Cell::new(Line::Empty), step: RefCell::default(), terminal: io::stdout().is_terminal() }
     }
 
     /// Whether a person is likely to be watching.
@@ -27,39 +36,42 @@ impl Console {
     /// Writes `name ... ` and leaves the line open; [`Self::end`] completes it.
     pub(crate) fn begin(&self, name: &str) {
         self.break_line();
-        print!("{name} ... ");
-        flush();
+        write(format!("{name} ... ").as_bytes());
         self.step.replace(name.to_owned());
-        self.open.set(true);
+        self.line.set(Line::Step);
     }
 
     /// Completes the line of [`Self::begin`], repeating the name if something was written in between.
     pub(crate) fn end(&self, result: &str) {
-        if self.open.replace(false) {
-            println!("{result}");
+        if self.line.get() == Line::Step {
+            write(format!("{result}\n").as_bytes());
+            self.line.set(Line::Empty);
         } else {
-            println!("{} ... {result}", self.step.borrow());
+            self.line(&format!("{} ... {result}", self.step.borrow()));
         }
     }
 
     /// Writes a line of its own.
     pub(crate) fn line(&self, text: &str) {
         self.break_line();
-        println!("{text}");
+        write(format!("{text}\n").as_bytes());
     }
 
-    /// Passes on what a command wrote.
+    /// Passes on what a command wrote, or a piece of it.
     pub(crate) fn raw(&self, bytes: &[u8]) {
-        self.break_line();
-        // A closed terminal must not end the work: the exit code still counts.
-        let _ignored = io::stdout().write_all(bytes);
-        flush();
+        if self.line.get() == Line::Step {
+            self.break_line();
+        }
+        write(bytes);
+        if let Some(last) = bytes.last() {
+            self.line.set(if *last == b'\n' { Line::Empty } else { Line::Text });
+        }
     }
 
-    /// Ends an open line, so that what follows starts at the margin.
+    /// Ends a line that something stands on, so that what follows starts at the margin.
     pub(crate) fn break_line(&self) {
-        if self.open.replace(false) {
-            println!();
+        if self.line.replace(Line::Empty) != Line::Empty {
+            write(b"\n");
         }
     }
 
@@ -89,8 +101,10 @@ pub(crate) fn seconds(time: Duration) -> String {
     }
 }
 
-fn flush() {
-    let _ignored = io::stdout().flush();
+/// A closed terminal must not end the work: the exit code still counts.
+fn write(bytes: &[u8]) {
+    let mut stdout = io::stdout().lock();
+    let _ignored = stdout.write_all(bytes).and_then(|()| stdout.flush());
 }
 
 #[cfg(test)]

@@ -4,8 +4,10 @@ use std::{ffi::OsString, process::ExitCode};
 
 use crate::{console::Console, launch::launch, workspace::Workspace};
 
-/// Raises a two-node lab in network namespaces of this machine, with real agents and the Services of manifests/examples, runs
-/// real clients in pods against them and prints what worked and how fast. Exits non-zero if anything did not.
+/// Raises a small mesh on this machine and shows that it works
+///
+/// Two nodes in network namespaces, with real agents and the Services of manifests/examples; real clients in pods use
+/// them, and a table says what worked and how fast. Exits non-zero if anything did not.
 ///
 /// Needs root. Installs what is missing first (see `cargo xtask setup`).
 #[derive(Debug, clap::Args)]

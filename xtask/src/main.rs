@@ -3,7 +3,7 @@
 //! One file per command. Nothing beyond a stable Rust, git and a C compiler has to be on the machine before; `setup`
 //! finds or installs the rest.
 
-#![expect(clippy::print_stdout, clippy::print_stderr, reason = "a command-line tool speaks through the terminal")]
+#![expect(clippy::print_stderr, reason = "a command-line tool says on standard error why it failed")]
 
 mod artifacts;
 mod bench;
@@ -33,15 +33,10 @@ struct Cli {
 
 #[derive(Debug, Subcommand)]
 enum Command {
-    /// Finds or installs what the other commands need.
     Setup(setup::Args),
-    /// Builds the eBPF programs and checks the object.
     BuildEbpf(build_ebpf::Args),
-    /// Runs every check: format, clippy, unit tests, end-to-end tests, docs.
     Test(test::Args),
-    /// Raises a small mesh on this machine and shows that it works.
     Demo(demo::Args),
-    /// Runs the benchmarks.
     Bench(bench::Args),
 }
 

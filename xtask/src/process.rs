@@ -89,7 +89,10 @@ pub(crate) fn run(console: &Console, mut command: Command, limit: Duration, stdo
     command.stdin(Stdio::null()).stderr(writer.try_clone().context("copy a pipe")?);
     match stdout {
         Stdout::Shown => command.stdout(writer),
-        Stdout::Kept => command.stdout(Stdio::piped()),
+        Stdout::Kept => {
+            drop(writer);
+            command.stdout(Stdio::piped())
+        }
     };
     // What writes into a pipe looks uncoloured to cargo, although a terminal is behind it.
     if console.is_terminal() && env::var_os("CARGO_TERM_COLOR").is_none() && env::var_os("NO_COLOR").is_none() {
@@ -97,7 +100,7 @@ pub(crate) fn run(console: &Console, mut command: Command, limit: Duration, stdo
     }
     let name = command.get_program().to_string_lossy().into_owned();
     let mut child = command.spawn().with_context(|| format!("start {name}"))?;
-    // The command owns the write end of the pipe, which must close for the output to end.
+    // The command owns the rest of the write ends of the pipe, which must close for the output to end.
     drop(command);
 
     let (sender, chunks) = mpsc::channel();
@@ -239,9 +242,11 @@ mod tests {
     #[test]
     fn output_for_people_and_for_the_caller_is_kept_apart() {
         let console = Console::new();
+        let started = Instant::now();
         let ended = run(&console, shell("echo data; echo note >&2"), Duration::from_secs(20), Stdout::Kept).unwrap();
         assert!(ended.success());
         assert_eq!((ended.stdout.as_str(), ended.output.as_str(), ended.shown), ("data\n", "note\n", false));
+        assert!(started.elapsed() < LEFT_OPEN, "the end of the output was not seen");
     }
 
     #[test]

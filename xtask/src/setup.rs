@@ -16,10 +16,9 @@ use plan::Plan;
 
 use crate::{console::Console, table, workspace::Workspace};
 
-/// Finds or installs what the other commands need: a Rust compiler for the kernel's instruction set, bpf-linker, and
-/// the tools of the lab.
+/// Finds or installs what the other commands need
 ///
-/// As root on a Debian-like system, what is missing is installed with apt-get and cargo; elsewhere the command says
+/// That is a Rust compiler for the kernel's instruction set, bpf-linker, and the tools of the lab. As root on a Debian-like system, what is missing is installed with apt-get and cargo; elsewhere the command says
 /// exactly what to install. It changes nothing when all is there, and may be repeated at will.
 ///
 /// A compiler is taken from the first of: $EDGEMESH_BPF_RUSTC; any with a libcore for bpfel-unknown-none; a rustup nightly

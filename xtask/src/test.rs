@@ -32,14 +32,15 @@ const UNIT_LIMIT: Duration = Duration::from_secs(10 * 60);
 /// One program of end-to-end tests.
 const E2E_LIMIT: Duration = Duration::from_secs(20 * 60);
 
-/// Runs setup, format check, build-ebpf, clippy, unit tests, end-to-end tests and the documentation build, and goes on
-/// after a failure. The last line says how many tests passed and failed; a failed step that runs no tests counts
+/// Runs every check: format, clippy, unit tests, end-to-end tests, docs
+///
+/// The steps are setup, fmt, build-ebpf, clippy, build, unit, e2e and doc; a failure does not stop the next. The last line says how many tests passed and failed; a failed step that runs no tests counts
 /// as one. Exits non-zero after any failure.
 ///
 /// The end-to-end tests need root: without it they are left out, which with CI=true is a failure.
 #[derive(Debug, clap::Args)]
 pub(crate) struct Args {
-    /// Run one step (setup, fmt, build-ebpf, clippy, build, unit, e2e, doc) with what it needs; any other name selects
+    /// Run one step with what it needs; any other name selects
     /// the tests whose names contain it.
     #[arg(long, value_name = "NAME")]
     only: Option<String>,

@@ -68,6 +68,8 @@ struct Installed {
     backends: Vec<Backend>,
     /// The highest [`Backend::id`] given out so far.
     last_backend: u32,
+    /// What backends that are gone had counted, so that the frontend's sum never goes down.
+    retired: Counters,
 }
 
 /// An entry that nothing refers to any more.
@@ -147,9 +149,9 @@ impl Ebpf {
         {
             return Ok(());
         }
-        let (service, generation) = match old {
-            Some(old) => (old.service, old.generation.wrapping_add(1)),
-            None => (self.free_service(), self.first_generation),
+        let (service, generation, retired) = match old {
+            Some(old) => (old.service, old.generation.wrapping_add(1), old.retired),
+            None => (self.free_service(), self.first_generation, Counters::default()),
         };
         let (backends, last_backend) = with_ids(self.installed.get(&key), backends);
         let count = backends.len() as u32;
@@ -160,21 +162,22 @@ impl Ebpf {
             for (index, backend) in (0u32..).zip(&backends) {
                 let place = BackendKey { service, generation, index };
                 if let Err(error) = self.opened.backends.insert(place, backend, 0) {
-                    // The frontend stays at its old set; the part of the new one that was written is dropped.
-                    self.abandon(now, Abandoned::Set { service, generation, count: index });
+                    // The frontend stays at its old set. Nobody has seen the new one, so it can go at once, and must:
+                    // the next attempt writes to the same places.
+                    self.drop_set(service, generation, index);
                     return Err(self.backends_error(&error, count - index));
                 }
             }
         }
         if let Err(error) = self.opened.frontends.insert(key, value, 0) {
             if backends.len() > INLINE_BACKENDS {
-                self.abandon(now, Abandoned::Set { service, generation, count });
+                self.drop_set(service, generation, count);
             }
             return Err(self.frontends_error(&error, &key));
         }
 
         // The new set is in force; the rest is book-keeping.
-        let old = self.installed.insert(key, Installed { service, generation, backends, last_backend });
+        let old = self.installed.insert(key, Installed { service, generation, backends, last_backend, retired });
         match old {
             None => {
                 self.services.insert(service, key);
@@ -223,6 +226,24 @@ impl Ebpf {
 
     fn abandon(&mut self, now: Instant, what: Abandoned) {
         self.abandoned.push_back((now + GRACE, what));
+    }
+
+    fn drop_set(&mut self, service: u32, generation: u32, count: u32) {
+        for index in 0..count {
+            let place = BackendKey { service, generation, index };
+            if let Err(error) = absent_is_fine(self.opened.backends.remove(&place)) {
+                warn!("cannot drop an abandoned backend: {error}");
+            }
+        }
+    }
+
+    /// Moves what a backend that is gone has counted to its frontend.
+    fn retire(&mut self, key: &CounterKey) {
+        let Ok(values) = self.opened.counters.get(key, 0) else { return };
+        let frontend = self.services.get(&key.service);
+        if let Some(installed) = frontend.and_then(|frontend| self.installed.get_mut(frontend)) {
+            installed.retired = values.iter().fold(installed.retired, sum);
+        }
     }
 
     /// An id that no map entry carries.
@@ -286,15 +307,9 @@ impl Dataplane for Ebpf {
         while self.abandoned.front().is_some_and(|(due, _)| *due <= now) {
             let Some((_, what)) = self.abandoned.pop_front() else { return };
             match what {
-                Abandoned::Set { service, generation, count } => {
-                    for index in 0..count {
-                        let place = BackendKey { service, generation, index };
-                        if let Err(error) = absent_is_fine(self.opened.backends.remove(&place)) {
-                            warn!("cannot drop an abandoned backend: {error}");
-                        }
-                    }
-                }
+                Abandoned::Set { service, generation, count } => self.drop_set(service, generation, count),
                 Abandoned::Counter(key) => {
+                    self.retire(&key);
                     if let Err(error) = absent_is_fine(self.opened.counters.remove(&key)) {
                         warn!("cannot drop abandoned counters: {error}");
                     }
@@ -307,30 +322,32 @@ impl Dataplane for Ebpf {
     }
 
     fn counters(&mut self) -> Result<Vec<Count>, Error> {
-        let mut counts = Vec::new();
+        let mut counts: BTreeMap<(FrontendKey, Option<SocketAddr>), Counters> = BTreeMap::new();
+        for (key, installed) in &self.installed {
+            counts.insert((*key, None), installed.retired);
+        }
         for item in self.opened.counters.iter() {
             let (key, values) = item.map_err(|error| kernel("read the counters", &error))?;
             let Some(frontend) = self.services.get(&key.service) else { continue };
             let Some(installed) = self.installed.get(frontend) else { continue };
+            // A backend that has just gone counts with its frontend, as it will once it is retired.
             let backend = installed.backends.iter().find(|backend| backend.id == key.backend).map(socket_addr);
-            if key.backend != 0 && backend.is_none() {
-                continue;
-            }
-            let sum = values.iter().fold(Counters::default(), |sum, cpu| Counters {
-                connects: sum.connects + cpu.connects,
-                datagrams: sum.datagrams + cpu.datagrams,
-                refused: sum.refused + cpu.refused,
-            });
-            counts.push(Count {
-                frontend: addr_of(frontend),
-                backend,
-                connects: sum.connects,
-                datagrams: sum.datagrams,
-                refused: sum.refused,
-            });
+            let known = counts.entry((*frontend, backend)).or_default();
+            *known = values.iter().fold(*known, sum);
         }
-        Ok(counts)
+        let count = |((frontend, backend), counters): ((FrontendKey, _), Counters)| Count {
+            frontend: addr_of(&frontend),
+            backend,
+            connects: counters.connects,
+            datagrams: counters.datagrams,
+            refused: counters.refused,
+        };
+        Ok(counts.into_iter().map(count).collect())
     }
+}
+
+fn sum(a: Counters, b: &Counters) -> Counters {
+    Counters { connects: a.connects + b.connects, datagrams: a.datagrams + b.datagrams, refused: a.refused + b.refused }
 }
 
 /// Keeps the ids of backends that stay and gives new ones to the others; returns the highest id, too.

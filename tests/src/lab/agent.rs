@@ -173,6 +173,12 @@ impl AgentCommand<'_> {
         self
     }
 
+    /// Runs it where `/proc` is not mounted, so that it finds no mount of anything.
+    pub fn without_proc(mut self) -> Self {
+        self.hidden.push(PathBuf::from("/proc"));
+        self
+    }
+
     /// Runs it to its end, at most for `deadline`, and collects its status and what it printed.
     pub fn output(self, deadline: Duration) -> Result<Output> {
         let mut command = self.prepare()?;
@@ -201,7 +207,7 @@ impl AgentCommand<'_> {
     }
 
     fn prepare(&self) -> Result<Command> {
-        let mut command = Command::new(binary("EDGEMESH_AGENT", "edgemesh-agent")?);
+        let mut command = Command::new(agent_binary()?);
         command.args(&self.arguments).env_clear().envs(self.variables.iter().map(|(name, value)| (name, value)));
         if let Some(path) = std::env::var_os("PATH") {
             command.env("PATH", path);
@@ -292,6 +298,11 @@ impl Agent {
         }
         log.get(start..).unwrap_or_default().to_owned()
     }
+}
+
+/// The agent binary that is tested: named by `EDGEMESH_AGENT`, else the one beside this program or a directory up.
+pub fn agent_binary() -> Result<PathBuf> {
+    binary("EDGEMESH_AGENT", "edgemesh-agent")
 }
 
 /// Sets the value at a dotted path, making the objects on the way.

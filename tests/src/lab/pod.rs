@@ -87,6 +87,15 @@ impl Pod {
         self.shell.pid()
     }
 
+    /// The shell command that puts a person into the pod: in its cgroup, so that Services work as in it.
+    pub fn enter_command(&self) -> String {
+        format!(
+            "sh -c 'echo $$ > {}/cgroup.procs && exec nsenter --target {} --net --mount bash'",
+            self.cgroup.display(),
+            self.process()
+        )
+    }
+
     /// The same pod with another bound for each step of an operation.
     #[must_use]
     pub fn within(&self, deadline: Duration) -> Self {
@@ -102,6 +111,11 @@ impl Pod {
     pub fn serve_at(&self, app: App, listen: SocketAddr) -> Result<SocketAddr> {
         let request = Request::Serve { name: self.name.clone(), app, listen };
         ask!(self, request, self.deadline, Response::Serving(address) => address)
+    }
+
+    /// Carries TCP connections on one address to `backend`, as a userspace proxy does; port 0 picks a free one.
+    pub fn proxy(&self, listen: SocketAddr, backend: SocketAddr) -> Result<SocketAddr> {
+        ask!(self, Request::Proxy { listen, backend }, self.deadline, Response::Serving(address) => address)
     }
 
     /// Stops what [`Pod::serve`] started, and closes its connections.
@@ -194,15 +208,19 @@ impl Pod {
         ask!(self, request, bound, Response::Spread(report) => report)
     }
 
-    /// Times `rounds` blocking TCP connects to each target, the targets taking turns.
-    pub fn latency(&self, targets: &[SocketAddr], rounds: u32) -> Result<Vec<Quantiles>> {
-        self.measure(Measure::Connect(Transport::Tcp), targets, rounds)
+    /// Times `rounds` blocking connects per group of addresses, as [`Pod::measure`] does.
+    pub fn latency(&self, transport: Transport, groups: &[Vec<SocketAddr>], rounds: u32) -> Result<Vec<Quantiles>> {
+        self.measure(Measure::Connect(transport), groups, rounds)
     }
 
-    /// Times `measure` `rounds` times for each target, the targets taking turns.
-    pub fn measure(&self, measure: Measure, targets: &[SocketAddr], rounds: u32) -> Result<Vec<Quantiles>> {
-        let request = Request::Latency { measure, targets: targets.to_vec(), rounds, deadline: self.deadline };
-        let times = rounds.saturating_mul(u32::try_from(targets.len())?);
+    /// Times `measure` `rounds` times per group of addresses, the groups taking turns.
+    ///
+    /// The addresses of a group take turns too and are measured as one: so a Service of three replicas, which is a group
+    /// of one address, compares with the group of its three pods.
+    pub fn measure(&self, measure: Measure, groups: &[Vec<SocketAddr>], rounds: u32) -> Result<Vec<Quantiles>> {
+        let request = Request::Latency { measure, groups: groups.to_vec(), rounds, deadline: self.deadline };
+        let times = rounds.saturating_mul(u32::try_from(groups.len())?);
+        // The longest measure has three steps: to connect, to be greeted, to be answered.
         let bound = self.deadline.saturating_mul(3).saturating_mul(times);
         ask!(self, request, bound, Response::Latency(quantiles) => quantiles)
     }

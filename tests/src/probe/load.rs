@@ -37,23 +37,27 @@ pub(super) fn spread(transport: Transport, dial: Dial, count: u32, concurrency: 
     Ok(total)
 }
 
-/// Times `measure` `rounds` times for each target.
+/// Times `measure` `rounds` times per group.
 ///
-/// The targets take turns, so that what disturbs one disturbs all, and each goes first as often as any other.
+/// The groups take turns, so that what disturbs one disturbs all, and each goes first as often as any other.
 pub(super) fn latency(
     measure: Measure,
-    targets: &[SocketAddr],
+    groups: &[Vec<SocketAddr>],
     rounds: u32,
     deadline: Duration,
 ) -> Result<Vec<Quantiles>, Failure> {
-    let first = *targets.first().ok_or_else(|| Failure::other("no targets"))?;
-    let sender = Unconnected::bind(first)?;
-    let mut samples = vec![Vec::with_capacity(usize::try_from(rounds).unwrap_or(0)); targets.len()];
+    let first = groups.first().and_then(|group| group.first());
+    let sender = Unconnected::bind(*first.ok_or_else(|| Failure::other("nothing to time"))?)?;
+    if groups.iter().any(Vec::is_empty) {
+        return Err(Failure::other("a group without targets cannot be timed"));
+    }
+    let mut samples = vec![Vec::new(); groups.len()];
     for round in 0..usize::try_from(rounds).unwrap_or(usize::MAX) {
-        for turn in 0..targets.len() {
-            let index = (round + turn) % targets.len();
-            let (Some(target), Some(samples)) = (targets.get(index), samples.get_mut(index)) else { continue };
-            samples.push(time(measure, &sender, Dial { target: *target, deadline })?);
+        for turn in 0..groups.len() {
+            let index = (round + turn) % groups.len();
+            let group = &groups[index];
+            let target = group[round % group.len()];
+            samples[index].push(time(measure, &sender, Dial { target, deadline })?);
         }
     }
     Ok(samples.into_iter().map(quantiles).collect())

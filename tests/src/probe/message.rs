@@ -37,6 +37,13 @@ pub enum Request {
         /// Where it listens; port 0 picks one.
         listen: SocketAddr,
     },
+    /// Carries TCP connections to a backend as a userspace proxy, until the shell ends; [`Response::Serving`].
+    Proxy {
+        /// Where it listens; port 0 picks one.
+        listen: SocketAddr,
+        /// Where it connects to.
+        backend: SocketAddr,
+    },
     /// Closes a listener and its connections; answered by [`Response::Done`].
     StopServing {
         /// What it speaks.
@@ -91,13 +98,14 @@ pub enum Request {
         /// How many at once.
         concurrency: u32,
     },
-    /// Times one thing again and again, the targets taking turns in one thread; [`Response::Latency`].
+    /// Times one thing again and again, the groups taking turns in one thread; [`Response::Latency`].
     Latency {
         /// What is timed.
         measure: Measure,
-        /// Servers that the measure fits, all of one address family.
-        targets: Vec<SocketAddr>,
-        /// How many times for each.
+        /// Servers that the measure fits, all of one address family; those of one group take turns and are measured as
+        /// one.
+        groups: Vec<Vec<SocketAddr>>,
+        /// How many times per group.
         rounds: u32,
         /// Bounds each step.
         deadline: Duration,
@@ -137,7 +145,7 @@ pub enum Response {
     Http(HttpReport),
     /// Who answered how often.
     Spread(SpreadReport),
-    /// Per target, in the order of the request.
+    /// Per group, in the order of the request.
     Latency(Vec<Quantiles>),
     /// The id of a running hammer.
     Hammering(u64),
@@ -156,8 +164,6 @@ pub enum App {
     Http,
     /// Greets with the text message `name client-address`, then echoes messages.
     WebSocket,
-    /// A userspace proxy: accepts TCP connections and carries them to this address.
-    Proxy(SocketAddr),
 }
 
 /// What a latency is of.

@@ -31,7 +31,7 @@ impl Server {
         let failed = |error: std::io::Error| Failure::from_io(&format!("listen on {listen}"), &error);
         match app {
             App::Udp => Ok(Self::Datagram(UdpSocket::bind(listen).await.map_err(failed)?, name.into())),
-            App::Tcp | App::Http | App::WebSocket | App::Proxy(_) => {
+            App::Tcp | App::Http | App::WebSocket => {
                 Ok(Self::Stream(TcpListener::bind(listen).await.map_err(failed)?, app, name.into()))
             }
         }
@@ -67,7 +67,6 @@ async fn serve_streams(listener: &TcpListener, app: App, name: &Arc<str>) {
                     match app {
                         App::Http => serve_http(stream, client, &name).await,
                         App::WebSocket => serve_websocket(stream, client, &name).await,
-                        App::Proxy(backend) => serve_proxy(stream, backend).await,
                         App::Tcp | App::Udp => serve_echo(stream, client, &name).await,
                     }
                 });
@@ -114,7 +113,21 @@ async fn serve_websocket(stream: TcpStream, client: SocketAddr, name: &str) {
     }
 }
 
-async fn serve_proxy(mut stream: TcpStream, backend: SocketAddr) {
+/// Carries each connection to `backend`, until dropped.
+pub(super) async fn proxy(listener: TcpListener, backend: SocketAddr) {
+    let mut connections = JoinSet::new();
+    loop {
+        tokio::select! {
+            accepted = listener.accept() => {
+                let Ok((stream, _)) = accepted else { continue };
+                connections.spawn(carry(stream, backend));
+            }
+            Some(_) = connections.join_next() => {}
+        }
+    }
+}
+
+async fn carry(mut stream: TcpStream, backend: SocketAddr) {
     let Ok(mut onward) = TcpStream::connect(backend).await else { return };
     // Neither side may wait for more to send: small messages are what is carried.
     if stream.set_nodelay(true).and_then(|()| onward.set_nodelay(true)).is_ok() {

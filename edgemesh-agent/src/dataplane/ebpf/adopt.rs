@@ -3,7 +3,7 @@
 use std::collections::BTreeSet;
 
 use aya::maps::MapError;
-use edgemesh_common::layout::{Backend, BackendKey, Frontend, FrontendKey, INLINE_BACKENDS};
+use edgemesh_common::layout::{Backend, BackendKey, Counters, Frontend, FrontendKey, INLINE_BACKENDS};
 
 use super::{Ebpf, Installed, OpenError, absent_is_fine};
 
@@ -18,10 +18,8 @@ impl Ebpf {
             self.services.insert(value.service, key);
             *self.addrs.entry(key.addr).or_insert(0) += 1;
             let last_backend = backends.iter().map(|backend| backend.id).max().unwrap_or(0);
-            self.installed.insert(
-                key,
-                Installed { service: value.service, generation: value.generation, backends, last_backend },
-            );
+            let (service, generation, retired) = (value.service, value.generation, Counters::default());
+            self.installed.insert(key, Installed { service, generation, backends, last_backend, retired });
         }
         self.sweep()
     }

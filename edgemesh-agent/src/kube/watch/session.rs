@@ -87,7 +87,7 @@ where
     pub(super) async fn follow(mut self) -> Result<(), Closed> {
         let mut backoff = DefaultBackoff::default();
         let mut version = None;
-        let mut in_vain = false;
+        let (mut in_vain, mut expired) = (false, false);
         loop {
             let begun = Instant::now();
             let verb = if version.is_some() { "watch" } else { "list" };
@@ -107,7 +107,7 @@ where
                         }
                         in_vain = true;
                     } else if watched {
-                        in_vain = false;
+                        (in_vain, expired) = (false, false);
                         reset(&mut backoff);
                     }
                 }
@@ -118,6 +118,11 @@ where
                         Meaning::Expired => {
                             info!(resource = self.resource, "the resource version has expired; listing again");
                             version = None;
+                            // Usual after a long absence, whose long pauses must not delay the list any further.
+                            if !std::mem::replace(&mut expired, true) {
+                                reset(&mut backoff);
+                                continue;
+                            }
                         }
                         Meaning::NotServed => {
                             self.source.failed(verb, &self.resource, &failure);

@@ -1,0 +1,163 @@
+//! The rows of the demo's table: what a client sees of a Service, and what it should see.
+
+use std::collections::BTreeSet;
+use std::net::SocketAddr;
+use std::time::Duration;
+
+use anyhow::{Context as _, Result, ensure};
+
+use super::example::ExampleService;
+use crate::lab::{App, Attempt, Pod, Reply, Transport};
+
+/// Connections after which every replica of a Service must have answered: with three, one is missed once in 10^10.
+const SPREAD: u32 = 60;
+/// How many of them at once.
+const AT_ONCE: u32 = 12;
+/// Bounds each step; nothing in the lab takes long, and a demo that fails should soon say so.
+const STEP: Duration = Duration::from_secs(2);
+/// Connects per measured path.
+const ROUNDS: u32 = 300;
+
+/// One line of the table.
+#[derive(Debug)]
+pub(super) struct Row {
+    pub(super) what: String,
+    pub(super) expected: String,
+    pub(super) got: Result<String>,
+    /// The medians of `connect()` through the ClusterIP and directly to the pods.
+    pub(super) medians: Option<(Duration, Duration)>,
+}
+
+impl Row {
+    /// Whether the client got what was expected.
+    pub(super) fn passed(&self) -> bool {
+        self.got.as_ref().is_ok_and(|got| *got == self.expected)
+    }
+}
+
+/// Tries a Service as `client`, which is a `kind` ("pod" or "host").
+pub(super) fn rows(service: &ExampleService, kind: &str, client: &Pod) -> Vec<Row> {
+    let client = &client.within(STEP);
+    let name = &service.name;
+    let replicas: BTreeSet<&str> = service.backends.values().map(String::as_str).collect();
+    let all = replicas.into_iter().collect::<Vec<_>>().join(" ");
+    let row = |what: &str, expected: &str, got: Result<String>| Row {
+        what: format!("{kind}: {name}: {what}"),
+        expected: expected.to_owned(),
+        got,
+        medians: None,
+    };
+    let Some(frontend) = service.frontend else {
+        return vec![row("headless, pods by their addresses", &all, direct(service, client))];
+    };
+    if service.backends.is_empty() {
+        let attempt = || -> Result<String> {
+            Ok(match client.connect(frontend)? {
+                Attempt::Connected(_) => "connected".to_owned(),
+                Attempt::Failed(errno) => errno,
+            })
+        };
+        return vec![row(&format!("{frontend}, no endpoints"), "ECONNREFUSED", attempt())];
+    }
+    let mut rows = match service.app {
+        App::Http => vec![
+            row(&format!("HTTP to {frontend}"), &all, http_spread(client, frontend)),
+            row("3 requests on one connection", "1 replica, 3 answers", keep_alive(client, frontend)),
+        ],
+        App::Tcp => vec![row(
+            &format!("TCP to {frontend}"),
+            &seen(&all, frontend),
+            client.tcp(frontend).and_then(|reply| describe(&reply, client)),
+        )],
+        App::WebSocket => vec![row(
+            &format!("WebSocket to {frontend}"),
+            &seen(&all, frontend),
+            client.websocket(frontend).and_then(|reply| describe(&reply, client)),
+        )],
+        App::Udp => vec![
+            row(&format!("UDP to {frontend}, connected"), &all, udp_spread(client, frontend)),
+            row("unconnected, the reply comes from", &frontend.to_string(), udp_source(client, frontend)),
+        ],
+    };
+    if let Some(first) = rows.first_mut().filter(|row| row.passed()) {
+        match medians(service, frontend, client) {
+            Ok(medians) => first.medians = Some(medians),
+            Err(error) => first.got = Err(error.context("could not measure it")),
+        }
+    }
+    rows
+}
+
+/// Which pod answered, with the address that getpeername() shows.
+fn seen(names: &str, peer: SocketAddr) -> String {
+    format!("{names}, peer {peer}")
+}
+
+fn describe(reply: &Reply, client: &Pod) -> Result<String> {
+    // Which address of its own a node uses depends on the route; a pod has one per family.
+    let own = client.ips().contains(&reply.client.ip()) || reply.client == reply.local;
+    ensure!(own, "{} saw the client as {}, not {}", reply.name, reply.client, reply.local);
+    Ok(seen(&reply.name, reply.peer))
+}
+
+fn direct(service: &ExampleService, client: &Pod) -> Result<String> {
+    let mut names = BTreeSet::new();
+    for address in service.backends.keys() {
+        names.insert(match service.transport() {
+            Transport::Tcp => client.tcp(*address)?.name,
+            Transport::Udp => client.udp(*address)?.name,
+        });
+    }
+    Ok(joined(&names))
+}
+
+fn http_spread(client: &Pod, frontend: SocketAddr) -> Result<String> {
+    let mut names = BTreeSet::new();
+    for _ in 0..SPREAD {
+        names.extend(http_names(client, frontend, 1)?);
+    }
+    Ok(joined(&names))
+}
+
+fn keep_alive(client: &Pod, frontend: SocketAddr) -> Result<String> {
+    let answers = http_names(client, frontend, 3)?;
+    let replicas: BTreeSet<&String> = answers.iter().collect();
+    Ok(format!("{} replica, {} answers", replicas.len(), answers.len()))
+}
+
+/// The names in the answers to requests on one connection.
+fn http_names(client: &Pod, frontend: SocketAddr, requests: u32) -> Result<Vec<String>> {
+    let report = client.http(frontend, requests)?;
+    ensure!(report.peer == frontend, "getpeername() says {}, not {frontend}", report.peer);
+    let name = |body: &str| body.split(' ').next().map(str::to_owned);
+    report
+        .replies
+        .iter()
+        .map(|reply| {
+            ensure!(reply.status == 200, "the answer has the status {}", reply.status);
+            name(&reply.body).context("the answer is empty")
+        })
+        .collect()
+}
+
+fn udp_spread(client: &Pod, frontend: SocketAddr) -> Result<String> {
+    let report = client.spread(Transport::Udp, frontend, SPREAD, AT_ONCE)?;
+    ensure!(report.failures.is_empty(), "some of {SPREAD} exchanges failed: {:?}", report.failures);
+    Ok(joined(&report.names.into_keys().collect()))
+}
+
+fn udp_source(client: &Pod, frontend: SocketAddr) -> Result<String> {
+    let reply = client.udp_fan(&[frontend])?.pop().context("no answer was reported")??;
+    Ok(reply.source.to_string())
+}
+
+fn medians(service: &ExampleService, frontend: SocketAddr, client: &Pod) -> Result<(Duration, Duration)> {
+    let groups = [vec![frontend], service.backends.keys().copied().collect()];
+    let quantiles = client.latency(service.transport(), &groups, ROUNDS)?;
+    let [through, direct] = quantiles.as_slice() else { anyhow::bail!("two paths were not measured") };
+    Ok((through.p50, direct.p50))
+}
+
+fn joined(names: &BTreeSet<String>) -> String {
+    names.iter().map(String::as_str).collect::<Vec<_>>().join(" ")
+}

@@ -1,0 +1,78 @@
+//! `edgemesh-agent cleanup` leaves a node as it was before the first agent.
+
+use std::{collections::BTreeSet, path::PathBuf, time::Duration};
+
+use anyhow::{Result, ensure};
+use edgemesh_tests::lab::{Lab, Node, agent::AgentOptions};
+
+use crate::{ECHO, START, TCP_PORT, at, echo};
+
+/// Everything on a node that an agent could leave behind.
+fn inventory(node: &Node) -> Result<BTreeSet<String>> {
+    let mut all = BTreeSet::new();
+    // Names and addresses only: state, timers and lifetimes change by themselves.
+    for (what, fields) in [("link", 1..2), ("address", 1..4)] {
+        for line in node.ip(&["-o", what])?.lines() {
+            let words: Vec<&str> = line.split_whitespace().collect();
+            all.insert(format!("{what} {}", words.get(fields.clone()).unwrap_or_default().join(" ")));
+        }
+    }
+    for what in [&["route", "show", "table", "all"][..], &["rule"]] {
+        for family in ["-4", "-6"] {
+            all.extend(node.ip(&[&[family], what].concat())?.lines().map(|line| format!("{} {line}", what[0])));
+        }
+    }
+    all.extend(node.attached_programs()?.into_iter().map(|id| format!("program {id}")));
+    for directory in ["/sys/fs/bpf", "/run"] {
+        let root = PathBuf::from(format!("/proc/{}/root{directory}", node.pause_process()));
+        walk(&root, &mut all)?;
+    }
+    Ok(all)
+}
+
+fn walk(directory: &std::path::Path, all: &mut BTreeSet<String>) -> Result<()> {
+    for entry in std::fs::read_dir(directory)? {
+        let entry = entry?;
+        all.insert(format!("file {}", entry.path().display()));
+        if entry.file_type()?.is_dir() {
+            walk(&entry.path(), all)?;
+        }
+    }
+    Ok(())
+}
+
+#[test]
+fn cleanup_leaves_nothing_behind() -> Result<()> {
+    let Some(lab) = Lab::for_test()? else { return Ok(()) };
+    let lan = lab.site("lan", &["192.168.10.0/24"])?;
+    let node = lan.node("edge1", &["10.244.1.0/24", "fd00:10:244:1::/64"])?;
+    let client = node.pod("client")?;
+    lab.manifests().write("echo", &echo(&ECHO).yaml_with(&[])?)?;
+    let before = inventory(&node)?;
+
+    let agent = node.start_agent(&AgentOptions::default())?;
+    agent.wait_ready(START)?;
+    let during = inventory(&node)?;
+    for wanted in ["edgemesh0", "169.254.96.16", "program", "/v1/FRONTENDS", "agent.sock"] {
+        ensure!(during.iter().any(|line| line.contains(wanted)), "the agent made no {wanted}: {during:#?}");
+    }
+    let config = node.write_file("agent.yaml", &serde_yaml::to_string(&node.agent_config())?)?;
+    let cleanup = ["cleanup", "--config-file", &config.to_string_lossy()];
+
+    let refused = node.agent(&cleanup).output(Duration::from_secs(10))?;
+    let words = String::from_utf8_lossy(&refused.stderr);
+    assert_eq!(refused.status.code(), Some(69), "{words}");
+    assert!(words.contains("an agent is running"), "{words}");
+
+    agent.kill()?;
+    let output = node.agent(&cleanup).output(Duration::from_secs(10))?;
+    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+    let after = inventory(&node)?;
+    assert_eq!(after.symmetric_difference(&before).collect::<Vec<_>>(), Vec::<&String>::new());
+    let attempt = client.within(Duration::from_millis(200)).connect(at(ECHO[0], TCP_PORT)?)?;
+    assert_ne!(attempt, edgemesh_tests::lab::Attempt::Failed("ECONNREFUSED".to_owned()), "nothing answers for it now");
+
+    let again = node.agent(&cleanup).output(Duration::from_secs(10))?;
+    assert!(again.status.success() && again.stdout == b"nothing to remove\n", "{again:?}");
+    Ok(())
+}
