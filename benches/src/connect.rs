@@ -12,13 +12,15 @@ use crate::{
     Effort,
     iptables::Rules,
     report::{Table, micros, middle_half, say, verdict},
-    scene::{ENDPOINTS, Scene},
+    scene::{ENDPOINTS, Scene, addresses},
     spread::Spread,
 };
 
 const SIZES: [u32; 2] = [10, 10_000];
 /// The aim for what translation adds to `connect()`, in microseconds.
 const AIM: f64 = 1.0;
+/// The single calls that are measured.
+const CALLS: [Measure; 3] = [Measure::Connect(Transport::Tcp), Measure::Connect(Transport::Udp), Measure::Send];
 const DIRECT: &str = "direct";
 const EBPF: &str = "ClusterIP, eBPF";
 
@@ -57,13 +59,15 @@ pub(crate) fn measure(effort: Effort) -> Result<Vec<Table>> {
     }
     let repetitions = effort.pick(4, 40);
     let lines = run(&batches, repetitions)?;
-    let calls = |measure: &Measure| *measure != Measure::Exchange;
+    let calls = |measure: &Measure| CALLS.contains(measure);
     let mut single = Table {
         title: "Calls through a ClusterIP",
         method: format!(
             "From a pod to a pod on the same node, {ENDPOINTS} endpoints per Service; the measured Service is one of the \
              many. `connect()` on a blocking socket; `sendto()` on one unconnected socket. Added: the median through the \
-             ClusterIP less the median of direct calls in the same repetition; {repetitions} repetitions, {} calls each.",
+             ClusterIP less the median of direct calls in the same repetition. A direct call passes the eBPF programs too, \
+             which leave it alone; on a node without an agent there are none. {repetitions} repetitions, {} calls each \
+             (`sendto()`: half as many).",
             rounds(Measure::Connect(Transport::Tcp), effort)
         ),
         head: vec!["call", "path", "Services", "median", "added", "middle half of added", "ratio"],
@@ -98,7 +102,7 @@ fn rounds(measure: Measure, effort: Effort) -> u32 {
 
 /// What to measure in a scene, and what not and why.
 fn prepare(scene: &Scene, effort: Effort) -> Result<(Vec<Batch>, Option<String>)> {
-    let (direct, services) = (scene.direct(), scene.services);
+    let (direct, services) = (addresses(&scene.server), scene.services);
     let node = *scene.node.ips().first().context("the node has no address")?;
     let mut proxies = Vec::new();
     for endpoint in &direct {
@@ -119,6 +123,9 @@ fn prepare(scene: &Scene, effort: Effort) -> Result<(Vec<Batch>, Option<String>)
         batch(client, Measure::Send, vec![(DIRECT, direct.clone()), (EBPF, udp)]),
         batch(client, Measure::Exchange, vec![(DIRECT, direct.clone()), (EBPF, tcp), ("userspace proxy", proxies)]),
     ];
+    let [bare_client, bare_server] = &scene.bare;
+    let bare = || vec![("direct, no agent", addresses(bare_server))];
+    batches.extend(CALLS.map(|measure| batch(bare_client, measure, bare())));
     let pod = scene.node.pod("client-with-rules")?;
     match Rules::load(&scene.lab, &pod, services, &scene.server) {
         Ok(rules) => {
@@ -201,7 +208,7 @@ fn rows(lines: &[Line], of: impl Fn(&Measure) -> bool) -> Result<Vec<Vec<String>
 fn findings(lines: &[Line]) -> Result<Vec<String>> {
     let [few, many] = SIZES;
     let mut findings = Vec::new();
-    for measure in [Measure::Connect(Transport::Tcp), Measure::Connect(Transport::Udp), Measure::Send] {
+    for measure in CALLS {
         let at = |services| added(lines, find(lines, measure, EBPF, services)?).map(|spread| spread.median);
         let (at_few, at_many) = (at(few)?, at(many)?);
         for (services, figure) in [(few, at_few), (many, at_many)] {

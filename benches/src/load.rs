@@ -43,7 +43,7 @@ pub(crate) fn measure(effort: Effort) -> Result<Vec<Table>> {
     Ok(vec![Table {
         title: "A full cluster",
         method: format!(
-            "{} Services with {} endpoints each from a manifest directory; {repetitions} agents started anew, on nodes \
+            "{} Services with {} endpoints each from a manifest directory; agents started anew ({repetitions}) on nodes \
              where nothing was left to adopt. Until /readyz answers 200: everything is in force in the kernel.",
             CLUSTER.services, CLUSTER.endpoints
         ),

@@ -73,7 +73,7 @@ pub(crate) fn measure(effort: Effort) -> Result<Vec<Table>> {
     Ok(vec![Table {
         title: "The agent's memory",
         method: format!(
-            "{} Services with {} endpoints each from a manifest directory, in {} agents started anew; then {changes} \
+            "{} Services with {} endpoints each from a manifest directory, agents started anew ({}); then {changes} \
              endpoints move, one after the other. Memory of the agent's process; the eBPF maps are the kernel's.",
             CLUSTER.services, CLUSTER.endpoints, repetitions
         ),

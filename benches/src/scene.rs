@@ -28,6 +28,8 @@ pub(crate) struct Scene {
     pub(crate) client: Pod,
     /// One pod with the addresses of all endpoints of the measured Services.
     pub(crate) server: Pod,
+    /// A client and a server on a node without an agent, where no program looks at their calls.
+    pub(crate) bare: [Pod; 2],
     pub(crate) services: u32,
     /// The measured Services.
     pub(crate) tcp: Measured,
@@ -45,16 +47,21 @@ impl Scene {
     /// Raises it, with `services` in all, and waits until the agent has everything in force.
     pub(crate) fn raise(services: u32) -> Result<Self> {
         let lab = Lab::new()?;
-        let node = lab.site("lan", &["192.168.10.0/24"])?.node("edge1", &["10.244.1.0/24"])?;
+        let lan = lab.site("lan", &["192.168.10.0/24"])?;
+        let (node, other) = (lan.node("edge1", &["10.244.1.0/24"])?, lan.node("edge2", &["10.244.2.0/24"])?);
         let client = node.pod("client")?;
         let server = node.pod_at("server", &["10.244.1.10", "10.244.1.11", "10.244.1.12"])?;
-        server.serve(App::Tcp, TARGET_PORT)?;
-        server.serve(App::Udp, TARGET_PORT)?;
+        let bare_server = other.pod_at("server", &["10.244.2.10", "10.244.2.11", "10.244.2.12"])?;
+        for server in [&server, &bare_server] {
+            server.serve(App::Tcp, TARGET_PORT)?;
+            server.serve(App::Udp, TARGET_PORT)?;
+        }
+        let bare = [other.pod("client")?, bare_server];
         let tcp = Measured { transport: Transport::Tcp, number: services / 2 };
         let udp = Measured { transport: Transport::Udp, number: services / 2 + 1 };
         let generated = Generated { services, endpoints: ENDPOINTS };
         generated.write(&lab.manifests(), &[tcp.number, udp.number])?;
-        let scene = Self { lab, node, client, server, services, tcp, udp };
+        let scene = Self { lab, node, client, server, bare, services, tcp, udp };
         for measured in [tcp, udp] {
             scene.write(measured, &scene.endpoints())?;
         }
@@ -78,11 +85,6 @@ impl Scene {
         self.lab.manifests().write(&name, &service.yaml_with(endpoints)?)
     }
 
-    /// The addresses of the endpoints of the measured Services.
-    pub(crate) fn direct(&self) -> Vec<SocketAddr> {
-        self.server.ips().iter().map(|ip| SocketAddr::new(*ip, TARGET_PORT)).collect()
-    }
-
     /// Makes sure that what is measured is what it is taken for: the server, under the address of the Service.
     fn check_path(&self) -> Result<()> {
         for (measured, reply) in
@@ -98,6 +100,11 @@ impl Scene {
         }
         Ok(())
     }
+}
+
+/// Where a server of a scene listens.
+pub(crate) fn addresses(server: &Pod) -> Vec<SocketAddr> {
+    server.ips().iter().map(|ip| SocketAddr::new(*ip, TARGET_PORT)).collect()
 }
 
 impl Measured {

@@ -53,7 +53,8 @@ fn pods_of_two_nodes_reach_each_other_directly_and_see_their_own_addresses() -> 
 fn sockets_of_all_kinds_work_and_report_what_getpeername_says() -> Result<()> {
     let Some(lab) = Lab::for_test()? else { return Ok(()) };
     let (edge1, _) = two_nodes(&lab)?;
-    let (client, one, two) = (edge1.pod("client")?, edge1.pod("one")?, edge1.pod_at("two", &["10.244.1.200"])?);
+    let (client, one, two) =
+        (edge1.pod("client")?, edge1.pod("one")?, edge1.pod_at("two", &["10.244.1.200", "10.244.1.201"])?);
     let mapped = v4_mapped(one.serve(App::Tcp, 7000)?[0]);
     let reply = client.tcp(mapped)?;
     assert_eq!(reply.peer, mapped);

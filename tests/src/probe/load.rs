@@ -39,7 +39,8 @@ pub(super) fn spread(transport: Transport, dial: Dial, count: u32, concurrency: 
 
 /// Times `measure` `rounds` times per group.
 ///
-/// The groups take turns, so that what disturbs one disturbs all, and each goes first as often as any other.
+/// The groups take turns, so that what disturbs one disturbs all; in an order that differs from round to round, so that
+/// none always follows the same other one and pays for what that leaves the processors to do.
 pub(super) fn latency(
     measure: Measure,
     groups: &[Vec<SocketAddr>],
@@ -52,15 +53,27 @@ pub(super) fn latency(
         return Err(Failure::other("a group without targets cannot be timed"));
     }
     let mut samples = vec![Vec::new(); groups.len()];
+    let mut order: Vec<usize> = (0..groups.len()).collect();
+    let mut random = 0x9E37_79B9_7F4A_7C15;
     for round in 0..usize::try_from(rounds).unwrap_or(usize::MAX) {
-        for turn in 0..groups.len() {
-            let index = (round + turn) % groups.len();
+        shuffle(&mut order, &mut random);
+        for &index in &order {
             let group = &groups[index];
             let target = group[round % group.len()];
             samples[index].push(time(measure, &sender, Dial { target, deadline })?);
         }
     }
     Ok(samples.into_iter().map(quantiles).collect())
+}
+
+/// Fisher and Yates' shuffle, by Marsaglia's xorshift generator; `state` is never 0.
+fn shuffle(order: &mut [usize], state: &mut u64) {
+    for left in (2..=order.len()).rev() {
+        *state ^= *state << 13;
+        *state ^= *state >> 7;
+        *state ^= *state << 17;
+        order.swap(left - 1, (*state % left as u64) as usize);
+    }
 }
 
 /// Times `measure` once. Nothing stays behind that the next round would meet: no port in TIME_WAIT, no answer unread.
@@ -180,6 +193,18 @@ mod tests {
         assert_eq!(nanos, [1, 25, 50, 75, 90, 99, 100]);
         assert_eq!(quantiles(Vec::new()), Quantiles::default());
         assert_eq!(quantiles(vec![Duration::from_nanos(7)]).p99, Duration::from_nanos(7));
+    }
+
+    #[test]
+    fn every_group_follows_every_other_equally_often() {
+        let (mut order, mut random) = (vec![0, 1, 2], 0x9E37_79B9_7F4A_7C15);
+        let mut orders = std::collections::BTreeMap::new();
+        for _ in 0..6000 {
+            shuffle(&mut order, &mut random);
+            *orders.entry(order.clone()).or_insert(0) += 1;
+        }
+        assert_eq!(orders.len(), 6);
+        assert!(orders.values().all(|count| (850..1150).contains(count)), "{orders:?}");
     }
 
     #[test]
