@@ -36,6 +36,12 @@ impl FrontendKey {
     pub const fn new(addr: Addr, port: [u8; 2], proto: u8) -> Self {
         Self { addr, port, proto, pad: 0 }
     }
+
+    /// Equality in word comparisons, as [`Addr::same`].
+    #[inline(always)]
+    pub fn same(&self, other: &Self) -> bool {
+        self.addr.same(&other.addr) && self.port == other.port && self.proto == other.proto
+    }
 }
 
 /// One address to connect to instead of the frontend.
@@ -53,19 +59,22 @@ pub struct Backend {
 
 /// Value of `FRONTENDS`.
 ///
-/// The generation stands at both ends. A hash map update replaces the whole element, but the kernel may reuse a freed
-/// element while a reader still holds it (since 6.1, and always for preallocated maps); a reader that sees two
-/// different stamps knows that it read a mixture and looks again.
+/// A hash map update replaces the whole element, but the kernel may reuse a freed element while a reader still holds it
+/// (since 6.1, and always for preallocated maps), for any key. So the generation stands at both ends, a stamp that no
+/// other value has: a reader that sees two different ones knows that it read a mixture. And the value names its key, for
+/// a reader that finds another frontend's value, whole. Either way it looks again.
 #[derive(Clone, Copy, Debug, Default, Eq, PartialEq)]
 #[repr(C)]
 pub struct Frontend {
-    /// Counts up with each update of this frontend.
+    /// Counts up with each write of any frontend; unique among all values ever written.
     pub generation: u32,
     /// Names the Service port and family in `BACKENDS` and `COUNTERS`; unique on the node while in use, never 0.
     pub service: u32,
     /// How many backends are eligible. Up to [`INLINE_BACKENDS`] they are in `inline`; a larger set is in `BACKENDS`
     /// under (service, generation, index).
     pub count: u32,
+    /// The key that this is the value of.
+    pub key: FrontendKey,
     pub inline: [Backend; INLINE_BACKENDS],
     /// Equals `generation` in every value ever written.
     pub generation_check: u32,
@@ -158,7 +167,7 @@ pub struct Datagrams {
 const _: () = {
     assert!(size_of::<FrontendKey>() == 20);
     assert!(size_of::<Backend>() == 24);
-    assert!(size_of::<Frontend>() == 16 + 24 * INLINE_BACKENDS);
+    assert!(size_of::<Frontend>() == 36 + 24 * INLINE_BACKENDS);
     assert!(size_of::<UdpSocket>() == 24);
     assert!(size_of::<BackendKey>() == 12);
     assert!(size_of::<CounterKey>() == 8);

@@ -66,13 +66,14 @@ fn pick<T: Tables>(tables: &T, key: &FrontendKey, earlier: impl Fn() -> Option<E
         let generation = read(&frontend.generation);
         let service = read(&frontend.service);
         let count = read(&frontend.count);
+        if !read(&frontend.key).same(key) {
+            // The element was freed and now is another frontend's.
+            continue;
+        }
 
         let kept = match earlier() {
-            Some(e)
-                if e.service == service && (e.generation == generation || is_inline(frontend, count, &e.backend)) =>
-            {
-                Some(e.backend)
-            }
+            Some(e) if e.service == service && e.generation == generation => Some(e.backend),
+            Some(e) if e.service == service => find_inline(frontend, count, &e.backend),
             _ => None,
         };
         let backend = match kept {
@@ -103,17 +104,19 @@ fn pick<T: Tables>(tables: &T, key: &FrontendKey, earlier: impl Fn() -> Option<E
     Verdict::Refuse { service: 0 }
 }
 
-/// Whether an inline set has a backend at the address of `wanted`. A larger set answers no: its members are found by
-/// place, not by address, and a new random choice is never wrong.
+/// The backend of an inline set at the address of `wanted`, with the id that it has now: one that was away has a new one.
+/// A larger set answers None: its members are found by place, not by address, and a new random choice is never wrong.
 #[inline(always)]
-fn is_inline(frontend: &Frontend, count: u32, wanted: &Backend) -> bool {
+fn find_inline(frontend: &Frontend, count: u32, wanted: &Backend) -> Option<Backend> {
     if count as usize > INLINE_BACKENDS {
-        return false;
+        return None;
     }
-    let mut found = false;
+    let mut found = None;
     for (place, backend) in frontend.inline.iter().enumerate() {
         let backend = read(backend);
-        found |= (place as u32) < count && backend.port == wanted.port && backend.addr.same(&wanted.addr);
+        if (place as u32) < count && backend.port == wanted.port && backend.addr.same(&wanted.addr) {
+            found = Some(backend);
+        }
     }
     found
 }
@@ -188,6 +191,7 @@ mod tests {
                 generation,
                 service,
                 count: ids.len() as u32,
+                key,
                 generation_check: generation,
                 ..Frontend::default()
             };
@@ -293,13 +297,38 @@ mod tests {
         let key = key(1, 1, TCP);
         let mut fake = Fake::default();
         fake.put(key, 1, 5, &[42]);
-        fake.torn_value = Frontend { generation: 4, service: 1, count: 1, generation_check: 5, ..Frontend::default() };
+        fake.torn_value =
+            Frontend { generation: 4, service: 1, count: 1, key, generation_check: 5, ..Frontend::default() };
         fake.torn.set(ATTEMPTS - 1);
         assert!(matches!(select(&fake, &key), Verdict::Forward { backend: Backend { id: 42, .. }, .. }));
         assert_eq!(fake.lookups.get(), ATTEMPTS);
 
         fake.torn.set(usize::MAX);
         assert_eq!(select(&fake, &key), Verdict::Refuse { service: 0 });
+    }
+
+    #[test]
+    fn the_value_of_another_frontend_in_a_reused_element_is_never_used() {
+        let mut fake = Fake::default();
+        let (mine, other) = (key(1, 1, TCP), key(2, 1, TCP));
+        fake.put(mine, 1, 5, &[42]);
+        fake.put(other, 2, 6, &[43]);
+        fake.torn_value = fake.frontends[&other];
+        fake.torn.set(1);
+        assert!(matches!(select(&fake, &mine), Verdict::Forward { backend: Backend { id: 42, .. }, .. }));
+    }
+
+    #[test]
+    fn a_backend_that_was_away_is_kept_under_its_new_id() {
+        let key = key(1, 1, UDP);
+        let mut fake = Fake::default();
+        fake.put(key, 3, 1, &[7]);
+        let earlier = Earlier { service: 3, generation: 1, backend: backend(7) };
+        fake.put(key, 3, 2, &[7, 8]);
+        fake.frontends.get_mut(&key).unwrap().inline[0].id = 9;
+        fake.randoms.borrow_mut().push(u32::MAX);
+        let verdict = select_sticky(&fake, &key, || Some(earlier));
+        assert!(matches!(verdict, Verdict::Forward { backend: Backend { id: 9, .. }, .. }), "{verdict:?}");
     }
 
     #[test]

@@ -55,9 +55,9 @@ pub struct Ebpf {
     /// The key of each service id in use.
     services: HashMap<u32, FrontendKey>,
     last_service: u32,
-    /// The first generation of new frontends: differs from run to run, so that a socket's memory of a frontend that
-    /// was removed does not fit one that came in its place.
-    first_generation: u32,
+    /// The generation of the frontend written last. Begins at the time, so that it differs from run to run and a
+    /// socket's memory of a frontend that was removed does not fit one that came in its place.
+    last_generation: u32,
     /// None where the system refused its thread, which is a condition.
     stale: Option<stale::StaleSockets>,
     /// What to delete, and from when on; in order of time.
@@ -115,7 +115,7 @@ impl Ebpf {
             services: HashMap::new(),
             stale,
             last_service: 0,
-            first_generation: SystemTime::now().duration_since(UNIX_EPOCH).map_or(1, |d| d.as_secs() as u32),
+            last_generation: SystemTime::now().duration_since(UNIX_EPOCH).map_or(1, |d| d.as_secs() as u32),
             abandoned: VecDeque::new(),
         };
         this.adopt()?;
@@ -169,21 +169,23 @@ impl Ebpf {
         {
             return Ok(());
         }
-        let (service, generation, retired) = match old {
-            Some(old) => (old.service, old.generation.wrapping_add(1), old.retired),
-            None => (self.free_service(), self.first_generation, Counters::default()),
+        let (service, retired) = match old {
+            Some(old) => (old.service, old.retired),
+            None => (self.free_service(), Counters::default()),
         };
+        self.last_generation = self.last_generation.wrapping_add(1);
+        let generation = self.last_generation;
         let (backends, last_backend) = with_ids(self.installed.get(&key), backends);
         let count = backends.len() as u32;
-        let mut value = Frontend { generation, service, count, generation_check: generation, ..Frontend::default() };
+        let mut value =
+            Frontend { generation, service, count, key, generation_check: generation, ..Frontend::default() };
         if backends.len() <= INLINE_BACKENDS {
             value.inline[..backends.len()].copy_from_slice(&backends);
         } else {
             for (index, backend) in (0u32..).zip(&backends) {
                 let place = BackendKey { service, generation, index };
                 if let Err(error) = self.opened.backends.insert(place, backend, 0) {
-                    // The frontend stays at its old set. Nobody has seen the new one, so it can go at once, and must:
-                    // the next attempt writes to the same places.
+                    // The frontend stays at its old set. Nobody has seen the new one, so it can go at once.
                     self.drop_set(service, generation, index);
                     return Err(self.backends_error(&error, count - index));
                 }

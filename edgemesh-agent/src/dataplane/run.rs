@@ -111,6 +111,7 @@ impl Worker {
         stop: CancellationToken,
     ) {
         let mut maintenance = tokio::time::interval(MAINTENANCE);
+        maintenance.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
         tables.mark_changed();
         loop {
             let retry_at = self.retry.map(|retry| retry.at);
@@ -121,11 +122,14 @@ impl Worker {
                 }
             };
             tokio::select! {
-                biased;
+                // Not biased: tables may change all the time, and abandoned sets would fill the maps.
                 () = stop.cancelled() => return,
+                _ = maintenance.tick() => self.dataplane.maintain(Instant::now()),
                 changed = tables.changed() => match changed {
                     Ok(()) => {
                         let table = Arc::clone(&tables.borrow_and_update());
+                        // Its failure says nothing about how long to wait: the back-off is for trying the same again.
+                        self.retry = None;
                         self.take(&table);
                     }
                     Err(_) => return,
@@ -138,7 +142,6 @@ impl Worker {
                     let table = Arc::clone(&tables.borrow());
                     self.take(&table);
                 }
-                _ = maintenance.tick() => self.dataplane.maintain(Instant::now()),
             }
         }
     }
@@ -186,7 +189,10 @@ impl Worker {
 
 #[cfg(test)]
 mod tests {
-    use std::sync::Mutex;
+    use std::sync::{
+        Mutex,
+        atomic::{AtomicUsize, Ordering},
+    };
 
     use super::*;
     use crate::{
@@ -199,6 +205,9 @@ mod tests {
     struct Fake {
         calls: Arc<Mutex<Vec<String>>>,
         failures: Arc<Mutex<usize>>,
+        maintained: Arc<AtomicUsize>,
+        /// Sends another table with each change, so that there always is one.
+        endless: Arc<Mutex<Option<watch::Sender<Arc<ServiceTable>>>>>,
     }
 
     impl Fake {
@@ -221,9 +230,15 @@ mod tests {
             self.note(format!("replace {}", table.services.len()))
         }
         fn apply(&mut self, changes: &[Change<'_>], _: Instant) -> Result<(), Error> {
+            if let Some(tables) = &*self.endless.lock().unwrap() {
+                let generation = tables.borrow().generation + 1;
+                tables.send_replace(Arc::new(ServiceTable { generation, complete: true, ..ServiceTable::default() }));
+            }
             self.note(format!("apply {}", changes.len()))
         }
-        fn maintain(&mut self, _: Instant) {}
+        fn maintain(&mut self, _: Instant) {
+            self.maintained.fetch_add(1, Ordering::SeqCst);
+        }
         fn counters(&mut self) -> Result<Vec<Count>, Error> {
             Ok(Vec::new())
         }
@@ -344,5 +359,38 @@ mod tests {
         bench.applied(generation).await;
         assert_eq!(reasons(&bench.conditions), Vec::<&str>::new());
         assert_eq!(bench.calls(), ["replace 1"; 3]);
+    }
+
+    #[tokio::test]
+    async fn maintenance_goes_on_while_tables_never_stop_changing() {
+        let mut bench = Bench::new(Fake::default());
+        let generation = bench.send([service("a"), Event::Synced]);
+        bench.applied(generation).await;
+        *bench.fake.endless.lock().unwrap() = Some(bench.tables.clone());
+        bench.send([service("b")]);
+        let before = bench.fake.maintained.load(Ordering::SeqCst);
+        let more = async {
+            while bench.fake.maintained.load(Ordering::SeqCst) < before + 2 {
+                tokio::task::yield_now().await;
+            }
+        };
+        tokio::time::timeout(10 * MAINTENANCE, more).await.unwrap();
+    }
+
+    #[tokio::test]
+    async fn tables_that_fail_one_after_another_do_not_put_off_the_next_attempt() {
+        let fake = Fake::default();
+        *fake.failures.lock().unwrap() = usize::MAX;
+        let mut bench = Bench::new(fake);
+        let mut generation = bench.send([Event::Synced]);
+        for n in 0..8 {
+            generation = bench.send([service(&format!("s{n}"))]);
+            let tried = format!("replace {}", n + 1);
+            while bench.calls().last() != Some(&tried) {
+                tokio::task::yield_now().await;
+            }
+        }
+        *bench.fake.failures.lock().unwrap() = 0;
+        tokio::time::timeout(4 * FIRST_RETRY, bench.applied(generation)).await.unwrap();
     }
 }

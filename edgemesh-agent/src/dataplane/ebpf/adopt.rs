@@ -15,6 +15,7 @@ impl Ebpf {
         for (key, value) in found {
             let backends = self.backends_of(&value)?;
             self.last_service = self.last_service.max(value.service);
+            self.last_generation = self.last_generation.max(value.generation);
             self.services.insert(value.service, key);
             *self.addrs.entry(key.addr).or_insert(0) += 1;
             let last_backend = backends.iter().map(|backend| backend.id).max().unwrap_or(0);
