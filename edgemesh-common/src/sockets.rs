@@ -24,6 +24,16 @@ impl Connected {
         (self.service != 0 && self.backend.same(addr) && self.backend_port == port)
             .then_some((self.frontend, self.frontend_port))
     }
+
+    /// The backend this socket is connected to, if it is by way of `frontend` and `peer:port` still is its peer.
+    /// Its [`Backend::id`] is not kept, and 0 here.
+    #[inline(always)]
+    pub fn backend_of(&self, frontend: &FrontendKey, peer: &Addr, port: [u8; 2]) -> Option<Backend> {
+        (self.frontend_of(peer, port).is_some()
+            && self.frontend.same(&frontend.addr)
+            && self.frontend_port == frontend.port)
+            .then_some(Backend { addr: self.backend, port: self.backend_port, pad: 0, id: 0 })
+    }
 }
 
 impl Datagrams {
@@ -51,6 +61,16 @@ impl Datagrams {
             }
         }
         None
+    }
+
+    /// Notes that a datagram went to `addr:port` itself: its answer must not pass for one of a frontend.
+    #[inline(always)]
+    pub fn forget(&mut self, addr: &Addr, port: [u8; 2]) {
+        for flow in &mut self.flows {
+            if flow.backend_port == port && flow.backend.same(addr) {
+                *flow = Flow::default();
+            }
+        }
     }
 
     /// Remembers that `frontend` now means `backend`.
@@ -123,6 +143,28 @@ mod tests {
         assert_eq!(state.frontend_of(&addr(101), [0, 54]), Some((addr(1), [0, 53])));
         assert_eq!(state.frontend_of(&addr(102), [0, 54]), Some((addr(1), [0, 53])));
         assert_eq!(state.earlier(&frontend(1)).map(|e| e.backend), Some(backend(2)));
+    }
+
+    #[test]
+    fn a_connected_socket_that_names_its_peer_stays_with_its_backend() {
+        let state = Connected::new(&frontend(1), &backend(1), 9);
+        let of = |f: &FrontendKey, peer: Addr, port| state.backend_of(f, &peer, port).map(|b| (b.addr, b.port));
+        assert_eq!(of(&frontend(1), addr(101), [0, 54]), Some((addr(101), [0, 54])));
+        assert_eq!(of(&frontend(2), addr(101), [0, 54]), None, "another Service");
+        assert_eq!(of(&frontend(1), addr(102), [0, 54]), None, "connected elsewhere since");
+        assert_eq!(of(&frontend(1), addr(0), [0, 0]), None, "not connected any more");
+    }
+
+    #[test]
+    fn the_answer_to_a_datagram_sent_to_a_backend_itself_is_left_alone() {
+        let mut state = Datagrams::default();
+        state.remember(&frontend(1), &backend(1), 9, 1);
+        state.remember(&frontend(2), &backend(2), 9, 1);
+        state.forget(&addr(101), [0, 54]);
+        assert_eq!(state.frontend_of(&addr(101), [0, 54]), None);
+        assert_eq!(state.frontend_of(&addr(102), [0, 54]), Some((addr(2), [0, 53])), "others stay");
+        state.remember(&frontend(1), &backend(1), 9, 1);
+        assert_eq!(state.frontend_of(&addr(101), [0, 54]), Some((addr(1), [0, 53])), "until it is sent to again");
     }
 
     #[test]

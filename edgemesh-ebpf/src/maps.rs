@@ -75,7 +75,8 @@ impl Tables for Maps {
 pub(crate) fn count(service: u32, backend: u32, change: impl Fn(&mut Counters)) {
     let key = CounterKey { service, backend };
     if let Some(counters) = COUNTERS.get_ptr_mut(key) {
-        // SAFETY: a per-CPU value, and a sock_addr program is not interrupted by another one of its kind on its CPU.
+        // SAFETY: a per-CPU value, valid while the program runs. The kernel keeps the program on its CPU, but another of
+        // its kind may preempt it there (PREEMPT_RCU): at worst one event goes uncounted.
         change(unsafe { &mut *counters });
         return;
     }

@@ -3,7 +3,7 @@
 use core::ptr::{addr_of, addr_of_mut, read_volatile, write_volatile};
 
 use aya_ebpf::{
-    bindings::bpf_sock_addr,
+    bindings::{bpf_sock, bpf_sock_addr},
     helpers::{bpf_get_socket_cookie, bpf_set_retval},
     programs::SockAddrContext,
 };
@@ -32,6 +32,8 @@ static HAS_SET_RETVAL: u32 = 1;
 pub(crate) trait Family {
     fn addr(ctx: &SockAddrContext) -> Addr;
     fn set_addr(ctx: &SockAddrContext, addr: &Addr);
+    /// The address that the socket is connected to; unspecified if to none.
+    fn peer(ctx: &SockAddrContext) -> Addr;
 }
 
 pub(crate) struct V4;
@@ -50,6 +52,12 @@ impl Family for V4 {
     fn set_addr(ctx: &SockAddrContext, addr: &Addr) {
         // SAFETY: see `addr`; the field is writable in every hook used here.
         unsafe { write_volatile(addr_of_mut!((*ctx.sock_addr).user_ip4), addr.v4_word()) }
+    }
+
+    #[inline(always)]
+    fn peer(ctx: &SockAddrContext) -> Addr {
+        // SAFETY: see `socket`.
+        Addr::from_v4_word(unsafe { read_volatile(addr_of!((*socket(ctx)).dst_ip4)) })
     }
 }
 
@@ -79,6 +87,20 @@ impl Family for V6 {
             write_volatile(addr_of_mut!((*ctx.sock_addr).user_ip6[3]), words[3]);
         }
     }
+
+    #[inline(always)]
+    fn peer(ctx: &SockAddrContext) -> Addr {
+        let socket = socket(ctx);
+        // SAFETY: see `socket`.
+        unsafe {
+            Addr::from_words([
+                read_volatile(addr_of!((*socket).dst_ip6[0])),
+                read_volatile(addr_of!((*socket).dst_ip6[1])),
+                read_volatile(addr_of!((*socket).dst_ip6[2])),
+                read_volatile(addr_of!((*socket).dst_ip6[3])),
+            ])
+        }
+    }
 }
 
 /// `connect()` of a TCP or UDP socket.
@@ -90,6 +112,11 @@ pub(crate) fn connect<F: Family>(ctx: &SockAddrContext) -> i32 {
         Verdict::Untouched => {
             if proto == UDP {
                 note_udp_socket(cookie(ctx), None);
+            }
+            // SAFETY: `ctx` carries the socket of the running call; checked for null.
+            if let Some(state) = unsafe { CONNECTED.get_ptr_mut(ctx).as_mut() } {
+                // This connection may go to the backend of the one before: it must not pass for that one.
+                *state = Connected::default();
             }
             PROCEED
         }
@@ -124,9 +151,23 @@ pub(crate) fn sendmsg<F: Family>(ctx: &SockAddrContext) -> i32 {
         state.and_then(|state| state.earlier(&key))
     };
     match select_sticky(&Maps, &key, earlier) {
-        Verdict::Untouched => PROCEED,
+        Verdict::Untouched => {
+            // SAFETY: as above.
+            if let Some(state) = unsafe { DATAGRAMS.get_ptr_mut(ctx).as_mut() } {
+                state.forget(&key.addr, key.port);
+            }
+            PROCEED
+        }
         Verdict::Refuse { service } => refuse(service),
         Verdict::Forward { service, generation, backend } => {
+            // SAFETY: as above.
+            let connected: Option<&Connected> = unsafe { CONNECTED.get_ptr_mut(ctx).as_ref() };
+            if let Some(backend) = connected.and_then(|state| state.backend_of(&key, &F::peer(ctx), peer_port(ctx))) {
+                // The address of its own peer: from anywhere else the kernel would not let an answer in.
+                count(service, backend.id, |c| c.datagrams += 1);
+                redirect::<F>(ctx, &backend);
+                return PROCEED;
+            }
             count(service, backend.id, |c| c.datagrams += 1);
             // SAFETY: as above.
             match unsafe { DATAGRAMS.get_or_insert_ptr_mut(ctx, None).as_mut() } {
@@ -182,6 +223,20 @@ fn protocol(ctx: &SockAddrContext) -> Option<u8> {
         17 | IPPROTO_UDPLITE => Some(UDP),
         _ => None,
     }
+}
+
+/// The socket of the running call.
+#[inline(always)]
+fn socket(ctx: &SockAddrContext) -> *const bpf_sock {
+    // SAFETY: see `V4::addr`. The verifier knows the pointer as that of a socket, valid while the program runs.
+    unsafe { read_volatile(addr_of!((*ctx.sock_addr).__bindgen_anon_1.sk)) }.cast_const()
+}
+
+/// The port that the socket is connected to, in network order.
+#[inline(always)]
+fn peer_port(ctx: &SockAddrContext) -> [u8; 2] {
+    // SAFETY: see `socket`.
+    unsafe { read_volatile(addr_of!((*socket(ctx)).dst_port)) }.to_ne_bytes()
 }
 
 /// The port in network order: the context field holds the two bytes in its low half, in memory order.

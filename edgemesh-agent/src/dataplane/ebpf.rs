@@ -42,6 +42,9 @@ use crate::{
     net::sock_diag,
 };
 
+/// Where the machine's own bpffs is.
+const SYS_FS_BPF: &str = "/sys/fs/bpf";
+
 /// How long an abandoned set stays in its map. A program runs for microseconds; a second is far beyond the longest.
 const GRACE: Duration = Duration::from_secs(1);
 
@@ -159,6 +162,11 @@ impl Ebpf {
             stale.flush();
         }
         failures.into_result()
+    }
+
+    /// Makes every address with frontends known as one.
+    fn know_addrs(&mut self) -> Result<(), MapError> {
+        self.addrs.keys().try_for_each(|addr| self.opened.service_addrs.insert(addr, 1, 0))
     }
 
     fn put(&mut self, key: FrontendKey, backends: &[SocketAddr], now: Instant) -> Result<(), Error> {
@@ -316,7 +324,10 @@ impl Dataplane for Ebpf {
             wanted.extend(key_of(&frontend.at).map(|key| (key, &frontend.backends[..])));
         }
         let unwanted = self.installed.keys().copied().collect();
-        self.sync(wanted, unwanted, now)
+        let result = self.sync(wanted, unwanted, now);
+        // What `put` could not make known it does not try again: its frontend is there, and unchanged.
+        let known = self.know_addrs().map_err(|error| kernel("write the Service addresses", &error));
+        result.and(known)
     }
 
     fn apply(&mut self, changes: &[Change<'_>], now: Instant) -> Result<(), Error> {

@@ -240,8 +240,22 @@ impl Pod {
 impl Connection {
     /// Exchanges one message.
     pub fn exchange(&self) -> Result<Reply> {
-        let request = Request::Exchange { connection: self.id, deadline: self.pod.deadline };
+        self.talk(false)
+    }
+
+    /// Exchanges one message by `sendto()` with the address that the socket is connected to; UDP alone.
+    pub fn exchange_addressed(&self) -> Result<Reply> {
+        self.talk(true)
+    }
+
+    fn talk(&self, addressed: bool) -> Result<Reply> {
+        let request = Request::Exchange { connection: self.id, addressed, deadline: self.pod.deadline };
         ask!(self.pod, request, self.pod.deadline * 2, Response::Reply(reply) => reply)
+    }
+
+    /// Connects the same UDP socket to another target.
+    pub fn reconnect(&self, target: SocketAddr) -> Result<()> {
+        ask!(self.pod, Request::Reconnect { connection: self.id, target }, self.pod.deadline, Response::Done => ())
     }
 }
 

@@ -53,8 +53,9 @@ impl Connection {
         Ok(Self { socket, target, connect })
     }
 
-    /// Sends a message and checks that the same comes back, each within `deadline`.
-    pub(super) fn exchange(&mut self, deadline: Duration) -> Result<Reply, Failure> {
+    /// Sends a message and checks that the same comes back, each within `deadline`. A datagram that is `addressed` names
+    /// the target, which the socket is connected to anyway.
+    pub(super) fn exchange(&mut self, addressed: bool, deadline: Duration) -> Result<Reply, Failure> {
         let (target, connect) = (self.target, self.connect);
         match &mut self.socket {
             Socket::Tcp(stream, name, client) => {
@@ -74,8 +75,8 @@ impl Connection {
             }
             Socket::Udp(socket) => {
                 set_deadline(socket, deadline)?;
-                socket
-                    .send(PAYLOAD.as_bytes())
+                let payload = PAYLOAD.as_bytes();
+                if addressed { socket.send_to(payload, target) } else { socket.send(payload) }
                     .map_err(|error| Failure::from_io(&format!("send to {target}"), &error))?;
                 let mut answer = [0_u8; LONGEST];
                 let length = socket
@@ -86,6 +87,14 @@ impl Connection {
                 Ok(Reply { name, client, peer, local, connect })
             }
         }
+    }
+
+    /// Connects a UDP socket to another target.
+    pub(super) fn reconnect(&mut self, target: SocketAddr) -> Result<(), Failure> {
+        let Socket::Udp(socket) = &self.socket else { return Err(Failure::other("only UDP sockets reconnect")) };
+        socket.connect(target).map_err(|error| Failure::from_io(&format!("connect to {target}"), &error))?;
+        self.target = target;
+        Ok(())
     }
 
     /// Closes at once, with a reset where TCP would otherwise leave a TIME_WAIT behind.

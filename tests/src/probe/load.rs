@@ -143,7 +143,7 @@ impl Hammer {
 /// One connection of a load: who answers?
 fn ask(transport: Transport, dial: Dial) -> Result<String, Failure> {
     let mut connection = Connection::open(transport, dial)?;
-    let reply = connection.exchange(dial.deadline);
+    let reply = connection.exchange(false, dial.deadline);
     connection.abort();
     reply.map(|reply| reply.name)
 }

@@ -59,8 +59,17 @@ pub enum Request {
     Exchange {
         /// From [`Response::Opened`].
         connection: u64,
+        /// Whether each datagram names the target again (`sendto()` on a connected socket).
+        addressed: bool,
         /// Bounds the exchange.
         deadline: Duration,
+    },
+    /// Connects a kept UDP socket to another target; [`Response::Done`].
+    Reconnect {
+        /// From [`Response::Opened`].
+        connection: u64,
+        /// Of the family that the socket was opened for.
+        target: SocketAddr,
     },
     /// Closes a kept socket; [`Response::Done`].
     Close {

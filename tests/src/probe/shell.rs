@@ -66,18 +66,24 @@ impl Shell {
             }
             Request::Once(transport, dial) => {
                 let mut connection = Connection::open(transport, dial)?;
-                connection.exchange(dial.deadline).map(Response::Reply)
+                connection.exchange(false, dial.deadline).map(Response::Reply)
             }
             Request::Open(transport, dial) => {
                 let connection = Connection::open(transport, dial)?;
                 Ok(Response::Opened(self.keep(&self.connections, connection)))
             }
-            Request::Exchange { connection, deadline } => {
+            Request::Exchange { connection, addressed, deadline } => {
                 // Taken out meanwhile, so that one slow peer holds up no other request.
                 let mut taken = take(&self.connections, connection)?;
-                let reply = taken.exchange(deadline);
+                let reply = taken.exchange(addressed, deadline);
                 locked(&self.connections).insert(connection, taken);
                 reply.map(Response::Reply)
+            }
+            Request::Reconnect { connection, target } => {
+                let mut taken = take(&self.connections, connection)?;
+                let outcome = taken.reconnect(target);
+                locked(&self.connections).insert(connection, taken);
+                outcome.map(|()| Response::Done)
             }
             Request::Close { connection } => take(&self.connections, connection).map(|_| Response::Done),
             Request::Connect(transport, dial) => {

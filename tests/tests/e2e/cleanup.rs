@@ -102,3 +102,28 @@ fn cleanup_takes_back_a_bpffs_that_the_agent_mounted_for_its_pins() -> Result<()
     assert!(left.iter().all(|line| line.ends_with("/run/pins")), "{left:?}");
     Ok(())
 }
+
+#[test]
+fn cleanup_leaves_the_pins_of_others_alone() -> Result<()> {
+    let Some(lab) = Lab::for_test()? else { return Ok(()) };
+    let lan = lab.site("lan", &["192.168.10.0/24"])?;
+    let node = lan.node("edge1", &["10.244.1.0/24"])?;
+    let bpffs = PathBuf::from(format!("/proc/{}/root/sys/fs/bpf", node.pause_process()));
+    // The bpffs that everybody uses, named as the place for our pins.
+    let others = bpffs.join("cilium");
+    std::fs::create_dir(&others)?;
+    let options = AgentOptions::default().set("modules.edgeProxy.ebpf.pinDirectory", "/sys/fs/bpf");
+    let agent = node.start_agent(&options)?;
+    agent.wait_ready(START)?;
+    ensure!(bpffs.join("v1/FRONTENDS").exists(), "nothing was pinned");
+    agent.stop()?;
+    let mut config = node.agent_config();
+    config["modules"]["edgeProxy"]["ebpf"]["pinDirectory"] = "/sys/fs/bpf".into();
+    let config = node.write_file("agent.yaml", &serde_yaml::to_string(&config)?)?;
+    let output =
+        node.agent(&["cleanup", "--config-file", &config.to_string_lossy()]).output(Duration::from_secs(10))?;
+    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+    assert!(others.exists());
+    assert!(!bpffs.join("v1").exists());
+    Ok(())
+}

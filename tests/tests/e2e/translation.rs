@@ -89,6 +89,37 @@ fn datagrams_of_one_socket_stay_with_one_backend() -> Result<()> {
 }
 
 #[test]
+fn a_connected_socket_that_names_its_peer_in_each_datagram_is_answered() -> Result<()> {
+    let Some(world) = World::raise()? else { return Ok(()) };
+    let target = at(ECHO[0], UDP_PORT)?;
+    for target in [target, at(ECHO[1], UDP_PORT)?, v4_mapped(target)] {
+        // With three backends, a new choice for each datagram would fail two of three.
+        for _ in 0..10 {
+            let connection = world.client.open(Transport::Udp, target)?;
+            let name = connection.exchange()?.name;
+            assert_eq!(connection.exchange_addressed()?.name, name);
+        }
+    }
+    Ok(())
+}
+
+#[test]
+fn a_socket_connected_anew_to_a_backend_itself_is_at_the_backend() -> Result<()> {
+    let Some(world) = World::raise()? else { return Ok(()) };
+    world.write(&["b"])?;
+    let (service, pod) = (at(ECHO[0], UDP_PORT)?, &world.backends[1].0);
+    eventually(START, "only b is left", || Ok(world.client.spread(Transport::Udp, service, 20, 1)?.names.len() == 1))?;
+    let direct = at(&pod.ips()[0].to_string(), 7002)?;
+    let connection = world.client.open(Transport::Udp, service)?;
+    assert_eq!(connection.exchange()?.peer, service);
+    connection.reconnect(direct)?;
+    assert_eq!(connection.exchange()?.peer, direct);
+    connection.reconnect(service)?;
+    assert_eq!(connection.exchange()?.peer, service);
+    Ok(())
+}
+
+#[test]
 fn what_cannot_be_served_is_refused_at_once_and_what_is_no_service_is_left_alone() -> Result<()> {
     let Some(world) = World::raise()? else { return Ok(()) };
     let empty = Service::new("empty", &["10.96.2.1", "fd00:10:96::2:1"]).port("tcp", Transport::Tcp, 80, 7001).port(

@@ -71,10 +71,7 @@ impl Ebpf {
                 .map_err(|error| map_error("SERVICE_ADDRS", &error))?;
         }
         // An agent killed between two writes may have left a frontend whose address is not known yet.
-        for addr in self.addrs.keys() {
-            self.opened.service_addrs.insert(addr, 1, 0).map_err(|error| map_error("SERVICE_ADDRS", &error))?;
-        }
-        Ok(())
+        self.know_addrs().map_err(|error| map_error("SERVICE_ADDRS", &error))
     }
 }
 

@@ -9,17 +9,14 @@ use std::{
 
 use nix::{
     mount::{MsFlags, mount},
-    sys::statfs::{BPF_FS_MAGIC, CGROUP2_SUPER_MAGIC, statfs},
+    sys::statfs::{BPF_FS_MAGIC, CGROUP2_SUPER_MAGIC, fstatfs, statfs},
 };
 use tracing::info;
 
-use super::OpenError;
+use super::{OpenError, SYS_FS_BPF};
 
 /// The inode number of the root of the cgroup2 hierarchy; other cgroups have larger ones.
 const ROOT_CGROUP: u64 = 1;
-
-/// Where a bpffs usually is.
-const SYS_FS_BPF: &str = "/sys/fs/bpf";
 
 /// Opens the cgroup whose processes are served: the configured one, or the root of the hierarchy.
 ///
@@ -43,13 +40,20 @@ pub(super) fn open_cgroup(configured: Option<&Path>) -> Result<(File, PathBuf), 
         for point in mount_points(&text, "cgroup2") {
             let path = PathBuf::from(format!("{prefix}{point}"));
             if let Ok(directory) = File::open(&path)
-                && directory.metadata().is_ok_and(|meta| meta.ino() == ROOT_CGROUP)
+                && is_root(&directory)
             {
                 return Ok((directory, path));
             }
         }
     }
     Err(OpenError::NoCgroup2)
+}
+
+/// Whether this is the root of the cgroup2 hierarchy. The type is looked at, too: another file system may be mounted over
+/// the cgroup2 one, and the roots of many have the same inode number.
+fn is_root(directory: &File) -> bool {
+    fstatfs(directory).is_ok_and(|fs| fs.filesystem_type() == CGROUP2_SUPER_MAGIC)
+        && directory.metadata().is_ok_and(|meta| meta.ino() == ROOT_CGROUP)
 }
 
 /// Makes the directory `version` below `pins`, mounting a bpffs on `pins` where there is none.
@@ -109,5 +113,12 @@ malformed line
         assert!(error.contains("/proc") && error.contains("not on a cgroup2"), "{error}");
         let error = open_cgroup(Some(Path::new("/nonexistent"))).unwrap_err().to_string();
         assert!(error.contains("/nonexistent"), "{error}");
+    }
+
+    #[test]
+    fn a_file_system_mounted_over_cgroup2_is_not_taken_for_it() {
+        let other = File::open("/proc").unwrap();
+        assert_eq!(other.metadata().unwrap().ino(), ROOT_CGROUP, "else this proves nothing");
+        assert!(!is_root(&other));
     }
 }

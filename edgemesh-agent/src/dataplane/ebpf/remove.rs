@@ -5,15 +5,21 @@ use nix::{
     sys::statfs::{BPF_FS_MAGIC, statfs},
 };
 
+use super::SYS_FS_BPF;
+
+/// What the kernel itself puts into a bpffs (kernel/bpf/preload).
+const KERNELS: [&str; 2] = ["maps.debug", "progs.debug"];
+
 /// Whether an agent has left links or maps below `directory`.
 pub fn is_pinned(directory: &Path) -> bool {
-    fs::read_dir(directory).is_ok_and(|mut versions| versions.next().is_some())
+    fs::read_dir(directory).is_ok_and(|entries| entries.flatten().any(|entry| is_version(&entry.path())))
 }
 
 /// Removes every pin of every version below `directory`, and the directory: links detach, maps are freed, translation
 /// ends. Returns the names of what was removed; nothing there is no error.
 ///
-/// Only files on a bpffs are touched. A bpffs that [`super::Ebpf::open`] mounted at the directory itself is unmounted.
+/// Only files on a bpffs are touched, and only in directories of versions. The directory stays if it holds anything
+/// else. A bpffs that [`super::Ebpf::open`] mounted at the directory itself is unmounted.
 ///
 /// # Errors
 ///
@@ -24,9 +30,11 @@ pub fn remove_all(directory: &Path) -> io::Result<Vec<String>> {
     if !on_bpffs(directory) {
         return Ok(removed);
     }
-    for version in fs::read_dir(directory)? {
-        let version = version?.path();
-        if !version.is_dir() {
+    let mut others = false;
+    for entry in fs::read_dir(directory)? {
+        let version = entry?.path();
+        if !is_version(&version) {
+            others |= !KERNELS.iter().any(|name| version.ends_with(name));
             continue;
         }
         // Forward programs first: from then on nothing new is translated, while what is still finds its way back.
@@ -40,12 +48,19 @@ pub fn remove_all(directory: &Path) -> io::Result<Vec<String>> {
         }
         fs::remove_dir(&version)?;
     }
-    if directory.parent().is_some_and(on_bpffs) {
-        fs::remove_dir(directory)?;
-    } else {
-        umount(directory)?;
-        fs::remove_dir(directory)?;
+    if others || directory == Path::new(SYS_FS_BPF) {
+        return Ok(removed);
     }
+    if !directory.parent().is_some_and(on_bpffs) {
+        umount(directory)?;
+    }
+    fs::remove_dir(directory)?;
     removed.push(directory.display().to_string());
     Ok(removed)
+}
+
+/// Whether a path is a directory named as [`super::open::version_directory`] names one, of any version.
+fn is_version(path: &Path) -> bool {
+    let name = path.file_name().and_then(|name| name.to_str()).and_then(|name| name.strip_prefix('v'));
+    name.is_some_and(|number| number.parse::<u32>().is_ok()) && path.is_dir()
 }
