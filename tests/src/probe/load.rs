@@ -88,7 +88,7 @@ fn time(measure: Measure, sender: &Unconnected, dial: Dial) -> Result<Duration, 
         Measure::Exchange => {
             let begin = Instant::now();
             let mut connection = Connection::open(Transport::Tcp, dial)?;
-            connection.exchange(dial.deadline)?;
+            connection.exchange(false, dial.deadline)?;
             let took = begin.elapsed();
             connection.abort();
             Ok(took)
