@@ -16,10 +16,15 @@ impl Ebpf {
             let backends = self.backends_of(&value)?;
             self.last_service = self.last_service.max(value.service);
             self.services.insert(value.service, key);
-            *self.addrs.entry(key.addr).or_insert(0) += 1;
+            // Which of an address' frontends own it, the first table tells.
+            let owns_address = self.opened.service_addrs.get(&key.addr, 0).is_ok();
+            if owns_address {
+                *self.addrs.entry(key.addr).or_insert(0) += 1;
+            }
             let last_backend = backends.iter().map(|backend| backend.id).max().unwrap_or(0);
             let (service, generation, retired) = (value.service, value.generation, Counters::default());
-            self.installed.insert(key, Installed { service, generation, backends, last_backend, retired });
+            self.installed
+                .insert(key, Installed { service, generation, backends, last_backend, retired, owns_address });
         }
         self.sweep()
     }
@@ -68,10 +73,6 @@ impl Ebpf {
         for addr in stale {
             absent_is_fine(self.opened.service_addrs.remove(&addr))
                 .map_err(|error| map_error("SERVICE_ADDRS", &error))?;
-        }
-        // An agent killed between two writes may have left a frontend whose address is not known yet.
-        for addr in self.addrs.keys() {
-            self.opened.service_addrs.insert(addr, 1, 0).map_err(|error| map_error("SERVICE_ADDRS", &error))?;
         }
         Ok(())
     }
