@@ -40,7 +40,7 @@ use crate::{
     lifecycle::{Readiness, Tasks},
     metrics,
     model::{NamespacedName, ServiceTable},
-    net::Device,
+    net::{Device, sock_diag},
     status::{self, CountsByFrontend, DataplaneStatus, Status},
 };
 
@@ -68,6 +68,8 @@ pub struct DataplaneSight {
     pub handle: dataplane::Handle,
     pub cgroup: PathBuf,
     pub adopted_frontends: usize,
+    /// Counts the UDP sockets ended because their backend was gone.
+    pub ended_sockets: Option<sock_diag::Ended>,
 }
 
 impl Sight {
@@ -87,6 +89,7 @@ impl Sight {
                 kind: dataplane.handle.name(),
                 cgroup: dataplane.cgroup.display().to_string(),
                 adopted_frontends: dataplane.adopted_frontends,
+                ended_udp_sockets: dataplane.ended_sockets.as_ref().map_or(0, sock_diag::Ended::get),
                 generation: dataplane.handle.generation(),
                 newest_generation: table.generation,
             }),

@@ -96,14 +96,15 @@ async fn build_on(
     if config.proxy.enable {
         // `auto` has one data plane to choose from.
         let (DataplaneMode::Auto | DataplaneMode::Ebpf) = config.proxy.dataplane;
-        let mut ebpf = Ebpf::open(&config.proxy.ebpf)?;
+        let mut ebpf = Ebpf::open(&config.proxy.ebpf, &conditions)?;
         ebpf.follow_log(tasks);
         let (cgroup, adopted_frontends) = (ebpf.cgroup().to_owned(), ebpf.adopted());
+        let ended_sockets = ebpf.ended_sockets();
         let unready = readiness.block("the data plane");
         let (handle, started) =
             dataplane::spawn(Box::new(ebpf), tables.clone(), conditions.clone(), unready, tasks.stopping())
                 .map_err(StartError::Thread)?;
-        dataplane = Some(DataplaneSight { handle, cgroup, adopted_frontends });
+        dataplane = Some(DataplaneSight { handle, cgroup, adopted_frontends, ended_sockets });
         thread = Some(started);
     } else {
         info!("modules.edgeProxy.enable is false: Services are not translated on this node");

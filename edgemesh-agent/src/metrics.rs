@@ -52,6 +52,9 @@ pub fn render(
     if let Some(dataplane) = &status.dataplane {
         let behind = dataplane.newest_generation.saturating_sub(dataplane.generation);
         let help = "Tables that were built and are not in force in the kernel yet";
+        let ended = ConstCounter::new(dataplane.ended_udp_sockets);
+        let about = "Connected UDP sockets ended because their backend was gone";
+        registry.register("stale_udp_sockets_ended", about, ended);
         gauge(&mut registry, "dataplane_tables_behind", help, i64::try_from(behind).unwrap_or(i64::MAX));
     }
     let conditions = Family::<ConditionLabels, Gauge>::default();

@@ -44,6 +44,8 @@ pub struct DataplaneStatus {
     pub cgroup: String,
     /// Frontends that an earlier agent left in force and this one took over.
     pub adopted_frontends: usize,
+    /// Connected UDP sockets that were ended because their backend was gone.
+    pub ended_udp_sockets: u64,
     /// The generation of the table in force, and of the newest one.
     pub generation: u64,
     pub newest_generation: u64,

@@ -71,6 +71,19 @@ pub struct Frontend {
     pub generation_check: u32,
 }
 
+/// Value of `UDP_SOCKETS` under the socket's cookie: where a connected UDP socket was sent, so that the agent can end it,
+/// and no other, when that backend is gone. (The kernel's socket dump does not show the storage of UDP sockets.)
+#[derive(Clone, Copy, Debug, Default, Eq, PartialEq)]
+#[repr(C)]
+pub struct UdpSocket {
+    pub backend: Addr,
+    /// Network order.
+    pub port: [u8; 2],
+    /// Always zero.
+    pub pad: u16,
+    pub service: u32,
+}
+
 /// Key of `BACKENDS`: one place in a set too large for [`Frontend::inline`].
 #[derive(Clone, Copy, Debug, Default, Eq, Hash, PartialEq)]
 #[repr(C)]
@@ -146,6 +159,7 @@ const _: () = {
     assert!(size_of::<FrontendKey>() == 20);
     assert!(size_of::<Backend>() == 24);
     assert!(size_of::<Frontend>() == 16 + 24 * INLINE_BACKENDS);
+    assert!(size_of::<UdpSocket>() == 24);
     assert!(size_of::<BackendKey>() == 12);
     assert!(size_of::<CounterKey>() == 8);
     assert!(size_of::<Counters>() == 24);
@@ -156,7 +170,9 @@ const _: () = {
 
 #[cfg(feature = "user")]
 mod pod {
-    use super::{Backend, BackendKey, Connected, CounterKey, Counters, Datagrams, Flow, Frontend, FrontendKey};
+    use super::{
+        Backend, BackendKey, Connected, CounterKey, Counters, Datagrams, Flow, Frontend, FrontendKey, UdpSocket,
+    };
     use crate::Addr;
 
     macro_rules! pod {
@@ -167,5 +183,5 @@ mod pod {
         )*};
     }
 
-    pod!(Addr, FrontendKey, Backend, Frontend, BackendKey, CounterKey, Counters, Connected, Flow, Datagrams);
+    pod!(Addr, FrontendKey, Backend, Frontend, BackendKey, CounterKey, Counters, Connected, Flow, Datagrams, UdpSocket);
 }

@@ -5,11 +5,11 @@ use aya_ebpf::{
     btf_maps::SkStorage,
     helpers::bpf_get_prandom_u32,
     macros::{btf_map, map},
-    maps::{HashMap, PerCpuHashMap},
+    maps::{HashMap, LruHashMap, PerCpuHashMap},
 };
 use edgemesh_common::{
     Addr,
-    layout::{Backend, BackendKey, Connected, CounterKey, Counters, Datagrams, Frontend, FrontendKey},
+    layout::{Backend, BackendKey, Connected, CounterKey, Counters, Datagrams, Frontend, FrontendKey, UdpSocket},
     select::Tables,
 };
 
@@ -28,6 +28,11 @@ static SERVICE_ADDRS: HashMap<Addr, u32> = HashMap::with_max_entries(20_000, BPF
 
 #[map]
 static COUNTERS: PerCpuHashMap<CounterKey, Counters> = PerCpuHashMap::with_max_entries(200_000, BPF_F_NO_PREALLOC);
+
+/// An LRU map is preallocated by its nature, so this capacity is paid for at once (about 1.5 MiB). A socket that is
+/// pushed out is merely not ended when its backend goes away.
+#[map]
+static UDP_SOCKETS: LruHashMap<u64, UdpSocket> = LruHashMap::with_max_entries(16_384, 0);
 
 #[btf_map]
 pub(crate) static CONNECTED: SkStorage<Connected> = SkStorage::new();
@@ -78,4 +83,16 @@ pub(crate) fn count(service: u32, backend: u32, change: impl Fn(&mut Counters)) 
     change(&mut first);
     // Another CPU may have made the element meanwhile, and a full map has no room: at worst one event goes uncounted.
     let _ = COUNTERS.insert(key, first, BPF_NOEXIST.into());
+}
+
+/// Remembers where a connected UDP socket was sent; None, that it went elsewhere and is not our business any more.
+#[inline(always)]
+pub(crate) fn note_udp_socket(cookie: u64, socket: Option<&UdpSocket>) {
+    match socket {
+        // A failure leaves the socket unknown, so it is not ended when its backend goes away.
+        Some(socket) => drop(UDP_SOCKETS.insert(cookie, socket, 0)),
+        // SAFETY: only the presence of the element is looked at.
+        None if unsafe { UDP_SOCKETS.get(cookie) }.is_some() => drop(UDP_SOCKETS.remove(cookie)),
+        None => {}
+    }
 }

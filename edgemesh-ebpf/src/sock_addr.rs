@@ -2,15 +2,19 @@
 
 use core::ptr::{addr_of, addr_of_mut, read_volatile, write_volatile};
 
-use aya_ebpf::{bindings::bpf_sock_addr, helpers::bpf_set_retval, programs::SockAddrContext};
+use aya_ebpf::{
+    bindings::bpf_sock_addr,
+    helpers::{bpf_get_socket_cookie, bpf_set_retval},
+    programs::SockAddrContext,
+};
 use aya_log_ebpf::warn;
 use edgemesh_common::{
     Addr,
-    layout::{Backend, Connected, Datagrams, FrontendKey, TCP, UDP},
+    layout::{Backend, Connected, Datagrams, FrontendKey, TCP, UDP, UdpSocket},
     select::{Verdict, select, select_sticky},
 };
 
-use crate::maps::{CONNECTED, DATAGRAMS, Maps, count};
+use crate::maps::{CONNECTED, DATAGRAMS, Maps, count, note_udp_socket};
 
 /// The call goes on, to the address as it now stands.
 const PROCEED: i32 = 1;
@@ -83,10 +87,19 @@ pub(crate) fn connect<F: Family>(ctx: &SockAddrContext) -> i32 {
     let Some(proto) = protocol(ctx) else { return PROCEED };
     let key = FrontendKey::new(F::addr(ctx), port(ctx), proto);
     match select(&Maps, &key) {
-        Verdict::Untouched => PROCEED,
+        Verdict::Untouched => {
+            if proto == UDP {
+                note_udp_socket(cookie(ctx), None);
+            }
+            PROCEED
+        }
         Verdict::Refuse { service } => refuse(service),
         Verdict::Forward { service, backend, .. } => {
             count(service, backend.id, |c| c.connects += 1);
+            if proto == UDP {
+                let socket = UdpSocket { backend: backend.addr, port: backend.port, pad: 0, service };
+                note_udp_socket(cookie(ctx), Some(&socket));
+            }
             // SAFETY: `ctx` carries the socket of the running call.
             let state = unsafe { CONNECTED.get_or_insert_ptr_mut(ctx, None) };
             if state.is_null() {
@@ -148,6 +161,13 @@ pub(crate) fn getpeername<F: Family>(ctx: &SockAddrContext) -> i32 {
     let state: Option<&Connected> = unsafe { CONNECTED.get_ptr_mut(ctx).as_ref() };
     let frontend = state.and_then(|state| state.frontend_of(&F::addr(ctx), port(ctx)));
     restore::<F>(ctx, frontend)
+}
+
+/// Names the socket, as the agent sees it in the kernel's socket dump.
+#[inline(always)]
+fn cookie(ctx: &SockAddrContext) -> u64 {
+    // SAFETY: takes the program's context.
+    unsafe { bpf_get_socket_cookie(ctx.sock_addr.cast()) }
 }
 
 /// The protocol number to look a socket's destination up with; None for what is never translated.

@@ -10,7 +10,7 @@ use std::time::Duration;
 
 use anyhow::{Context as _, Result, bail, ensure};
 use edgemesh_tests::lab::{
-    App, Attempt, DEADLINE, Lab, Node, Pod, Transport, errno, eventually, monotonic, skip, v4_mapped,
+    App, Attempt, DEADLINE, Lab, Measure, Node, Pod, Transport, errno, eventually, monotonic, skip, v4_mapped,
 };
 use nix::sys::signal::{Signal, kill, killpg};
 use nix::unistd::Pid;
@@ -53,7 +53,8 @@ fn pods_of_two_nodes_reach_each_other_directly_and_see_their_own_addresses() -> 
 fn sockets_of_all_kinds_work_and_report_what_getpeername_says() -> Result<()> {
     let Some(lab) = Lab::for_test()? else { return Ok(()) };
     let (edge1, _) = two_nodes(&lab)?;
-    let (client, one, two) = (edge1.pod("client")?, edge1.pod("one")?, edge1.pod_at("two", &["10.244.1.200"])?);
+    let (client, one, two) =
+        (edge1.pod("client")?, edge1.pod("one")?, edge1.pod_at("two", &["10.244.1.200", "10.244.1.201"])?);
     let mapped = v4_mapped(one.serve(App::Tcp, 7000)?[0]);
     let reply = client.tcp(mapped)?;
     assert_eq!(reply.peer, mapped);
@@ -129,6 +130,35 @@ fn loads_count_time_and_follow_what_happens_meanwhile() -> Result<()> {
     assert!(served.first < stopped && served.last < stopped && served.count > 1, "{report:?}, stopped at {stopped:?}");
     let refused = report.failures.get("ECONNREFUSED").context("nothing was refused after the server stopped")?;
     assert!(refused.last > stopped, "{report:?}, stopped at {stopped:?}");
+    Ok(())
+}
+
+#[test]
+fn every_measure_times_servers_that_answer_and_fails_where_none_does() -> Result<()> {
+    let Some(lab) = Lab::for_test()? else { return Ok(()) };
+    let (edge1, edge2) = two_nodes(&lab)?;
+    let (client, server) = (edge1.pod("client")?, edge2.pod("server")?);
+    let (tcp, udp) = (server.serve(App::Tcp, 7000)?[0], server.serve(App::Udp, 7000)?[0]);
+    let proxy = edge1.host().proxy(SocketAddr::new(edge1.ips()[0], 0), tcp)?;
+    assert_eq!(client.tcp(proxy)?.name, "server", "a proxy carries the connection to its backend");
+    assert_eq!(client.tcp(proxy)?.client.ip(), edge1.ips()[0], "which sees the proxy as its client");
+    for (measure, groups) in [
+        (Measure::Connect(Transport::Tcp), [vec![tcp], vec![tcp, proxy]]),
+        (Measure::Connect(Transport::Udp), [vec![udp], vec![udp]]),
+        (Measure::Send, [vec![udp], vec![udp]]),
+        (Measure::Exchange, [vec![tcp], vec![proxy]]),
+    ] {
+        let quantiles = client.measure(measure, &groups, 20)?;
+        assert_eq!(quantiles.len(), 2, "{measure:?}");
+        for of in quantiles {
+            assert!(Duration::ZERO < of.min && of.min <= of.p50 && of.p50 <= of.max, "{measure:?}: {of:?}");
+        }
+    }
+    let nobody = SocketAddr::new(tcp.ip(), 9);
+    for measure in [Measure::Connect(Transport::Tcp), Measure::Exchange] {
+        let error = client.measure(measure, &[vec![tcp], vec![nobody]], 2).unwrap_err();
+        assert_eq!(errno(&error), Some("ECONNREFUSED"), "{measure:?}");
+    }
     Ok(())
 }
 

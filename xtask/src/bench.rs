@@ -2,7 +2,7 @@
 
 use std::{ffi::OsString, process::ExitCode};
 
-use crate::{console::Console, launch::launch, workspace::Workspace};
+use crate::{console::Console, launch::launch, setup, workspace::Workspace};
 
 /// Runs the benchmarks
 ///
@@ -23,6 +23,7 @@ pub(crate) struct Args {
 ///
 /// When the benchmarks could not be built or started.
 pub(crate) fn run(args: Args, workspace: &Workspace, console: &Console) -> anyhow::Result<ExitCode> {
+    setup::comparison_tools(console);
     // What is measured has the features of a release, not those of tests, so no `--examples` here.
     launch("edgemesh-benches", &["--release"], args.rest, workspace, console)
 }

@@ -105,6 +105,15 @@ pub(crate) fn lab_tools(console: &Console) -> anyhow::Result<String> {
     Ok(lab::found().join(", "))
 }
 
+/// Finds or installs what benchmarks compare with. Without it they leave that comparison out, and say so.
+pub(crate) fn comparison_tools(console: &Console) {
+    if !lab::has_iptables()
+        && let Err(error) = apt::install(&["iptables"], console)
+    {
+        console.line(&format!("no comparison with iptables: install iptables: {error:#}"));
+    }
+}
+
 fn chosen(compiler: &Compiler, route: Route, linker: &Linker) -> Toolchain {
     Toolchain {
         rustc: compiler.rustc.clone(),

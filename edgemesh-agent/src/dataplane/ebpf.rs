@@ -9,6 +9,7 @@ mod log;
 mod mounts;
 mod open;
 mod remove;
+mod stale;
 mod sys;
 
 use std::{
@@ -35,8 +36,10 @@ pub fn is_built_in() -> bool {
 
 use super::{Count, Dataplane, Error};
 use crate::{
+    conditions::Conditions,
     config::EbpfConfig,
     model::{self, Change, FrontendAddr, FrontendKind, Protocol, ServiceTable},
+    net::sock_diag,
 };
 
 /// How long an abandoned set stays in its map. A program runs for microseconds; a second is far beyond the longest.
@@ -55,6 +58,8 @@ pub struct Ebpf {
     /// The first generation of new frontends: differs from run to run, so that a socket's memory of a frontend that
     /// was removed does not fit one that came in its place.
     first_generation: u32,
+    /// None where the system refused its thread, which is a condition.
+    stale: Option<stale::StaleSockets>,
     /// What to delete, and from when on; in order of time.
     abandoned: VecDeque<(Instant, Abandoned)>,
 }
@@ -111,13 +116,24 @@ impl Ebpf {
     /// # Errors
     ///
     /// See [`OpenError`].
-    pub fn open(config: &EbpfConfig) -> Result<Self, OpenError> {
-        let opened = open::open(config)?;
+    pub fn open(config: &EbpfConfig, conditions: &Conditions) -> Result<Self, OpenError> {
+        let mut opened = open::open(config)?;
+        let stale = opened.udp_sockets.take().map(|sockets| stale::StaleSockets::new(sockets, conditions.clone()));
+        let stale = stale.and_then(|started| match started {
+            Ok(stale) => Some(stale),
+            Err(error) => {
+                let message =
+                    format!("cannot start the thread that ends UDP sockets of backends that are gone: {error}");
+                conditions.raise("StaleUdpSockets", "", message, SystemTime::now());
+                None
+            }
+        });
         let mut this = Self {
             opened,
             installed: HashMap::new(),
             addrs: HashMap::new(),
             services: HashMap::new(),
+            stale,
             last_service: 0,
             first_generation: SystemTime::now().duration_since(UNIX_EPOCH).map_or(1, |d| d.as_secs() as u32),
             abandoned: VecDeque::new(),
@@ -129,6 +145,11 @@ impl Ebpf {
     /// The cgroup directory whose processes are served.
     pub fn cgroup(&self) -> &Path {
         &self.opened.cgroup
+    }
+
+    /// Counts the UDP sockets that were ended because their backend was gone.
+    pub fn ended_sockets(&self) -> Option<sock_diag::Ended> {
+        self.stale.as_ref().map(stale::StaleSockets::ended)
     }
 
     /// How many frontends an earlier agent left in force.
@@ -153,6 +174,9 @@ impl Ebpf {
             if let Err(error) = self.take(key, now) {
                 failures.add(error);
             }
+        }
+        if let Some(stale) = &mut self.stale {
+            stale.flush();
         }
         failures.into_result()
     }
@@ -193,6 +217,11 @@ impl Ebpf {
         }
 
         // The new set is in force; the rest is book-keeping.
+        if key.proto == UDP
+            && let Some(stale) = &self.stale
+        {
+            backends.iter().for_each(|backend| stale.has(service, socket_addr(backend)));
+        }
         let new = Installed { service, generation, backends, last_backend, retired, owns_address };
         match self.installed.insert(key, new) {
             None => {
@@ -238,6 +267,11 @@ impl Ebpf {
             self.installed.get(&key).into_iter().flat_map(|new| &new.backends).map(|backend| backend.id).collect();
         for backend in old.backends.iter().filter(|backend| !kept.contains(&backend.id)) {
             self.abandon(now, Abandoned::Counter(CounterKey { service: old.service, backend: backend.id }));
+            if key.proto == UDP
+                && let Some(stale) = &mut self.stale
+            {
+                stale.lost(old.service, socket_addr(backend), now);
+            }
         }
     }
 
@@ -334,6 +368,9 @@ impl Dataplane for Ebpf {
     }
 
     fn maintain(&mut self, now: Instant) {
+        if let Some(stale) = &mut self.stale {
+            stale.maintain(now);
+        }
         while self.abandoned.front().is_some_and(|(due, _)| *due <= now) {
             let Some((_, what)) = self.abandoned.pop_front() else { return };
             match what {

@@ -10,7 +10,7 @@ use anyhow::{Result, bail};
 use super::DEADLINE;
 use super::shell::Shell;
 use crate::probe::message::{
-    App, Dial, Failure, FanReply, HammerReport, HttpReport, Quantiles, Reply, Request, Response, SpreadReport,
+    App, Dial, Failure, FanReply, HammerReport, HttpReport, Measure, Quantiles, Reply, Request, Response, SpreadReport,
     Transport,
 };
 
@@ -113,6 +113,11 @@ impl Pod {
         ask!(self, request, self.deadline, Response::Serving(address) => address)
     }
 
+    /// Carries TCP connections on one address to `backend`, as a userspace proxy does; port 0 picks a free one.
+    pub fn proxy(&self, listen: SocketAddr, backend: SocketAddr) -> Result<SocketAddr> {
+        ask!(self, Request::Proxy { listen, backend }, self.deadline, Response::Serving(address) => address)
+    }
+
     /// Stops what [`Pod::serve`] started, and closes its connections.
     pub fn stop_serving(&self, app: App, port: u16) -> Result<()> {
         for ip in &self.ips {
@@ -203,14 +208,20 @@ impl Pod {
         ask!(self, request, bound, Response::Spread(report) => report)
     }
 
-    /// Times `rounds` blocking connects per group of addresses, the groups taking turns.
+    /// Times `rounds` blocking connects per group of addresses, as [`Pod::measure`] does.
+    pub fn latency(&self, transport: Transport, groups: &[Vec<SocketAddr>], rounds: u32) -> Result<Vec<Quantiles>> {
+        self.measure(Measure::Connect(transport), groups, rounds)
+    }
+
+    /// Times `measure` `rounds` times per group of addresses, the groups taking turns.
     ///
     /// The addresses of a group take turns too and are measured as one: so a Service of three replicas, which is a group
     /// of one address, compares with the group of its three pods.
-    pub fn latency(&self, transport: Transport, groups: &[Vec<SocketAddr>], rounds: u32) -> Result<Vec<Quantiles>> {
-        let request = Request::Latency { transport, groups: groups.to_vec(), rounds, deadline: self.deadline };
-        let connects = rounds.saturating_mul(u32::try_from(groups.len())?);
-        let bound = self.deadline.saturating_mul(connects);
+    pub fn measure(&self, measure: Measure, groups: &[Vec<SocketAddr>], rounds: u32) -> Result<Vec<Quantiles>> {
+        let request = Request::Latency { measure, groups: groups.to_vec(), rounds, deadline: self.deadline };
+        let times = rounds.saturating_mul(u32::try_from(groups.len())?);
+        // The longest measure has three steps: to connect, to be greeted, to be answered.
+        let bound = self.deadline.saturating_mul(3).saturating_mul(times);
         ask!(self, request, bound, Response::Latency(quantiles) => quantiles)
     }
 

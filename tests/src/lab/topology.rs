@@ -195,7 +195,8 @@ impl Node {
             let subnet = node.pod_subnets.iter().find(|subnet| subnet.contains(*ip));
             let subnet = subnet.with_context(|| format!("{ip} is in none of the node's pod subnets"))?;
             add_address(&mut batch, *subnet, *ip, "eth0");
-            push(&mut batch, format_args!("route add default via {} dev eth0", subnet.nth(1)));
+            // A pod may have several addresses of a family, and so meet its default route again.
+            push(&mut batch, format_args!("route replace default via {} dev eth0", subnet.nth(1)));
         }
         netns.ip(&batch)?;
         let cgroup = node.cgroup.join("pods").join(name);

@@ -116,6 +116,34 @@ pub(super) fn connect_blocking(transport: Transport, dial: Dial) -> Result<(Owne
     Ok((fd, took))
 }
 
+/// One unconnected UDP socket, for sending to many servers.
+pub(super) struct Unconnected(UdpSocket);
+
+impl Unconnected {
+    /// Makes a socket of the address family of `target`.
+    pub(super) fn bind(target: SocketAddr) -> Result<Self, Failure> {
+        let socket = UdpSocket::bind(unspecified(target));
+        socket.map(Self).map_err(|error| Failure::from_io("bind an unconnected socket", &error))
+    }
+
+    /// Sends a message and times only that call; then waits for the answer.
+    pub(super) fn send(&self, dial: Dial) -> Result<Duration, Failure> {
+        let target = dial.target;
+        set_deadline(&self.0, dial.deadline)?;
+        let begin = Instant::now();
+        let sent = self.0.send_to(PAYLOAD.as_bytes(), target);
+        let took = begin.elapsed();
+        sent.map_err(|error| Failure::from_io(&format!("send to {target}"), &error))?;
+        let mut answer = [0_u8; LONGEST];
+        let (length, _) = self
+            .0
+            .recv_from(&mut answer)
+            .map_err(|error| Failure::from_io(&format!("receive from {target}"), &error))?;
+        parse_echo(&answer[..length], PAYLOAD, target)?;
+        Ok(took)
+    }
+}
+
 /// Makes closing send a reset instead of keeping the port in TIME_WAIT.
 pub(super) fn reset_on_close(socket: &impl std::os::fd::AsFd) {
     // Refused only for sockets that are no sockets of the internet; then there is no TIME_WAIT either.

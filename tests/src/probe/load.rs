@@ -4,10 +4,10 @@ use std::net::SocketAddr;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 use std::thread::{JoinHandle, Scope, ScopedJoinHandle};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
-use super::client::{Connection, connect_blocking, reset_on_close};
-use super::message::{Dial, Failure, HammerReport, Quantiles, Seen, SpreadReport, Transport, monotonic};
+use super::client::{Connection, Unconnected, connect_blocking, reset_on_close};
+use super::message::{Dial, Failure, HammerReport, Measure, Quantiles, Seen, SpreadReport, Transport, monotonic};
 
 /// More threads than this only fight for the processor.
 const MOST_AT_ONCE: u32 = 64;
@@ -37,27 +37,63 @@ pub(super) fn spread(transport: Transport, dial: Dial, count: u32, concurrency: 
     Ok(total)
 }
 
-/// Times `rounds` blocking connects per group. The groups take turns, so that what disturbs one disturbs all.
+/// Times `measure` `rounds` times per group.
+///
+/// The groups take turns, so that what disturbs one disturbs all; in an order that differs from round to round, so that
+/// none always follows the same other one and pays for what that leaves the processors to do.
 pub(super) fn latency(
-    transport: Transport,
+    measure: Measure,
     groups: &[Vec<SocketAddr>],
     rounds: u32,
     deadline: Duration,
 ) -> Result<Vec<Quantiles>, Failure> {
+    let first = groups.first().and_then(|group| group.first());
+    let sender = Unconnected::bind(*first.ok_or_else(|| Failure::other("nothing to time"))?)?;
     if groups.iter().any(Vec::is_empty) {
         return Err(Failure::other("a group without targets cannot be timed"));
     }
-    let rounds = usize::try_from(rounds).unwrap_or(usize::MAX);
     let mut samples = vec![Vec::new(); groups.len()];
-    for round in 0..rounds {
-        for (group, samples) in groups.iter().zip(&mut samples) {
+    let mut order: Vec<usize> = (0..groups.len()).collect();
+    let mut random = 0x9E37_79B9_7F4A_7C15;
+    for round in 0..usize::try_from(rounds).unwrap_or(usize::MAX) {
+        shuffle(&mut order, &mut random);
+        for &index in &order {
+            let group = &groups[index];
             let target = group[round % group.len()];
-            let (socket, took) = connect_blocking(transport, Dial { target, deadline })?;
-            reset_on_close(&socket);
-            samples.push(took);
+            samples[index].push(time(measure, &sender, Dial { target, deadline })?);
         }
     }
     Ok(samples.into_iter().map(quantiles).collect())
+}
+
+/// Fisher and Yates' shuffle, by Marsaglia's xorshift generator; `state` is never 0.
+fn shuffle(order: &mut [usize], state: &mut u64) {
+    for left in (2..=order.len()).rev() {
+        *state ^= *state << 13;
+        *state ^= *state >> 7;
+        *state ^= *state << 17;
+        order.swap(left - 1, (*state % left as u64) as usize);
+    }
+}
+
+/// Times `measure` once. Nothing stays behind that the next round would meet: no port in TIME_WAIT, no answer unread.
+fn time(measure: Measure, sender: &Unconnected, dial: Dial) -> Result<Duration, Failure> {
+    match measure {
+        Measure::Connect(transport) => {
+            let (socket, took) = connect_blocking(transport, dial)?;
+            reset_on_close(&socket);
+            Ok(took)
+        }
+        Measure::Send => sender.send(dial),
+        Measure::Exchange => {
+            let begin = Instant::now();
+            let mut connection = Connection::open(Transport::Tcp, dial)?;
+            connection.exchange(dial.deadline)?;
+            let took = begin.elapsed();
+            connection.abort();
+            Ok(took)
+        }
+    }
 }
 
 /// A load that runs until it is stopped.
@@ -157,6 +193,18 @@ mod tests {
         assert_eq!(nanos, [1, 25, 50, 75, 90, 99, 100]);
         assert_eq!(quantiles(Vec::new()), Quantiles::default());
         assert_eq!(quantiles(vec![Duration::from_nanos(7)]).p99, Duration::from_nanos(7));
+    }
+
+    #[test]
+    fn every_group_follows_every_other_equally_often() {
+        let (mut order, mut random) = (vec![0, 1, 2], 0x9E37_79B9_7F4A_7C15);
+        let mut orders = std::collections::BTreeMap::new();
+        for _ in 0..6000 {
+            shuffle(&mut order, &mut random);
+            *orders.entry(order.clone()).or_insert(0) += 1;
+        }
+        assert_eq!(orders.len(), 6);
+        assert!(orders.values().all(|count| (850..1150).contains(count)), "{orders:?}");
     }
 
     #[test]

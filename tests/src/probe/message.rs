@@ -37,6 +37,13 @@ pub enum Request {
         /// Where it listens; port 0 picks one.
         listen: SocketAddr,
     },
+    /// Carries TCP connections to a backend as a userspace proxy, until the shell ends; [`Response::Serving`].
+    Proxy {
+        /// Where it listens; port 0 picks one.
+        listen: SocketAddr,
+        /// Where it connects to.
+        backend: SocketAddr,
+    },
     /// Closes a listener and its connections; answered by [`Response::Done`].
     StopServing {
         /// What it speaks.
@@ -91,15 +98,16 @@ pub enum Request {
         /// How many at once.
         concurrency: u32,
     },
-    /// Times blocking connects, the groups taking turns in one thread; [`Response::Latency`].
+    /// Times one thing again and again, the groups taking turns in one thread; [`Response::Latency`].
     Latency {
-        /// TCP or UDP.
-        transport: Transport,
-        /// Addresses; those of one group take turns and are measured as one.
+        /// What is timed.
+        measure: Measure,
+        /// Servers that the measure fits, all of one address family; those of one group take turns and are measured as
+        /// one.
         groups: Vec<Vec<SocketAddr>>,
-        /// How many connects per group.
+        /// How many times per group.
         rounds: u32,
-        /// Bounds each connect.
+        /// Bounds each step.
         deadline: Duration,
     },
     /// Makes connections as fast as it can until [`Request::StopHammer`]; [`Response::Hammering`].
@@ -156,6 +164,17 @@ pub enum App {
     Http,
     /// Greets with the text message `name client-address`, then echoes messages.
     WebSocket,
+}
+
+/// What a latency is of.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
+pub enum Measure {
+    /// `connect()` on a new blocking socket, and no more.
+    Connect(Transport),
+    /// `sendto()` of a few bytes to an [`App::Udp`] server, from one unconnected socket for all rounds and targets.
+    Send,
+    /// A TCP connection to an [`App::Tcp`] server, a request of a few bytes and its answer, from the socket's making on.
+    Exchange,
 }
 
 /// The transport protocol of a client.

@@ -113,6 +113,28 @@ async fn serve_websocket(stream: TcpStream, client: SocketAddr, name: &str) {
     }
 }
 
+/// Carries each connection to `backend`, until dropped.
+pub(super) async fn proxy(listener: TcpListener, backend: SocketAddr) {
+    let mut connections = JoinSet::new();
+    loop {
+        tokio::select! {
+            accepted = listener.accept() => {
+                let Ok((stream, _)) = accepted else { continue };
+                connections.spawn(carry(stream, backend));
+            }
+            Some(_) = connections.join_next() => {}
+        }
+    }
+}
+
+async fn carry(mut stream: TcpStream, backend: SocketAddr) {
+    let Ok(mut onward) = TcpStream::connect(backend).await else { return };
+    // Neither side may wait for more to send: small messages are what is carried.
+    if stream.set_nodelay(true).and_then(|()| onward.set_nodelay(true)).is_ok() {
+        let _ = tokio::io::copy_bidirectional(&mut stream, &mut onward).await;
+    }
+}
+
 async fn serve_datagrams(socket: &UdpSocket, name: &str) {
     let mut buffer = vec![0_u8; 65_536];
     loop {

@@ -7,13 +7,14 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use anyhow::{Context as _, Result};
+use tokio::net::TcpListener;
 use tokio::runtime::Runtime;
 use tokio::task::JoinHandle;
 
 use super::client::{self, Connection, connect_blocking};
 use super::load::{self, Hammer};
 use super::message::{Answer, App, Call, Failure, Request, Response};
-use super::serve::Server;
+use super::serve::{self, Server};
 
 /// Answers requests until standard input ends.
 pub(super) fn run() -> Result<()> {
@@ -53,6 +54,7 @@ impl Shell {
     fn answer(&self, request: Request) -> Result<Response, Failure> {
         match request {
             Request::Serve { name, app, listen } => self.serve(&name, app, listen),
+            Request::Proxy { listen, backend } => self.proxy(listen, backend),
             Request::StopServing { app, listen } => {
                 let server = locked(&self.servers).remove(&(app, listen));
                 let server =
@@ -89,8 +91,8 @@ impl Shell {
             Request::Spread { transport, dial, count, concurrency } => {
                 load::spread(transport, dial, count, concurrency).map(Response::Spread)
             }
-            Request::Latency { transport, groups, rounds, deadline } => {
-                load::latency(transport, &groups, rounds, deadline).map(Response::Latency)
+            Request::Latency { measure, groups, rounds, deadline } => {
+                load::latency(measure, &groups, rounds, deadline).map(Response::Latency)
             }
             Request::StartHammer { transport, dial, concurrency } => {
                 let hammer = Hammer::start(transport, dial, concurrency);
@@ -105,6 +107,14 @@ impl Shell {
         let address = server.address()?;
         let task = self.runtime.spawn(server.run());
         locked(&self.servers).insert((app, address), task);
+        Ok(Response::Serving(address))
+    }
+
+    fn proxy(&self, listen: SocketAddr, backend: SocketAddr) -> Result<Response, Failure> {
+        let failed = |error: std::io::Error| Failure::from_io(&format!("listen on {listen}"), &error);
+        let listener = self.runtime.block_on(TcpListener::bind(listen)).map_err(failed)?;
+        let address = listener.local_addr().map_err(failed)?;
+        self.runtime.spawn(serve::proxy(listener, backend));
         Ok(Response::Serving(address))
     }
 

@@ -2,10 +2,10 @@
 
 use std::{collections::BTreeMap, time::Duration};
 
-use anyhow::{Context as _, Result};
+use anyhow::{Context as _, Result, ensure};
 use edgemesh_tests::lab::{Transport, eventually, monotonic};
 
-use crate::{ECHO, START, TCP_PORT, World, at};
+use crate::{ECHO, START, TCP_PORT, UDP_PORT, World, at};
 
 /// The promise of the issue.
 const FOLLOWS_WITHIN: Duration = Duration::from_millis(100);
@@ -42,6 +42,40 @@ fn new_connections_follow_the_manifests_within_100_ms_and_none_fails() -> Result
     delays.sort();
     let median = delays[delays.len() / 2];
     assert!(median <= FOLLOWS_WITHIN, "a change took {median:?} (median of {delays:?})");
+    Ok(())
+}
+
+#[test]
+fn connected_udp_sockets_of_a_removed_backend_are_ended_and_no_others() -> Result<()> {
+    let Some(world) = World::raise()? else { return Ok(()) };
+    let target = at(ECHO[0], UDP_PORT)?;
+    let mut sockets = Vec::new();
+    for client in world.clients() {
+        for _ in 0..12 {
+            let socket = client.open(Transport::Udp, target)?;
+            let name = socket.exchange()?.name;
+            sockets.push((socket, name));
+        }
+    }
+    // One that goes to the pod itself is not ours to end, whoever removes the pod from a Service.
+    let direct = world.client.open(Transport::Udp, at(&world.backends[2].0.ips()[0].to_string(), 7002)?)?;
+    assert_eq!(direct.exchange()?.name, "c");
+    ensure!(sockets.iter().any(|(_, name)| name == "c"), "24 sockets all avoided one of three backends");
+
+    world.write(&["a", "b"])?;
+    for (socket, name) in &sockets {
+        if name == "c" {
+            eventually(START, "the socket of the removed backend is ended", || Ok(socket.exchange().is_err()))?;
+        }
+    }
+    for (socket, name) in sockets.iter().filter(|(_, name)| name != "c") {
+        assert_eq!(socket.exchange()?.name, *name, "a socket of another backend goes on");
+    }
+    assert_eq!(direct.exchange()?.name, "c");
+    let metrics = world.edge1.host().http_get("127.0.0.1:20008".parse()?, "/metrics", 1)?;
+    let ended = sockets.iter().filter(|(_, name)| name == "c").count();
+    let line = format!("edgemesh_stale_udp_sockets_ended_total {ended}\n");
+    ensure!(metrics.replies[0].body.contains(&line), "no {line} in {}", metrics.replies[0].body);
     Ok(())
 }
 

@@ -23,7 +23,8 @@ pub(crate) const PROGRAMS: &[(&str, CgroupSockAddrAttachType)] = &[
     ("getpeername6", GetPeerName6),
 ];
 
-pub(crate) const MAPS: &[&str] = &["FRONTENDS", "BACKENDS", "SERVICE_ADDRS", "COUNTERS", "CONNECTED", "DATAGRAMS"];
+pub(crate) const MAPS: &[&str] =
+    &["FRONTENDS", "BACKENDS", "SERVICE_ADDRS", "COUNTERS", "CONNECTED", "DATAGRAMS", "UDP_SOCKETS"];
 
 /// What `license_is_gpl_compatible` of the kernel accepts (include/linux/license.h).
 const LICENCES: [&str; 6] =

@@ -12,6 +12,11 @@ pub(crate) fn missing() -> Vec<&'static str> {
     TOOLS.iter().map(|(tool, _)| *tool).filter(|tool| locate(tool, env::var_os("PATH")).is_none()).collect()
 }
 
+/// Whether there is an iptables, which only benchmarks compare with.
+pub(crate) fn has_iptables() -> bool {
+    locate("iptables-restore", env::var_os("PATH")).is_some()
+}
+
 /// Where the programs are that are here.
 pub(crate) fn found() -> Vec<String> {
     let paths = TOOLS.iter().filter_map(|(tool, _)| locate(tool, env::var_os("PATH")));

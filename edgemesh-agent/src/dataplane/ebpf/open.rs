@@ -14,7 +14,7 @@ use aya::{
 };
 use edgemesh_common::{
     Addr,
-    layout::{self, Backend, BackendKey, CounterKey, Counters, Frontend, FrontendKey},
+    layout::{self, Backend, BackendKey, CounterKey, Counters, Frontend, FrontendKey, UdpSocket},
 };
 use tracing::{debug, info};
 
@@ -40,7 +40,7 @@ const PROGRAMS: [(&str, Hook); 8] = [
     ("connect6", Hook::Connect6),
 ];
 
-const MAPS: [&str; 6] = ["FRONTENDS", "BACKENDS", "SERVICE_ADDRS", "COUNTERS", "CONNECTED", "DATAGRAMS"];
+const MAPS: [&str; 7] = ["FRONTENDS", "BACKENDS", "SERVICE_ADDRS", "COUNTERS", "CONNECTED", "DATAGRAMS", "UDP_SOCKETS"];
 
 /// Why the eBPF data plane cannot be brought up, in one line each.
 #[derive(Debug, thiserror::Error)]
@@ -100,6 +100,8 @@ pub(super) struct Opened {
     pub(super) backends: HashMap<MapData, BackendKey, Backend>,
     pub(super) service_addrs: HashMap<MapData, Addr, u32>,
     pub(super) counters: PerCpuHashMap<MapData, CounterKey, Counters>,
+    /// None once it was handed to the thread that looks sockets up in it.
+    pub(super) udp_sockets: Option<HashMap<MapData, u64, UdpSocket>>,
     /// What the maps really hold, which for adopted ones may differ from the configuration.
     pub(super) max_frontends: u32,
     pub(super) max_backends: u32,
@@ -162,6 +164,9 @@ pub(super) fn open(config: &EbpfConfig) -> Result<Opened, OpenError> {
             .map_err(|error| map_error("SERVICE_ADDRS", &error))?,
         counters: PerCpuHashMap::try_from(map(&mut object, "COUNTERS")?)
             .map_err(|error| map_error("COUNTERS", &error))?,
+        udp_sockets: Some(
+            HashMap::try_from(map(&mut object, "UDP_SOCKETS")?).map_err(|error| map_error("UDP_SOCKETS", &error))?,
+        ),
         max_frontends,
         max_backends,
         object,
