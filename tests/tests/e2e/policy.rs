@@ -2,7 +2,7 @@
 
 use std::{collections::BTreeSet, net::SocketAddr, time::Duration};
 
-use anyhow::{Context as _, Result};
+use anyhow::{Context as _, Result, ensure};
 use edgemesh_tests::lab::{
     App, Attempt, Pod, Transport, eventually,
     manifest::{self, Endpoint, Service},
@@ -80,8 +80,15 @@ fn reasons(world: &World) -> Result<BTreeSet<String>> {
 /// Who answers 60 connections: of three equal backends each is missed with a probability of 10^-10.
 fn answers(client: &Pod, target: SocketAddr) -> Result<Vec<String>> {
     let spread = client.within(Duration::from_secs(30)).spread(Transport::Tcp, target, 60, 4)?;
-    assert!(spread.failures.is_empty(), "{target}: {:?}", spread.failures);
+    ensure!(spread.failures.is_empty(), "{target}: {:?}", spread.failures);
     Ok(spread.names.into_keys().collect())
+}
+
+/// The agent on `edge2`, for which nobody waits, sees to it that these backends answer its host.
+fn answers_on_edge2(world: &World, names: &[&str]) -> Result<()> {
+    eventually(START, &format!("{names:?} to answer on edge2"), || {
+        Ok(answers(world.edge2.host(), at(IP, 80)?)? == names)
+    })
 }
 
 #[test]
@@ -157,7 +164,7 @@ fn internal_traffic_policy_local_never_leaves_the_node() -> Result<()> {
         }
         assert_eq!(answers(client, node_port)?, ["a", "b", "c"], "the policy is that of ClusterIPs");
     }
-    assert_eq!(answers(world.edge2.host(), at(IP, 80)?)?, ["b", "c"]);
+    answers_on_edge2(&world, &["b", "c"])?;
     assert_eq!(
         reasons(&world)?,
         BTreeSet::from(["ready".to_owned(), "not on this node, and the traffic policy is Local".to_owned()])
@@ -208,7 +215,7 @@ fn hints_keep_clients_in_their_zone_while_it_has_endpoints() -> Result<()> {
     for client in world.clients() {
         assert_eq!(answers(client, at(IP, 80)?)?, ["a", "b"]);
     }
-    assert_eq!(answers(world.edge2.host(), at(IP, 80)?)?, ["c"]);
+    answers_on_edge2(&world, &["c"])?;
     // The node moves.
     write_nodes(&world, &[(ZONE, "east")], &[(ZONE, "east")])?;
     wait_for_eligible(&world, &["c"])?;
@@ -233,7 +240,7 @@ fn a_traffic_distribution_is_followed_where_nobody_wrote_hints() -> Result<()> {
     write(&world, &near, &endpoints(&world, &["a", "b", "c"], |_, endpoint| endpoint))?;
     wait_for_eligible(&world, &["a"])?;
     assert_eq!(answers(&world.client, at(IP, 80)?)?, ["a"]);
-    assert_eq!(answers(world.edge2.host(), at(IP, 80)?)?, ["b", "c"]);
+    answers_on_edge2(&world, &["b", "c"])?;
     write(&world, &near, &endpoints(&world, &["b", "c"], |_, endpoint| endpoint))?;
     wait_for_eligible(&world, &["b", "c"])?;
     assert_eq!(answers(&world.client, at(IP, 80)?)?, ["b", "c"], "a preference is no limit");
@@ -251,7 +258,7 @@ fn a_node_group_is_a_limit_and_nodes_without_one_are_no_group() -> Result<()> {
         assert_eq!(answers(client, at(IP, 80)?)?, ["a"]);
         assert_eq!(answers(client, at(&world.edge1.ips()[0].to_string(), 30_080)?)?, ["a"], "it limits everything");
     }
-    assert_eq!(answers(world.edge2.host(), at(IP, 80)?)?, ["b", "c"]);
+    answers_on_edge2(&world, &["b", "c"])?;
     // The other node joins the group.
     write_nodes(&world, &[(GROUP, "west")], &[(GROUP, "west")])?;
     wait_for_eligible(&world, &["a", "b", "c"])?;
