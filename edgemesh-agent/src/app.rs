@@ -25,7 +25,7 @@ use crate::{
     },
     kube,
     lifecycle::{Blocker, Readiness, Tasks},
-    model::{Builder, Event, ServiceTable},
+    model::{Builder, Event, Note, ServiceTable},
     net::{self, Device},
 };
 
@@ -33,6 +33,7 @@ use crate::{
 const DRAIN_DEADLINE: Duration = Duration::from_secs(5);
 /// How many events may wait for the builder before the source has to.
 const EVENTS: usize = 1024;
+const NODE_UNKNOWN: &str = "NodeUnknown";
 const REBIND: Duration = Duration::from_secs(5);
 
 /// Why the agent cannot start, in one line, with what to do.
@@ -87,8 +88,9 @@ async fn build_on(
     let (events, received) = mpsc::channel(EVENTS);
     let (publish, tables) = watch::channel(Arc::<ServiceTable>::default());
     let source = kube::start(&config.source, events, conditions.clone(), tasks)?;
-    let builder = Builder::new(config.proxy.filter);
-    tasks.spawn(build_tables(builder, received, publish, readiness.block("the metadata source")));
+    let builder = Builder::new(config.proxy.filter, node);
+    let sight_of_node = SightOfNode { name: node.to_owned(), conditions: conditions.clone() };
+    tasks.spawn(build_tables(builder, received, publish, sight_of_node, readiness.block("the metadata source")));
 
     let (mut dataplane, mut thread) = (None, None);
     if config.proxy.enable {
@@ -186,6 +188,7 @@ async fn build_tables(
     mut builder: Builder,
     mut received: mpsc::Receiver<Event>,
     publish: watch::Sender<Arc<ServiceTable>>,
+    sight_of_node: SightOfNode,
     unready: Blocker,
 ) {
     let mut unready = Some(unready);
@@ -197,6 +200,7 @@ async fn build_tables(
         if let Some(table) = builder.build() {
             if table.complete {
                 unready = None;
+                sight_of_node.report(&table, SystemTime::now());
             }
             publish.send_replace(table);
         }
@@ -204,6 +208,30 @@ async fn build_tables(
         tokio::task::yield_now().await;
     }
     drop(unready);
+}
+
+/// Says so where this node's own object is missing and a Service wants to know something of it.
+struct SightOfNode {
+    name: String,
+    conditions: Conditions,
+}
+
+impl SightOfNode {
+    fn report(&self, table: &ServiceTable, now: SystemTime) {
+        let concerned = || table.services.iter().filter(|entry| entry.notes.contains(&Note::NodeUnknown)).count();
+        let concerned = if table.node_known { 0 } else { concerned() };
+        if concerned == 0 {
+            self.conditions.clear(NODE_UNKNOWN, &self.name);
+            return;
+        }
+        let message = format!(
+            "the Node {} is not known: node ports are answered on 127.0.0.1 alone, and neither zones, node groups nor \
+             topologyKeys limit endpoints ({concerned} Services are concerned, see `services`); grant the agent's \
+             account get, list and watch on nodes (or add the Node's manifest), and check NODE_NAME",
+            self.name
+        );
+        self.conditions.raise(NODE_UNKNOWN, self.name.clone(), message, now);
+    }
 }
 
 /// The device only matters to what listens on its address, so its lack is a condition, not an end.

@@ -85,10 +85,11 @@ fn by_port(table: &ServiceTable, counts: &CountsByFrontend) -> BTreeMap<PortLabe
     let mut ports: BTreeMap<PortLabels, Counts> = BTreeMap::new();
     for entry in &table.services {
         for frontend in &entry.frontends {
+            let Some(served) = entry.ports.get(frontend.port) else { continue };
             let labels = PortLabels {
                 namespace: entry.service.name.namespace.to_string(),
                 service: entry.service.name.name.to_string(),
-                port: frontend.at.addr.port(),
+                port: served.port.port.get(),
                 protocol: frontend.at.protocol.to_string(),
             };
             let part = total(counts, &frontend.at);

@@ -6,13 +6,18 @@ mod builder;
 mod diff;
 mod name;
 mod object;
+mod prefix;
+mod shared;
 mod table;
+mod topology;
 
 pub use builder::Builder;
 pub use diff::{Change, changes};
 pub use name::{NamespacedName, ParseNameError};
 pub use object::{
-    Endpoint, EndpointPort, EndpointSet, Event, Kind, Object, Protocol, ProxyLabels, Service, ServiceKind, ServicePort,
-    Subset,
+    Endpoint, EndpointPort, EndpointSet, Event, Kind, Node, Object, Place, Protocol, ProxyLabels, Service, ServiceKind,
+    ServicePort, SessionAffinity, Subset, TrafficDistribution, TrafficPolicy,
 };
-pub use table::{Frontend, FrontendAddr, Note, PortEndpoint, ServedPort, ServiceEntry, ServiceTable};
+pub use prefix::{IpPrefix, ParsePrefixError};
+pub use table::{Frontend, FrontendAddr, FrontendKind, Note, PortEndpoint, ServedPort, ServiceEntry, ServiceTable};
+pub use topology::{Nodes, Vantage, Verdict, Verdicts, judge};

@@ -4,7 +4,7 @@ use std::fmt::Write;
 
 use serde_json::Value;
 
-use crate::status::{BackendsReport, Counts, ServiceRow};
+use crate::status::{BackendsReport, Counts, EndpointRow, ServiceRow, VerdictRow};
 
 /// The form of an answer.
 #[derive(Clone, Copy, Debug, Default, Eq, PartialEq, clap::ValueEnum)]
@@ -104,7 +104,7 @@ pub fn status(status: &Value) -> String {
 /// `services` as a table, a row for each frontend.
 pub fn services(services: &[ServiceRow]) -> String {
     let mut rows = vec![
-        ["NAMESPACE", "NAME", "KIND", "FRONTEND", "BACKENDS", "CONNECTS", "DATAGRAMS", "REFUSED", "NOTES"]
+        ["NAMESPACE", "NAME", "KIND", "FRONTEND", "AS", "BACKENDS", "CONNECTS", "DATAGRAMS", "REFUSED", "NOTES"]
             .map(str::to_owned)
             .to_vec(),
     ];
@@ -112,14 +112,14 @@ pub fn services(services: &[ServiceRow]) -> String {
         let mut first = vec![service.namespace.clone(), service.name.clone(), service.kind.clone()];
         let notes = service.notes.join("; ");
         if service.frontends.is_empty() {
-            first.extend(["-", "-", "-", "-", "-"].map(str::to_owned));
+            first.extend(["-", "-", "-", "-", "-", "-"].map(str::to_owned));
             first.push(notes);
             rows.push(first);
             continue;
         }
         for frontend in &service.frontends {
             let mut row = first.clone();
-            row.extend([frontend.address.clone(), frontend.backends.to_string()]);
+            row.extend([frontend.address.clone(), frontend.kind.clone(), frontend.backends.to_string()]);
             row.extend(numbers(&frontend.counts));
             row.push(if frontend.in_force { notes.clone() } else { format!("NOT IN FORCE {notes}") });
             rows.push(row);
@@ -137,23 +137,36 @@ pub fn backends(report: &BackendsReport) -> String {
     }
     for frontend in &service.frontends {
         let refused = frontend.counts.refused;
-        let _ = writeln!(
-            text,
-            "  answers on {}, {} eligible, {refused} refused{}",
-            frontend.address,
-            frontend.backends,
-            if frontend.in_force { "" } else { ", NOT IN FORCE" }
-        );
+        let _ = write!(text, "  answers on {}", frontend.address);
+        if frontend.kind != "ClusterIP" {
+            let _ = write!(text, " ({})", frontend.kind);
+        }
+        let _ = write!(text, ", {} eligible", frontend.backends);
+        if frontend.external_backends != frontend.backends {
+            let _ = write!(text, " ({} for traffic from outside)", frontend.external_backends);
+        }
+        let _ = write!(text, ", {refused} refused");
+        if let Some(seconds) = frontend.affinity_seconds {
+            let _ = write!(text, ", clients stay for {seconds}s");
+        }
+        text.push_str(if frontend.in_force { "\n" } else { ", NOT IN FORCE\n" });
     }
     for port in &report.ports {
         let name = if port.name.is_empty() { String::new() } else { format!(" '{}'", port.name) };
         let _ = writeln!(text, "\nPort {}/{}{name}", port.port, port.protocol);
-        let mut rows = vec![
-            ["ENDPOINT", "NODE", "ZONE", "ELIGIBLE", "REASON", "CONNECTS", "DATAGRAMS"].map(str::to_owned).to_vec(),
-        ];
+        // Most Services treat all clients alike; only for the others are there more columns.
+        let same = |endpoint: &EndpointRow, verdict: &Option<VerdictRow>| {
+            verdict.as_ref().is_none_or(|verdict| verdict.eligible == endpoint.eligible)
+        };
+        let external = port.endpoints.iter().any(|endpoint| !same(endpoint, &endpoint.external));
+        let outside = port.endpoints.iter().any(|endpoint| !same(endpoint, &endpoint.from_outside));
+        let mut head = vec!["ENDPOINT", "NODE", "ZONE", "ELIGIBLE", "REASON", "CONNECTS", "DATAGRAMS"];
+        head.extend(external.then_some("NODE PORT, LB AND EXTERNAL IPS"));
+        head.extend(outside.then_some("FROM OUTSIDE"));
+        let mut rows = vec![head.into_iter().map(str::to_owned).collect()];
         for endpoint in &port.endpoints {
             let dash = || "-".to_owned();
-            rows.push(vec![
+            let mut row = vec![
                 endpoint.address.to_string(),
                 endpoint.node.clone().unwrap_or_else(dash),
                 endpoint.zone.clone().unwrap_or_else(dash),
@@ -161,11 +174,22 @@ pub fn backends(report: &BackendsReport) -> String {
                 endpoint.reason.clone(),
                 endpoint.counts.connects.to_string(),
                 endpoint.counts.datagrams.to_string(),
-            ]);
+            ];
+            row.extend(external.then(|| verdict(&endpoint.external)));
+            row.extend(outside.then(|| verdict(&endpoint.from_outside)));
+            rows.push(row);
         }
         text.push_str(&columns(&rows));
     }
     text
+}
+
+fn verdict(verdict: &Option<VerdictRow>) -> String {
+    match verdict {
+        Some(VerdictRow { eligible: true, .. }) => "yes".to_owned(),
+        Some(VerdictRow { eligible: false, reason }) => format!("no: {reason}"),
+        None => "-".to_owned(),
+    }
 }
 
 fn numbers(counts: &Counts) -> [String; 3] {

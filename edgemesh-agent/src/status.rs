@@ -1,7 +1,7 @@
 //! What the agent says of itself: the answers behind `status`, `services` and `backends`, as they go over the control
 //! socket in JSON.
 
-use std::{collections::BTreeMap, net::SocketAddr};
+use std::{collections::BTreeMap, net::SocketAddr, num::NonZeroU32};
 
 use serde::{Deserialize, Serialize};
 
@@ -9,7 +9,7 @@ use crate::{
     conditions::Condition,
     dataplane::Count,
     kube::SourceStatus,
-    model::{FrontendAddr, PortEndpoint, ServiceEntry, ServiceKind, ServiceTable},
+    model::{FrontendAddr, FrontendKind, ServiceEntry, ServiceKind, ServiceTable, Verdict},
     net::Device,
 };
 
@@ -67,8 +67,14 @@ pub struct ServiceRow {
 pub struct FrontendRow {
     /// `10.96.0.1:80/TCP`.
     pub address: String,
-    /// How many endpoints are eligible.
+    /// `ClusterIP`, `NodePort`, `LoadBalancer` or `ExternalIP`.
+    pub kind: String,
+    /// How many endpoints are eligible for sockets on this node.
     pub backends: usize,
+    /// How many are for packets that arrive from outside, which externalTrafficPolicy may limit.
+    pub external_backends: usize,
+    /// The seconds for which a client's endpoint is remembered; None without session affinity.
+    pub affinity_seconds: Option<u32>,
     /// Whether the kernel has it: not yet for a moment after a change, not at all if a map is full.
     pub in_force: bool,
     pub counts: Counts,
@@ -104,10 +110,29 @@ pub struct EndpointRow {
     pub address: SocketAddr,
     pub node: Option<String>,
     pub zone: Option<String>,
+    /// For sockets on this node that connect to a ClusterIP.
     pub eligible: bool,
     /// Why it is or is not.
     pub reason: String,
+    /// For sockets on this node that connect to a node port, external IP or load balancer's IP; None where the port
+    /// has none of these.
+    pub external: Option<VerdictRow>,
+    /// For packets that arrive there from outside; None where the port has none of these.
+    pub from_outside: Option<VerdictRow>,
     pub counts: Counts,
+}
+
+/// Whether an endpoint of an [`EndpointRow`] is eligible for other clients, and why.
+#[derive(Clone, Debug, Deserialize, Eq, PartialEq, Serialize)]
+pub struct VerdictRow {
+    pub eligible: bool,
+    pub reason: String,
+}
+
+impl From<Verdict> for VerdictRow {
+    fn from(verdict: Verdict) -> Self {
+        Self { eligible: verdict.eligible(), reason: verdict.to_string() }
+    }
 }
 
 impl Counts {
@@ -147,8 +172,10 @@ pub fn services(table: &ServiceTable, counts: &CountsByFrontend) -> Vec<ServiceR
 
 /// `backends`: everything about one Service.
 pub fn backends(entry: &ServiceEntry, counts: &CountsByFrontend) -> BackendsReport {
+    let service = &entry.service;
     let ports = entry.ports.iter().enumerate().map(|(index, served)| {
         let frontends = || entry.frontends.iter().filter(move |frontend| frontend.port == index);
+        let external = frontends().any(|frontend| frontend.kind != FrontendKind::ClusterIp);
         let endpoints = served.endpoints.iter().map(|endpoint| {
             let parts = frontends().filter_map(|f| counts.get(&f.at)?.get(&Some(endpoint.addr)));
             let counts = parts.fold(Counts::default(), |sum, part| Counts {
@@ -156,12 +183,15 @@ pub fn backends(entry: &ServiceEntry, counts: &CountsByFrontend) -> BackendsRepo
                 datagrams: sum.datagrams + part.datagrams,
                 refused: sum.refused + part.refused,
             });
+            let internal = endpoint.verdicts.under(service.internal_policy);
             EndpointRow {
                 address: endpoint.addr,
-                node: endpoint.node.as_deref().map(str::to_owned),
-                zone: endpoint.zone.as_deref().map(str::to_owned),
-                eligible: endpoint.eligible,
-                reason: reason(endpoint).to_owned(),
+                node: endpoint.place.node.as_deref().map(str::to_owned),
+                zone: endpoint.place.zone.as_deref().map(str::to_owned),
+                eligible: internal.eligible(),
+                reason: internal.to_string(),
+                external: external.then(|| endpoint.verdicts.cluster.into()),
+                from_outside: external.then(|| endpoint.verdicts.under(service.external_policy).into()),
                 counts,
             }
         });
@@ -185,7 +215,10 @@ fn service_row(entry: &ServiceEntry, counts: &CountsByFrontend) -> ServiceRow {
     };
     let frontends = entry.frontends.iter().map(|frontend| FrontendRow {
         address: frontend.at.to_string(),
+        kind: frontend.kind.to_string(),
         backends: frontend.backends.len(),
+        external_backends: frontend.external_backends.len(),
+        affinity_seconds: frontend.affinity.map(NonZeroU32::get),
         in_force: counts.contains_key(&frontend.at),
         counts: total(counts, &frontend.at),
     });
@@ -195,15 +228,5 @@ fn service_row(entry: &ServiceEntry, counts: &CountsByFrontend) -> ServiceRow {
         kind: kind.to_owned(),
         frontends: frontends.collect(),
         notes: entry.notes.iter().map(ToString::to_string).collect(),
-    }
-}
-
-fn reason(endpoint: &PortEndpoint) -> &'static str {
-    match (endpoint.eligible, endpoint.ready, endpoint.serving, endpoint.terminating) {
-        (true, true, ..) => "ready",
-        (true, false, ..) => "terminating but still serving, and nothing is ready",
-        (false, _, true, true) => "terminating, and others are ready",
-        (false, _, false, true) => "terminating and no longer serving",
-        (false, ..) => "not ready",
     }
 }

@@ -38,7 +38,7 @@ use super::{Count, Dataplane, Error};
 use crate::{
     conditions::Conditions,
     config::EbpfConfig,
-    model::{Change, FrontendAddr, Protocol, ServiceTable},
+    model::{self, Change, FrontendAddr, FrontendKind, Protocol, ServiceTable},
     net::sock_diag,
 };
 
@@ -53,7 +53,7 @@ pub struct Ebpf {
     opened: open::Opened,
     /// What the maps hold, as far as updates need to know.
     installed: HashMap<FrontendKey, Installed>,
-    /// How many frontends each address in `SERVICE_ADDRS` has.
+    /// How many frontends that own their whole address each address in `SERVICE_ADDRS` has.
     addrs: HashMap<Addr, usize>,
     /// The key of each service id in use.
     services: HashMap<u32, FrontendKey>,
@@ -76,6 +76,26 @@ struct Installed {
     last_backend: u32,
     /// What backends that are gone had counted, so that the frontend's sum never goes down.
     retired: Counters,
+    /// See [`Wanted::owns_address`].
+    owns_address: bool,
+}
+
+/// What a frontend is to be.
+#[derive(Clone, Copy, Debug)]
+struct Wanted<'a> {
+    backends: &'a [SocketAddr],
+    /// Whether all other ports of its address are refused. Only a ClusterIP belongs to its Service alone: a node has
+    /// other ports than node ports, and what else listens on an external IP is not for Kubernetes to say.
+    owns_address: bool,
+}
+
+impl<'a> Wanted<'a> {
+    /// None for frontends that the programs cannot serve.
+    fn of(frontend: &'a model::Frontend) -> Option<(FrontendKey, Self)> {
+        // The programs do not ask whose 127.0.0.1 it is, and a pod's is its own.
+        let key = key_of(&frontend.at).filter(|_| !frontend.host_only())?;
+        Some((key, Self { backends: &frontend.backends, owns_address: frontend.kind == FrontendKind::ClusterIp }))
+    }
 }
 
 /// An entry that nothing refers to any more.
@@ -143,13 +163,13 @@ impl Ebpf {
     /// Puts `wanted` in force and takes `unwanted` away; goes on after errors and returns the first.
     fn sync(
         &mut self,
-        wanted: BTreeMap<FrontendKey, &[SocketAddr]>,
+        wanted: BTreeMap<FrontendKey, Wanted<'_>>,
         unwanted: BTreeSet<FrontendKey>,
         now: Instant,
     ) -> Result<(), Error> {
         let mut failures = Failures::default();
-        for (key, backends) in &wanted {
-            if let Err(error) = self.put(*key, backends, now) {
+        for (key, wanted) in &wanted {
+            if let Err(error) = self.put(*key, *wanted, now) {
                 failures.add(error);
             }
         }
@@ -169,17 +189,17 @@ impl Ebpf {
         self.addrs.keys().try_for_each(|addr| self.opened.service_addrs.insert(addr, 1, 0))
     }
 
-    fn put(&mut self, key: FrontendKey, backends: &[SocketAddr], now: Instant) -> Result<(), Error> {
-        let old = self.installed.get(&key);
+    fn put(&mut self, key: FrontendKey, wanted: Wanted<'_>, now: Instant) -> Result<(), Error> {
+        let (backends, old) = (wanted.backends, self.installed.get(&key));
         if let Some(old) = old
             && old.backends.len() == backends.len()
             && old.backends.iter().zip(backends).all(|(have, want)| same(have, want))
         {
-            return Ok(());
+            return self.own_address(&key, wanted.owns_address);
         }
-        let (service, retired) = match old {
-            Some(old) => (old.service, old.retired),
-            None => (self.free_service(), Counters::default()),
+        let (service, retired, owns_address) = match old {
+            Some(old) => (old.service, old.retired, old.owns_address),
+            None => (self.free_service(), Counters::default(), false),
         };
         self.last_generation = self.last_generation.wrapping_add(1);
         let generation = self.last_generation;
@@ -212,19 +232,37 @@ impl Ebpf {
         {
             backends.iter().for_each(|backend| stale.has(service, socket_addr(backend)));
         }
-        let old = self.installed.insert(key, Installed { service, generation, backends, last_backend, retired });
-        match old {
+        let new = Installed { service, generation, backends, last_backend, retired, owns_address };
+        match self.installed.insert(key, new) {
             None => {
                 self.services.insert(service, key);
-                let frontends = self.addrs.entry(key.addr).or_insert(0);
-                *frontends += 1;
-                if *frontends == 1
-                    && let Err(error) = self.opened.service_addrs.insert(key.addr, 1, 0)
-                {
-                    return Err(self.frontends_error(&error, &key));
-                }
             }
             Some(old) => self.abandon_old(key, &old, now),
+        }
+        self.own_address(&key, wanted.owns_address)
+    }
+
+    /// Has an installed frontend own its whole address, or no more than its port.
+    fn own_address(&mut self, key: &FrontendKey, owns: bool) -> Result<(), Error> {
+        let Some(installed) = self.installed.get_mut(key).filter(|installed| installed.owns_address != owns) else {
+            return Ok(());
+        };
+        installed.owns_address = owns;
+        if owns {
+            let owners = self.addrs.entry(key.addr).or_insert(0);
+            *owners += 1;
+            if *owners == 1
+                && let Err(error) = self.opened.service_addrs.insert(key.addr, 1, 0)
+            {
+                return Err(self.frontends_error(&error, key));
+            }
+        } else if let Some(owners) = self.addrs.get_mut(&key.addr) {
+            *owners -= 1;
+            if *owners == 0 {
+                self.addrs.remove(&key.addr);
+                absent_is_fine(self.opened.service_addrs.remove(&key.addr))
+                    .map_err(|error| kernel("remove a Service address", &error))?;
+            }
         }
         Ok(())
     }
@@ -248,16 +286,12 @@ impl Ebpf {
     }
 
     fn take(&mut self, key: &FrontendKey, now: Instant) -> Result<(), Error> {
-        let Some(old) = self.installed.remove(key) else { return Ok(()) };
-        let removed = absent_is_fine(self.opened.frontends.remove(key));
-        if let Some(frontends) = self.addrs.get_mut(&key.addr) {
-            *frontends -= 1;
-            if *frontends == 0 {
-                self.addrs.remove(&key.addr);
-                absent_is_fine(self.opened.service_addrs.remove(&key.addr))
-                    .map_err(|error| kernel("remove a Service address", &error))?;
-            }
+        if !self.installed.contains_key(key) {
+            return Ok(());
         }
+        let removed = absent_is_fine(self.opened.frontends.remove(key));
+        self.own_address(key, false)?;
+        let Some(old) = self.installed.remove(key) else { return Ok(()) };
         self.abandon_old(*key, &old, now);
         self.abandon(now, Abandoned::Counter(CounterKey { service: old.service, backend: 0 }));
         self.abandon(now, Abandoned::Service(old.service));
@@ -321,7 +355,7 @@ impl Dataplane for Ebpf {
     fn replace(&mut self, table: &ServiceTable, now: Instant) -> Result<(), Error> {
         let mut wanted = BTreeMap::new();
         for frontend in table.services.iter().flat_map(|entry| &entry.frontends) {
-            wanted.extend(key_of(&frontend.at).map(|key| (key, &frontend.backends[..])));
+            wanted.extend(Wanted::of(frontend));
         }
         let unwanted = self.installed.keys().copied().collect();
         let result = self.sync(wanted, unwanted, now);
@@ -340,7 +374,7 @@ impl Dataplane for Ebpf {
             };
             unwanted.extend(old.into_iter().flat_map(|e| &e.frontends).filter_map(|f| key_of(&f.at)));
             for frontend in new.into_iter().flat_map(|entry| &entry.frontends) {
-                wanted.extend(key_of(&frontend.at).map(|key| (key, &frontend.backends[..])));
+                wanted.extend(Wanted::of(frontend));
             }
         }
         self.sync(wanted, unwanted, now)

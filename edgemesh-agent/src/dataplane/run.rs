@@ -197,7 +197,7 @@ mod tests {
     use super::*;
     use crate::{
         lifecycle::Readiness,
-        model::{Builder, Change, Event, NamespacedName, Object, ProxyLabels, Service, ServiceKind},
+        model::{Builder, Change, Event, NamespacedName, Object, Service, ServiceKind},
     };
 
     /// Records what it is told, in short words, and fails as often as it is asked to.
@@ -245,13 +245,8 @@ mod tests {
     }
 
     fn service(name: &str) -> Event {
-        Event::Apply(Object::Service(Service {
-            name: NamespacedName::new("default", name),
-            kind: ServiceKind::ClusterIp,
-            cluster_ips: Vec::new(),
-            ports: Vec::new(),
-            proxy_labels: ProxyLabels::default(),
-        }))
+        let name = NamespacedName::new("default", name);
+        Event::Apply(Object::Service(Service::new(name, ServiceKind::ClusterIp)))
     }
 
     struct Bench {

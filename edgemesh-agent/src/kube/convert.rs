@@ -3,24 +3,20 @@
 //! The rule for wrong values: an object is refused as a whole only where nothing sensible is left of it; one bad port or
 //! address costs that port or address and becomes a [`Fault`] beside the object.
 
-use std::{collections::BTreeMap, fmt, net::IpAddr, num::NonZeroU16};
+mod node;
+mod service;
+
+use std::{fmt, net::IpAddr, num::NonZeroU16, sync::Arc};
 
 use k8s_openapi::{
     api::{core::v1 as core, discovery::v1 as discovery},
     apimachinery::pkg::apis::meta::v1::ObjectMeta,
 };
 
-use crate::model::{
-    Endpoint, EndpointPort, EndpointSet, NamespacedName, Object, Protocol, ProxyLabels, Service, ServiceKind,
-    ServicePort, Subset,
-};
+use crate::model::{Endpoint, EndpointPort, EndpointSet, NamespacedName, Object, Place, Protocol, Subset};
 
 /// Names the Service that an EndpointSlice belongs to (API field docs of discovery/v1).
 const SERVICE_NAME_LABEL: &str = "kubernetes.io/service-name";
-/// EdgeMesh's `serviceFilterMode` looks at this label.
-const EDGEMESH_PROXY_LABEL: &str = "service.edgemesh.kubeedge.io/service-proxy-name";
-/// KEP-2447.
-const STANDARD_PROXY_LABEL: &str = "service.kubernetes.io/service-proxy-name";
 /// RFC 1123 subdomains, as the API server demands of names.
 const MAX_NAME: usize = 253;
 /// A message quotes at most so much of a wrong value.
@@ -68,39 +64,13 @@ pub(super) trait Convert {
     ///
     /// [`ConvertError`] names the field that makes all of it unusable.
     fn convert(&self) -> Result<Converted, ConvertError>;
-}
 
-impl Convert for core::Service {
-    fn convert(&self) -> Result<Converted, ConvertError> {
-        let name = object_name(&self.metadata)?;
-        let mut faults = Vec::new();
-        let empty = core::ServiceSpec::default();
-        let spec = self.spec.as_ref().unwrap_or(&empty);
-        let addresses = spec.cluster_ips.as_deref().unwrap_or_default();
-        let first = addresses.first().or(spec.cluster_ip.as_ref()).map_or("", String::as_str);
-        let headless = first == "None";
-        let kind = match spec.type_.as_deref().unwrap_or("ClusterIP") {
-            "ExternalName" => ServiceKind::ExternalName,
-            _ if headless => ServiceKind::Headless,
-            "ClusterIP" | "" => ServiceKind::ClusterIp,
-            "NodePort" => ServiceKind::NodePort,
-            "LoadBalancer" => ServiceKind::LoadBalancer,
-            other => {
-                let expected = "ClusterIP, NodePort, LoadBalancer or ExternalName";
-                return Err(invalid("spec.type", format!("{} is unknown; expected {expected}", quote(other))));
-            }
-        };
-        let cluster_ips = match kind {
-            ServiceKind::Headless | ServiceKind::ExternalName => Vec::new(),
-            ServiceKind::ClusterIp | ServiceKind::NodePort | ServiceKind::LoadBalancer => {
-                cluster_ips(spec, &mut faults)?
-            }
-        };
-        let ports = service_ports(spec.ports.as_deref().unwrap_or_default(), &mut faults);
-        let has = |label| self.metadata.labels.as_ref().is_some_and(|labels| labels.contains_key(label));
-        let proxy_labels = ProxyLabels { edgemesh: has(EDGEMESH_PROXY_LABEL), standard: has(STANDARD_PROXY_LABEL) };
-        Ok(Converted { object: Object::Service(Service { name, kind, cluster_ips, ports, proxy_labels }), faults })
-    }
+    /// The object's name in the model.
+    ///
+    /// # Errors
+    ///
+    /// It is missing, or nothing that the API server would accept.
+    fn model_name(&self) -> Result<NamespacedName, ConvertError>;
 }
 
 impl Convert for discovery::EndpointSlice {
@@ -132,6 +102,10 @@ impl Convert for discovery::EndpointSlice {
         let set = EndpointSet { name, service, subsets: vec![Subset { ports, endpoints }] };
         Ok(Converted { object: Object::EndpointSlice(set), faults })
     }
+
+    fn model_name(&self) -> Result<NamespacedName, ConvertError> {
+        object_name(&self.metadata)
+    }
 }
 
 impl Convert for core::Endpoints {
@@ -143,6 +117,10 @@ impl Convert for core::Endpoints {
         let set = EndpointSet { service: name.clone(), name, subsets };
         Ok(Converted { object: Object::Endpoints(set), faults })
     }
+
+    fn model_name(&self) -> Result<NamespacedName, ConvertError> {
+        object_name(&self.metadata)
+    }
 }
 
 /// Namespace (default `default`) and name of an object.
@@ -150,7 +128,7 @@ impl Convert for core::Endpoints {
 /// # Errors
 ///
 /// The name is missing, or one of the two is nothing that the API server would accept.
-pub(super) fn object_name(metadata: &ObjectMeta) -> Result<NamespacedName, ConvertError> {
+fn object_name(metadata: &ObjectMeta) -> Result<NamespacedName, ConvertError> {
     let name = metadata.name.as_deref().unwrap_or_default();
     if name.is_empty() {
         return Err(invalid("metadata.name", "missing".to_owned()));
@@ -190,35 +168,6 @@ fn quote(value: &str) -> String {
     if cut.len() < value.len() { format!("{cut:?}…") } else { format!("{cut:?}") }
 }
 
-fn cluster_ips(spec: &core::ServiceSpec, faults: &mut Vec<Fault>) -> Result<Vec<IpAddr>, ConvertError> {
-    let mut addresses = Vec::new();
-    let before = faults.len();
-    let list = spec.cluster_ips.as_deref().unwrap_or_default();
-    let single = spec.cluster_ip.as_deref().filter(|address| !address.is_empty());
-    if !list.is_empty() {
-        for (i, text) in list.iter().enumerate() {
-            match address(text) {
-                Ok(address) if addresses.contains(&address) => {}
-                Ok(address) => addresses.push(address),
-                Err(problem) => faults.push(Fault { field: format!("spec.clusterIPs[{i}]"), problem }),
-            }
-        }
-    } else if let Some(text) = single {
-        match address(text) {
-            Ok(address) => addresses.push(address),
-            Err(problem) => faults.push(Fault { field: "spec.clusterIP".into(), problem }),
-        }
-    } else {
-        let problem = "missing; the Service has no address to connect to".into();
-        faults.push(Fault { field: "spec.clusterIP".into(), problem });
-        return Ok(addresses);
-    }
-    if addresses.is_empty() && faults.len() > before {
-        return Err(ConvertError::Invalid(faults.swap_remove(before)));
-    }
-    Ok(addresses)
-}
-
 /// v4-mapped IPv6 addresses count as the IPv4 addresses they stand for.
 fn address(text: &str) -> Result<IpAddr, String> {
     let Ok(address) = text.parse::<IpAddr>() else {
@@ -230,6 +179,12 @@ fn address(text: &str) -> Result<IpAddr, String> {
         return Err(format!("{address} is not the address of a host"));
     }
     Ok(address)
+}
+
+/// What is sent to a loopback address never arrives anywhere else, so it cannot be meant for a Service.
+fn arriving_address(text: &str) -> Result<IpAddr, String> {
+    let address = address(text)?;
+    if address.is_loopback() { Err(format!("{address} is a loopback address")) } else { Ok(address) }
 }
 
 fn port(number: i32) -> Result<NonZeroU16, String> {
@@ -258,25 +213,6 @@ fn port_and_protocol(
     let number = port(number).map_err(|problem| faults.push(Fault { field: format!("{path}.port"), problem }));
     let protocol = protocol(text).map_err(|problem| faults.push(Fault { field: format!("{path}.protocol"), problem }));
     Some((number.ok()?, protocol.ok()?))
-}
-
-fn service_ports(specs: &[core::ServicePort], faults: &mut Vec<Fault>) -> Vec<ServicePort> {
-    let mut ports = Vec::with_capacity(specs.len());
-    let mut taken: BTreeMap<(NonZeroU16, Protocol), usize> = BTreeMap::new();
-    for (i, spec) in specs.iter().enumerate() {
-        let path = format!("spec.ports[{i}]");
-        let Some((port, protocol)) = port_and_protocol(&path, spec.port, spec.protocol.as_deref(), faults) else {
-            continue;
-        };
-        // The API server refuses this; a manifest that nobody checked may have it, and a frontend can only be one of them.
-        if let Some(other) = taken.get(&(port, protocol)) {
-            faults.push(Fault { field: path, problem: format!("{port}/{protocol} is already spec.ports[{other}]") });
-            continue;
-        }
-        taken.insert((port, protocol), i);
-        ports.push(ServicePort { name: spec.name.as_deref().unwrap_or_default().into(), protocol, port });
-    }
-    ports
 }
 
 fn slice_ports(specs: &[discovery::EndpointPort], faults: &mut Vec<Fault>) -> Vec<EndpointPort> {
@@ -308,14 +244,22 @@ fn slice_endpoint(
     });
     let address =
         parsed.map_err(|problem| faults.push(Fault { field: format!("endpoints[{i}].addresses[0]"), problem })).ok()?;
-    let conditions = endpoint.conditions.as_ref();
+    let (conditions, hints) = (endpoint.conditions.as_ref(), endpoint.hints.as_ref());
     Some(Endpoint {
         address,
         ready: conditions.and_then(|conditions| conditions.ready).unwrap_or(true),
         serving: conditions.and_then(|conditions| conditions.serving).unwrap_or(true),
         terminating: conditions.and_then(|conditions| conditions.terminating).unwrap_or(false),
-        node: non_empty(endpoint.node_name.as_deref()),
-        zone: non_empty(endpoint.zone.as_deref()),
+        place: Arc::new(Place {
+            node: non_empty(endpoint.node_name.as_deref()),
+            zone: non_empty(endpoint.zone.as_deref()),
+            for_zones: hints.and_then(|hints| hints.for_zones.as_ref()).map_or_else(Box::default, |zones| {
+                zones.iter().filter_map(|zone| non_empty(Some(&zone.name))).collect()
+            }),
+            for_nodes: hints.and_then(|hints| hints.for_nodes.as_ref()).map_or_else(Box::default, |nodes| {
+                nodes.iter().filter_map(|node| non_empty(Some(&node.name))).collect()
+            }),
+        }),
     })
 }
 
@@ -337,8 +281,7 @@ fn endpoints_subset(i: usize, subset: &core::EndpointSubset, faults: &mut Vec<Fa
                     ready,
                     serving: ready,
                     terminating: false,
-                    node: non_empty(entry.node_name.as_deref()),
-                    zone: None,
+                    place: Arc::new(Place { node: non_empty(entry.node_name.as_deref()), ..Place::default() }),
                 }),
                 Err(problem) => faults.push(Fault { field: format!("subsets[{i}].{list}[{j}].ip"), problem }),
             }

@@ -103,10 +103,12 @@ impl Head {
         let (shape, expected) = match (group, kind) {
             ("", "Service") => (Shape::One(Kind::Service), "v1"),
             ("", "Endpoints") => (Shape::One(Kind::Endpoints), "v1"),
+            ("", "Node") => (Shape::One(Kind::Node), "v1"),
             ("discovery.k8s.io", "EndpointSlice") => (Shape::One(Kind::EndpointSlice), "discovery.k8s.io/v1"),
             ("", "List") => (Shape::List(None), "v1"),
             ("", "ServiceList") => (Shape::List(Some(Kind::Service)), "v1"),
             ("", "EndpointsList") => (Shape::List(Some(Kind::Endpoints)), "v1"),
+            ("", "NodeList") => (Shape::List(Some(Kind::Node)), "v1"),
             ("discovery.k8s.io", "EndpointSliceList") => {
                 (Shape::List(Some(Kind::EndpointSlice)), "discovery.k8s.io/v1")
             }
@@ -143,6 +145,7 @@ fn yaml(text: &str, parsed: &mut Parsed) {
         let outcome = match head.shape() {
             Ok(Shape::One(Kind::Service)) => core::Service::deserialize(body).map(|v| parsed.object(&place, &v)),
             Ok(Shape::One(Kind::Endpoints)) => core::Endpoints::deserialize(body).map(|v| parsed.object(&place, &v)),
+            Ok(Shape::One(Kind::Node)) => core::Node::deserialize(body).map(|v| parsed.object(&place, &v)),
             Ok(Shape::One(Kind::EndpointSlice)) => {
                 discovery::EndpointSlice::deserialize(body).map(|v| parsed.object(&place, &v))
             }
@@ -198,6 +201,7 @@ fn json_document(place: &str, text: &str, parsed: &mut Parsed) -> Result<(), ser
     match head.shape() {
         Ok(Shape::One(Kind::Service)) => parsed.object(place, &serde_json::from_str::<core::Service>(text)?),
         Ok(Shape::One(Kind::Endpoints)) => parsed.object(place, &serde_json::from_str::<core::Endpoints>(text)?),
+        Ok(Shape::One(Kind::Node)) => parsed.object(place, &serde_json::from_str::<core::Node>(text)?),
         Ok(Shape::One(Kind::EndpointSlice)) => {
             parsed.object(place, &serde_json::from_str::<discovery::EndpointSlice>(text)?);
         }
@@ -241,6 +245,7 @@ fn items<V: Clone>(place: &str, kind: Option<Kind>, items: Vec<V>, parsed: &mut 
         let outcome = match shape {
             Ok(Shape::One(Kind::Service)) => reader.read::<core::Service>(item).map(|v| parsed.object(&place, &v)),
             Ok(Shape::One(Kind::Endpoints)) => reader.read::<core::Endpoints>(item).map(|v| parsed.object(&place, &v)),
+            Ok(Shape::One(Kind::Node)) => reader.read::<core::Node>(item).map(|v| parsed.object(&place, &v)),
             Ok(Shape::One(Kind::EndpointSlice)) => {
                 reader.read::<discovery::EndpointSlice>(item).map(|v| parsed.object(&place, &v))
             }
@@ -256,7 +261,7 @@ fn items<V: Clone>(place: &str, kind: Option<Kind>, items: Vec<V>, parsed: &mut 
 
 fn ignored(place: &str, head: &Head) {
     let (version, kind) = (head.api_version.as_deref().unwrap_or(""), head.kind.as_deref().unwrap_or(""));
-    debug!(place, version, kind, "ignored: neither Service, EndpointSlice nor Endpoints");
+    debug!(place, version, kind, "ignored: neither Service, EndpointSlice, Endpoints nor Node");
 }
 
 fn one_line(error: &impl ToString) -> String {

@@ -19,7 +19,7 @@ pub struct SourceState(Arc<Mutex<SourceStatus>>);
 pub struct SourceStatus {
     /// The server's URL or the directory.
     pub source: String,
-    /// Whether the last attempt to read from it succeeded.
+    /// Whether it answered the last attempt to read from it, be it with a refusal.
     pub connected: bool,
     /// When `connected` became what it is; seconds since the Unix epoch.
     pub since: u64,
@@ -48,6 +48,13 @@ impl SourceState {
     pub(super) fn failed(&self, message: String, now: SystemTime) {
         let mut status = self.lock();
         status.turn(false, now);
+        status.last_error = Some(message);
+    }
+
+    /// It answered, but did not give what it was asked for.
+    pub(super) fn refused(&self, message: String, now: SystemTime) {
+        let mut status = self.lock();
+        status.turn(true, now);
         status.last_error = Some(message);
     }
 

@@ -5,11 +5,17 @@
 //! cluster; it puts no bound on a list; and it retries a watch that is answered 410 without listing anew.
 //!
 //! Nothing is ever removed because of an error: [`Event::Replace`] follows only from a list that was read to its end.
+//!
+//! Services and one of the two endpoint kinds are needed for [`Event::Synced`]. Nodes are waited for only as long as
+//! the server has not refused them, and not for long.
 
 mod limit;
 mod session;
 
-use std::time::{Duration, SystemTime};
+use std::{
+    sync::atomic::{AtomicU8, Ordering},
+    time::{Duration, SystemTime},
+};
 
 use k8s_openapi::api::{core::v1 as core, discovery::v1 as discovery};
 use kube::{
@@ -17,7 +23,7 @@ use kube::{
     runtime::{utils::Backoff, watcher::DefaultBackoff},
 };
 use tokio::{
-    sync::mpsc,
+    sync::{Notify, mpsc},
     time::{sleep, timeout},
 };
 use tracing::info;
@@ -40,6 +46,8 @@ const ANSWER: &str = "ApiServerError";
 
 /// For answers that are not streamed: discovery, and one page of a list.
 const ANSWER_TIMEOUT: Duration = Duration::from_secs(60);
+/// How long Nodes may take once Services and endpoints are known.
+const NODES_GRACE: Duration = Duration::from_secs(5);
 /// After the longest pause the back-off stays there.
 const LONGEST_PAUSE: Duration = Duration::from_secs(30);
 
@@ -82,16 +90,34 @@ struct Source {
     listed: Listed,
 }
 
-/// Which of the two halves have been listed at least once.
+/// What has been listed at least once.
 #[derive(Debug, Default)]
-struct Listed(std::sync::atomic::AtomicU8);
+struct Listed {
+    kinds: AtomicU8,
+    /// Services and endpoints have been.
+    essential: Notify,
+}
 
 impl Listed {
+    const SERVICES: u8 = 1;
+    const ENDPOINTS: u8 = 2;
+    const NODES: u8 = 4;
+    const ESSENTIAL: u8 = Self::SERVICES | Self::ENDPOINTS;
+    const ALL: u8 = Self::ESSENTIAL | Self::NODES;
+
     /// Says whether `kind` was the last that was missing.
     fn complete_with(&self, kind: Kind) -> bool {
-        let half = if kind == Kind::Service { 1 } else { 2 };
-        let before = self.0.fetch_or(half, std::sync::atomic::Ordering::SeqCst);
-        before != 3 && before | half == 3
+        let kind = match kind {
+            Kind::Service => Self::SERVICES,
+            Kind::EndpointSlice | Kind::Endpoints => Self::ENDPOINTS,
+            Kind::Node => Self::NODES,
+        };
+        let before = self.kinds.fetch_or(kind, Ordering::SeqCst);
+        let now = before | kind;
+        if now & Self::ESSENTIAL == Self::ESSENTIAL {
+            self.essential.notify_one();
+        }
+        before != Self::ALL && now == Self::ALL
     }
 }
 
@@ -146,7 +172,30 @@ impl Failure {
 
 impl Source {
     async fn run(&self) {
-        let (_, _) = tokio::join!(self.services(), self.endpoints());
+        let (_, _, _, _) = tokio::join!(self.services(), self.endpoints(), self.nodes(), self.stop_waiting_for_nodes());
+    }
+
+    /// Nodes only refine what Services do, and an account may not be allowed to see them: they hold nothing back.
+    async fn nodes(&self) -> Result<(), Closed> {
+        let mut backoff = DefaultBackoff::default();
+        loop {
+            Session::<core::Node>::new(self, Kind::Node, None).follow().await?;
+            pause(&mut backoff).await;
+        }
+    }
+
+    async fn stop_waiting_for_nodes(&self) -> Result<(), Closed> {
+        self.listed.essential.notified().await;
+        sleep(NODES_GRACE).await;
+        self.listed(Kind::Node).await
+    }
+
+    /// Notes that everything of a kind has been delivered, or that nothing of it will be.
+    async fn listed(&self, kind: Kind) -> Result<(), Closed> {
+        if self.listed.complete_with(kind) {
+            self.events.send(Event::Synced).await.map_err(|_| Closed)?;
+        }
+        Ok(())
     }
 
     async fn services(&self) -> Result<(), Closed> {
@@ -235,10 +284,12 @@ impl Source {
                 (ANSWER, resource, format!("the API server {url} failed to {verb} {resource}: {detail}; {todo}"))
             }
         };
-        if reason != UNREACHABLE {
+        if reason == UNREACHABLE {
+            self.state.failed(message.clone(), now);
+        } else {
             self.conditions.clear(UNREACHABLE, "");
+            self.state.refused(message.clone(), now);
         }
-        self.state.failed(message.clone(), now);
         self.conditions.raise(reason, subject, message, now);
     }
 }

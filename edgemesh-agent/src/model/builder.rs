@@ -1,14 +1,16 @@
 //! Events in, tables out.
 
+mod resolve;
+
 use std::{
     collections::{BTreeMap, BTreeSet, HashMap, HashSet},
-    net::{IpAddr, SocketAddr},
     sync::Arc,
 };
 
+use self::resolve::{Surroundings, resolve};
 use super::{
-    EndpointSet, Event, Frontend, FrontendAddr, Kind, NamespacedName, Note, Object, PortEndpoint, Protocol, ServedPort,
-    Service, ServiceEntry, ServiceKind, ServicePort, ServiceTable,
+    EndpointSet, Event, FrontendAddr, FrontendKind, Kind, NamespacedName, Node, Nodes, Note, Object, Place, Service,
+    ServiceTable, Vantage, shared::Shared,
 };
 use crate::config::ServiceFilter;
 
@@ -18,21 +20,36 @@ use crate::config::ServiceFilter;
 #[derive(Debug, Default)]
 pub struct Builder {
     filter: ServiceFilter,
-    services: BTreeMap<NamespacedName, Service>,
+    /// The name of this node.
+    node: Box<str>,
+    services: BTreeMap<NamespacedName, Arc<Service>>,
     slices: Sets,
     endpoints: Sets,
-    /// Who answers on a frontend, for as long as somebody does.
-    owners: HashMap<FrontendAddr, NamespacedName>,
+    nodes: Nodes,
+    places: Shared<Place>,
+    labels: Shared<str>,
+    /// Who answers on a frontend, and as what, for as long as somebody does.
+    owners: HashMap<FrontendAddr, Claim>,
     /// Services that want a frontend another one has.
     waiting: HashMap<FrontendAddr, BTreeSet<NamespacedName>>,
     dirty: BTreeSet<NamespacedName>,
+    /// Nodes touched since the last table, each with the zone it was in then.
+    touched_nodes: HashMap<Box<str>, Option<Box<str>>>,
     table: ServiceTable,
     synced: bool,
 }
 
+/// A Service's wish for a frontend; of several, the first in order is granted.
+#[derive(Clone, Debug, Eq, Ord, PartialEq, PartialOrd)]
+struct Claim {
+    kind: FrontendKind,
+    service: NamespacedName,
+}
+
 impl Builder {
-    pub fn new(filter: ServiceFilter) -> Self {
-        Self { filter, ..Self::default() }
+    /// A builder for the node of that name, as endpoints and Nodes spell it.
+    pub fn new(filter: ServiceFilter, node: &str) -> Self {
+        Self { filter, node: node.into(), ..Self::default() }
     }
 
     /// Takes one event; [`Builder::build`] shows its effect.
@@ -46,6 +63,10 @@ impl Builder {
                     Kind::Service => self.services.keys().filter(|name| !keep.contains(name)).cloned().collect(),
                     Kind::EndpointSlice => self.slices.names().filter(|name| !keep.contains(name)).cloned().collect(),
                     Kind::Endpoints => self.endpoints.names().filter(|name| !keep.contains(name)).cloned().collect(),
+                    Kind::Node => {
+                        let names = self.nodes.values().map(|node| &node.name);
+                        names.filter(|name| !keep.contains(name)).cloned().collect()
+                    }
                 };
                 drop(keep);
                 for name in gone {
@@ -61,7 +82,9 @@ impl Builder {
 
     /// The table as of all events so far; None if nothing changed since the last one.
     pub fn build(&mut self) -> Option<Arc<ServiceTable>> {
-        let mut changed = self.synced != self.table.complete;
+        self.follow_nodes();
+        let node_known = self.nodes.contains_key(&self.node);
+        let mut changed = self.synced != self.table.complete || node_known != self.table.node_known;
         while let Some(name) = self.dirty.pop_first() {
             changed |= self.refresh(&name);
         }
@@ -70,19 +93,44 @@ impl Builder {
         }
         self.table.generation += 1;
         self.table.complete = self.synced;
+        self.table.node_known = node_known;
         Some(Arc::new(self.table.clone()))
     }
 
     fn put(&mut self, object: Object) {
         match object {
             Object::Service(service) => {
-                if self.services.get(&service.name) != Some(&service) {
+                if self.services.get(&service.name).is_none_or(|known| **known != service) {
                     self.dirty.insert(service.name.clone());
-                    self.services.insert(service.name.clone(), service);
+                    self.services.insert(service.name.clone(), Arc::new(service));
                 }
             }
-            Object::EndpointSlice(set) => self.slices.put(set, &mut self.dirty),
-            Object::Endpoints(set) => self.endpoints.put(set, &mut self.dirty),
+            Object::EndpointSlice(mut set) => {
+                self.share(&mut set);
+                self.slices.put(set, &mut self.dirty);
+            }
+            Object::Endpoints(mut set) => {
+                self.share(&mut set);
+                self.endpoints.put(set, &mut self.dirty);
+            }
+            Object::Node(mut node) => {
+                let known = self.nodes.get(&node.name.name);
+                if known == Some(&node) {
+                    return;
+                }
+                touch(&mut self.touched_nodes, &node.name.name, known);
+                for (key, value) in &mut node.labels {
+                    self.labels.one(key);
+                    self.labels.one(value);
+                }
+                self.nodes.insert(node.name.name.clone(), node);
+            }
+        }
+    }
+
+    fn share(&mut self, set: &mut EndpointSet) {
+        for endpoint in set.subsets.iter_mut().flat_map(|subset| &mut subset.endpoints) {
+            self.places.one(&mut endpoint.place);
         }
     }
 
@@ -95,6 +143,39 @@ impl Builder {
             }
             Kind::EndpointSlice => self.slices.remove(name, &mut self.dirty),
             Kind::Endpoints => self.endpoints.remove(name, &mut self.dirty),
+            Kind::Node => {
+                if let Some(known) = self.nodes.remove(&name.name) {
+                    touch(&mut self.touched_nodes, &name.name, Some(&known));
+                }
+            }
+        }
+    }
+
+    /// Marks the Services that may look different since Nodes changed.
+    fn follow_nodes(&mut self) {
+        let touched = std::mem::take(&mut self.touched_nodes);
+        if touched.is_empty() {
+            return;
+        }
+        if touched.contains_key(&self.node) {
+            self.dirty.extend(self.services.keys().cloned());
+            return;
+        }
+        let moved = |node: &str| match touched.get(node) {
+            Some(before) => before.as_deref() != self.nodes.get(node).and_then(Node::zone),
+            None => false,
+        };
+        let any_moved = touched.keys().any(|node| moved(node));
+        for (name, service) in &self.services {
+            let limited = service.within_node_group || !service.topology_keys.is_empty();
+            let borrows_zone = |set: &EndpointSet| {
+                let mut places =
+                    set.subsets.iter().flat_map(|subset| &subset.endpoints).map(|endpoint| &endpoint.place);
+                places.any(|place| place.zone.is_none() && place.node.as_deref().is_some_and(moved))
+            };
+            if limited || (any_moved && counting(&self.slices, &self.endpoints, name).iter().any(borrows_zone)) {
+                self.dirty.insert(name.clone());
+            }
         }
     }
 
@@ -102,7 +183,7 @@ impl Builder {
     fn refresh(&mut self, name: &NamespacedName) -> bool {
         let place = self.table.services.binary_search_by(|entry| entry.service.name.cmp(name));
         let Some(service) = self.services.get(name) else {
-            self.claim(name, Vec::new());
+            self.claim(name, BTreeMap::new());
             return match place {
                 Ok(place) => {
                     self.table.services.remove(place);
@@ -111,8 +192,11 @@ impl Builder {
                 Err(_) => false,
             };
         };
-        let mut entry = self.resolve(service);
-        let taken = self.claim(name, entry.frontends.iter().map(|frontend| frontend.at).collect());
+        let sets = counting(&self.slices, &self.endpoints, name);
+        let vantage = Vantage { name: &self.node, nodes: &self.nodes };
+        let around = Surroundings { filter: self.filter, vantage, sets, places: &mut self.places };
+        let mut entry = resolve(service, around);
+        let taken = self.claim(name, entry.frontends.iter().map(|frontend| (frontend.at, frontend.kind)).collect());
         entry.frontends.retain(|frontend| !taken.contains_key(&frontend.at));
         entry.notes.extend(taken.into_iter().map(|(at, by)| Note::Taken { at, by }));
         match place {
@@ -129,37 +213,42 @@ impl Builder {
     }
 
     /// Makes `name` the owner of the frontends it `wants` and gives up those it had; returns the ones that belong to
-    /// others. Of several Services the first by name owns a frontend, whatever the order they came in.
-    fn claim(&mut self, name: &NamespacedName, wants: Vec<FrontendAddr>) -> BTreeMap<FrontendAddr, NamespacedName> {
+    /// others. Who owns a frontend does not depend on the order in which Services come.
+    fn claim(
+        &mut self,
+        name: &NamespacedName,
+        wants: BTreeMap<FrontendAddr, FrontendKind>,
+    ) -> BTreeMap<FrontendAddr, NamespacedName> {
         let mut given_up = Vec::new();
         if let Ok(place) = self.table.services.binary_search_by(|entry| entry.service.name.cmp(name)) {
             let old = &self.table.services[place];
             given_up.extend(old.frontends.iter().map(|frontend| frontend.at));
             given_up.extend(old.notes.iter().filter_map(|note| match note {
                 Note::Taken { at, .. } => Some(*at),
-                Note::Filtered | Note::Sctp { .. } => None,
+                Note::Filtered | Note::Sctp { .. } | Note::NodeUnknown => None,
             }));
         }
-        given_up.retain(|at| !wants.contains(at));
+        given_up.retain(|at| !wants.contains_key(at));
         for at in given_up {
             self.stop_waiting(name, at);
-            if self.owners.get(&at) == Some(name) {
+            if self.owners.get(&at).is_some_and(|owner| owner.service == *name) {
                 self.owners.remove(&at);
                 self.dirty.extend(self.waiting.get(&at).into_iter().flatten().cloned());
             }
         }
         let mut taken = BTreeMap::new();
-        for at in wants {
+        for (at, kind) in wants {
+            let claim = Claim { kind, service: name.clone() };
             match self.owners.get(&at) {
-                Some(owner) if owner < name => {
-                    taken.insert(at, owner.clone());
+                Some(owner) if *owner == claim => {}
+                Some(owner) if owner.service != *name && *owner < claim => {
+                    taken.insert(at, owner.service.clone());
                     self.waiting.entry(at).or_default().insert(name.clone());
                 }
-                Some(owner) if owner == name => {}
-                // Nobody's yet, or that of a Service later by name: it and all who wait have a new owner to look at.
+                // Nobody's yet, or that of a later claim: its owner and all who wait have a new one to look at.
                 later => {
-                    self.dirty.extend(later.cloned());
-                    self.owners.insert(at, name.clone());
+                    self.dirty.extend(later.map(|owner| owner.service.clone()).filter(|owner| owner != name));
+                    self.owners.insert(at, claim);
                     self.stop_waiting(name, at);
                     self.dirty.extend(self.waiting.get(&at).into_iter().flatten().cloned());
                 }
@@ -176,109 +265,20 @@ impl Builder {
             }
         }
     }
+}
 
-    fn resolve(&self, service: &Service) -> ServiceEntry {
-        let mut notes = Vec::new();
-        let labelled = service.proxy_labels.edgemesh;
-        let wanted = match self.filter {
-            ServiceFilter::UnlabelledOnly => !labelled,
-            ServiceFilter::LabelledOnly => labelled,
-        };
-        if !wanted || service.proxy_labels.standard {
-            notes.push(Note::Filtered);
-        }
-        let sets = match self.slices.of(&service.name) {
-            [] => self.endpoints.of(&service.name),
-            slices => slices,
-        };
-        let ports: Vec<ServedPort> = service
-            .ports
-            .iter()
-            .map(|port| ServedPort { port: port.clone(), endpoints: endpoints_of(port, sets) })
-            .collect();
-
-        let mut frontends = Vec::new();
-        for (index, served) in ports.iter().enumerate() {
-            if served.port.protocol == Protocol::Sctp {
-                notes.push(Note::Sctp { port: served.port.port.get() });
-                continue;
-            }
-            if notes.contains(&Note::Filtered) {
-                continue;
-            }
-            for ip in addresses(service) {
-                let at =
-                    FrontendAddr { addr: SocketAddr::new(ip, served.port.port.get()), protocol: served.port.protocol };
-                if frontends.iter().any(|frontend: &Frontend| frontend.at == at) {
-                    continue;
-                }
-                let backends = served
-                    .endpoints
-                    .iter()
-                    .filter(|endpoint| endpoint.eligible && endpoint.addr.is_ipv4() == ip.is_ipv4())
-                    .map(|endpoint| endpoint.addr)
-                    .collect();
-                frontends.push(Frontend { at, port: index, backends });
-            }
-        }
-        ServiceEntry { service: service.clone(), ports, frontends, notes }
+/// Remembers the zone that a Node was in when the last table was made.
+fn touch(touched: &mut HashMap<Box<str>, Option<Box<str>>>, name: &str, known: Option<&Node>) {
+    if !touched.contains_key(name) {
+        touched.insert(name.into(), known.and_then(Node::zone).map(Box::from));
     }
 }
 
-/// The addresses that a Service answers on.
-fn addresses(service: &Service) -> impl Iterator<Item = IpAddr> + '_ {
-    let served = match service.kind {
-        ServiceKind::ClusterIp | ServiceKind::NodePort | ServiceKind::LoadBalancer => true,
-        ServiceKind::Headless | ServiceKind::ExternalName => false,
-    };
-    service.cluster_ips.iter().copied().filter(move |_| served)
-}
-
-/// All endpoints of a port, merged over the sets, with the eligible ones marked.
-///
-/// Within a family, ready endpoints are eligible; if there is none, those that still serve while they terminate
-/// (KEP-1669).
-fn endpoints_of(port: &ServicePort, sets: &[EndpointSet]) -> Vec<PortEndpoint> {
-    let mut merged: BTreeMap<SocketAddr, PortEndpoint> = BTreeMap::new();
-    for subset in sets.iter().flat_map(|set| &set.subsets) {
-        let matching = subset.ports.iter().filter(|p| p.name == port.name && p.protocol == port.protocol);
-        for target in matching {
-            for endpoint in &subset.endpoints {
-                let found = PortEndpoint {
-                    addr: SocketAddr::new(endpoint.address, target.port.get()),
-                    ready: endpoint.ready,
-                    serving: endpoint.serving,
-                    terminating: endpoint.terminating,
-                    node: endpoint.node.clone(),
-                    zone: endpoint.zone.clone(),
-                    eligible: false,
-                };
-                // While a pod moves between slices it may be in both; the better word about it counts.
-                match merged.get(&found.addr) {
-                    Some(known) if rank(known) >= rank(&found) => {}
-                    Some(_) | None => {
-                        merged.insert(found.addr, found);
-                    }
-                }
-            }
-        }
-    }
-    let mut endpoints: Vec<PortEndpoint> = merged.into_values().collect();
-    for v4 in [true, false] {
-        let family = |endpoint: &PortEndpoint| endpoint.addr.is_ipv4() == v4;
-        let any_ready = endpoints.iter().any(|endpoint| family(endpoint) && endpoint.ready);
-        for endpoint in endpoints.iter_mut().filter(|endpoint| family(endpoint)) {
-            endpoint.eligible = if any_ready { endpoint.ready } else { endpoint.serving && endpoint.terminating };
-        }
-    }
-    endpoints
-}
-
-fn rank(endpoint: &PortEndpoint) -> u8 {
-    match (endpoint.ready, endpoint.serving) {
-        (true, _) => 2,
-        (false, true) => 1,
-        (false, false) => 0,
+/// The endpoints that count for a Service: its slices, else its core/v1 Endpoints.
+fn counting<'a>(slices: &'a Sets, endpoints: &'a Sets, service: &NamespacedName) -> &'a [EndpointSet] {
+    match slices.of(service) {
+        [] => endpoints.of(service),
+        slices => slices,
     }
 }
 

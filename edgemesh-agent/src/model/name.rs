@@ -1,6 +1,7 @@
 use std::{fmt, str::FromStr};
 
-/// Namespace and name of an object; orders and prints as `namespace/name`.
+/// Namespace and name of an object; orders and prints as `namespace/name`, or as `name` where the namespace is empty,
+/// as it is for cluster-wide kinds.
 #[derive(Clone, Debug, Eq, Hash, Ord, PartialEq, PartialOrd)]
 pub struct NamespacedName {
     pub namespace: Box<str>,
@@ -15,7 +16,10 @@ impl NamespacedName {
 
 impl fmt::Display for NamespacedName {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "{}/{}", self.namespace, self.name)
+        match &*self.namespace {
+            "" => f.write_str(&self.name),
+            namespace => write!(f, "{namespace}/{}", self.name),
+        }
     }
 }
 

@@ -1,8 +1,13 @@
 //! The objects that sources deliver, parsed once and reduced to what the agent uses.
 
-use std::{fmt, net::IpAddr, num::NonZeroU16};
+use std::{
+    fmt,
+    net::IpAddr,
+    num::{NonZeroU16, NonZeroU32},
+    sync::Arc,
+};
 
-use super::NamespacedName;
+use super::{IpPrefix, NamespacedName};
 
 /// The transport protocol of a port.
 #[derive(Clone, Copy, Debug, Eq, Hash, Ord, PartialEq, PartialOrd)]
@@ -51,8 +56,80 @@ pub struct Service {
     pub kind: ServiceKind,
     /// `spec.clusterIPs` (else `spec.clusterIP`); empty for headless and ExternalName Services.
     pub cluster_ips: Vec<IpAddr>,
+    /// `spec.externalIPs`.
+    pub external_ips: Vec<IpAddr>,
+    /// `status.loadBalancer.ingress[].ip` where `ipMode` is `VIP` or absent: packets arrive with this destination
+    /// (KEP-1860). With `Proxy` they arrive at a node port or a pod, so there is nothing to translate.
+    pub load_balancer_ips: Vec<IpAddr>,
+    /// `spec.loadBalancerSourceRanges`; None admits every client. Unusable entries are left out, so that a list of
+    /// nothing else admits nobody.
+    pub source_ranges: Option<Vec<IpPrefix>>,
     pub ports: Vec<ServicePort>,
+    pub affinity: SessionAffinity,
+    /// `spec.internalTrafficPolicy`: which endpoints the ClusterIPs lead to.
+    pub internal_policy: TrafficPolicy,
+    /// `spec.externalTrafficPolicy`: which endpoints traffic from outside the cluster is led to.
+    pub external_policy: TrafficPolicy,
+    /// `spec.trafficDistribution`.
+    pub distribution: Option<TrafficDistribution>,
+    /// KubeEdge's annotation `apps.kubeedge.io/service-topology: range-nodegroup`: only endpoints of the own node group.
+    pub within_node_group: bool,
+    /// SuperEdge's annotation `topologyKeys`: only endpoints on nodes that share the value of at least one of these
+    /// labels; `*` stands for any node. Empty for no such limit.
+    pub topology_keys: Vec<Box<str>>,
+    /// `spec.publishNotReadyAddresses`: the readiness of endpoints does not matter.
+    pub publish_not_ready: bool,
     pub proxy_labels: ProxyLabels,
+}
+
+impl Service {
+    /// A Service with the API's defaults, and neither addresses nor ports.
+    pub fn new(name: NamespacedName, kind: ServiceKind) -> Self {
+        Self {
+            name,
+            kind,
+            cluster_ips: Vec::new(),
+            external_ips: Vec::new(),
+            load_balancer_ips: Vec::new(),
+            source_ranges: None,
+            ports: Vec::new(),
+            affinity: SessionAffinity::None,
+            internal_policy: TrafficPolicy::Cluster,
+            external_policy: TrafficPolicy::Cluster,
+            distribution: None,
+            within_node_group: false,
+            topology_keys: Vec::new(),
+            publish_not_ready: false,
+            proxy_labels: ProxyLabels::default(),
+        }
+    }
+}
+
+/// `spec.sessionAffinity`.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+pub enum SessionAffinity {
+    None,
+    /// Connections of one client go to one endpoint, until it has made none for this many seconds (1 to 86,400).
+    ClientIp {
+        timeout: NonZeroU32,
+    },
+}
+
+/// Whether traffic may leave the node it came to.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+pub enum TrafficPolicy {
+    Cluster,
+    /// Only endpoints on the same node; none there means no endpoints.
+    Local,
+}
+
+/// `spec.trafficDistribution` (KEP-4444, KEP-3015): a preference, which never leaves a client without endpoints.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+pub enum TrafficDistribution {
+    /// Also called `PreferClose`.
+    SameZone,
+    /// The same node, else the same zone.
+    SameNode,
 }
 
 /// One entry of `spec.ports`.
@@ -62,6 +139,8 @@ pub struct ServicePort {
     pub name: Box<str>,
     pub protocol: Protocol,
     pub port: NonZeroU16,
+    /// The port that every node answers on; None for Services that have none.
+    pub node_port: Option<NonZeroU16>,
 }
 
 /// The endpoints that one EndpointSlice, or one core/v1 Endpoints object, gives to a Service.
@@ -99,8 +178,48 @@ pub struct Endpoint {
     pub ready: bool,
     pub serving: bool,
     pub terminating: bool,
+    /// Shared: of many endpoints only few differ in it.
+    pub place: Arc<Place>,
+}
+
+/// Where an endpoint is, and which clients it is meant for.
+#[derive(Clone, Debug, Default, Eq, Hash, PartialEq)]
+pub struct Place {
     pub node: Option<Box<str>>,
     pub zone: Option<Box<str>>,
+    /// `hints.forZones`; empty for none.
+    pub for_zones: Box<[Box<str>]>,
+    /// `hints.forNodes`; empty for none.
+    pub for_nodes: Box<[Box<str>]>,
+}
+
+/// A core/v1 Node.
+#[derive(Clone, Debug, Eq, PartialEq)]
+pub struct Node {
+    /// Its namespace is empty, as Nodes have none.
+    pub name: NamespacedName,
+    /// `status.addresses` of the types InternalIP and ExternalIP, in that order.
+    pub addresses: Vec<IpAddr>,
+    /// All of them, as `topologyKeys` may name any; ordered by key.
+    pub labels: Box<[(Arc<str>, Arc<str>)]>,
+}
+
+impl Node {
+    /// The value of a label.
+    pub fn label(&self, key: &str) -> Option<&str> {
+        let place = self.labels.binary_search_by(|(label, _)| (**label).cmp(key)).ok()?;
+        self.labels.get(place).map(|(_, value)| &**value)
+    }
+
+    /// The zone it is in (label `topology.kubernetes.io/zone`).
+    pub fn zone(&self) -> Option<&str> {
+        self.label("topology.kubernetes.io/zone").filter(|zone| !zone.is_empty())
+    }
+
+    /// KubeEdge's node group (label `apps.kubeedge.io/belonging-to`). Nodes without one are no group of their own.
+    pub fn group(&self) -> Option<&str> {
+        self.label("apps.kubeedge.io/belonging-to").filter(|group| !group.is_empty())
+    }
 }
 
 /// The kinds of objects that sources deliver.
@@ -109,6 +228,7 @@ pub enum Kind {
     Service,
     EndpointSlice,
     Endpoints,
+    Node,
 }
 
 impl fmt::Display for Kind {
@@ -117,6 +237,7 @@ impl fmt::Display for Kind {
             Self::Service => "Service",
             Self::EndpointSlice => "EndpointSlice",
             Self::Endpoints => "Endpoints",
+            Self::Node => "Node",
         })
     }
 }
@@ -127,6 +248,7 @@ pub enum Object {
     Service(Service),
     EndpointSlice(EndpointSet),
     Endpoints(EndpointSet),
+    Node(Node),
 }
 
 impl Object {
@@ -135,6 +257,7 @@ impl Object {
             Self::Service(_) => Kind::Service,
             Self::EndpointSlice(_) => Kind::EndpointSlice,
             Self::Endpoints(_) => Kind::Endpoints,
+            Self::Node(_) => Kind::Node,
         }
     }
 
@@ -142,6 +265,7 @@ impl Object {
         match self {
             Self::Service(service) => &service.name,
             Self::EndpointSlice(set) | Self::Endpoints(set) => &set.name,
+            Self::Node(node) => &node.name,
         }
     }
 }

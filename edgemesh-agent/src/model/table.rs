@@ -1,8 +1,8 @@
 //! The immutable tables that everything downstream of the builder reads.
 
-use std::{fmt, net::SocketAddr, sync::Arc};
+use std::{fmt, net::SocketAddr, num::NonZeroU32, sync::Arc};
 
-use super::{NamespacedName, Protocol, Service, ServicePort};
+use super::{NamespacedName, Place, Protocol, Service, ServicePort, Verdicts};
 
 /// Everything the agent knows of Services at one moment. Immutable; a change makes a new table that shares what did not
 /// change.
@@ -13,6 +13,8 @@ pub struct ServiceTable {
     /// Whether the source has delivered everything that exists. While false, nothing may be taken away from what an
     /// earlier agent left in the kernel.
     pub complete: bool,
+    /// Whether this node's own Node object is known.
+    pub node_known: bool,
     /// Ordered by name.
     pub services: Vec<Arc<ServiceEntry>>,
 }
@@ -28,7 +30,7 @@ impl ServiceTable {
 /// A Service with its endpoints resolved.
 #[derive(Clone, Debug, Eq, PartialEq)]
 pub struct ServiceEntry {
-    pub service: Service,
+    pub service: Arc<Service>,
     /// One for each of `service.ports`, in that order.
     pub ports: Vec<ServedPort>,
     /// What the data plane is to translate; empty for Services that it leaves alone.
@@ -52,10 +54,10 @@ pub struct PortEndpoint {
     pub ready: bool,
     pub serving: bool,
     pub terminating: bool,
-    pub node: Option<Box<str>>,
-    pub zone: Option<Box<str>>,
-    /// Whether new connections may go here.
-    pub eligible: bool,
+    /// Whether new connections may go here, and why.
+    pub verdicts: Verdicts,
+    /// Its zone is that of its Node where the endpoint itself names none.
+    pub place: Arc<Place>,
 }
 
 /// An address, port and protocol that a Service answers on.
@@ -72,14 +74,53 @@ impl fmt::Display for FrontendAddr {
     }
 }
 
+/// What makes an address one that a Service answers on; orders by precedence where two Services want the same.
+#[derive(Clone, Copy, Debug, Eq, Hash, Ord, PartialEq, PartialOrd)]
+pub enum FrontendKind {
+    ClusterIp,
+    /// The addresses of this node, and 127.0.0.1.
+    NodePort,
+    LoadBalancer,
+    /// Last, as anybody who may create Services may claim any address (CVE-2020-8554).
+    ExternalIp,
+}
+
+impl fmt::Display for FrontendKind {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::ClusterIp => "ClusterIP",
+            Self::NodePort => "NodePort",
+            Self::LoadBalancer => "LoadBalancer",
+            Self::ExternalIp => "ExternalIP",
+        })
+    }
+}
+
 /// A frontend and where its connections go.
 #[derive(Clone, Debug, Eq, PartialEq)]
 pub struct Frontend {
     pub at: FrontendAddr,
+    pub kind: FrontendKind,
     /// Index into [`ServiceEntry::ports`].
     pub port: usize,
-    /// The eligible endpoints of the frontend's own family, ordered; empty means that connections are refused.
-    pub backends: Vec<SocketAddr>,
+    /// Where sockets on this node are sent, pods' and the host's: the eligible endpoints of the frontend's own family,
+    /// ordered; empty means that connections are refused.
+    ///
+    /// `externalTrafficPolicy` does not matter to them: inside the cluster there is no client address to preserve, so
+    /// kube-proxy takes the short way too, with policy Cluster.
+    pub backends: Arc<[SocketAddr]>,
+    /// Where packets are sent that arrive from outside. Under `externalTrafficPolicy: Local` it may be empty where
+    /// `backends` is not: such packets were sent to the wrong node and are dropped, not refused.
+    pub external_backends: Arc<[SocketAddr]>,
+    /// The seconds for which a client's endpoint is remembered; None without session affinity.
+    pub affinity: Option<NonZeroU32>,
+}
+
+impl Frontend {
+    /// Whether it is for sockets in the host's network namespace alone: to all others, 127.0.0.1 is their own.
+    pub fn host_only(&self) -> bool {
+        self.at.addr.ip().is_loopback()
+    }
 }
 
 /// Why part of a Service is not served.
@@ -89,8 +130,10 @@ pub enum Note {
     Filtered,
     /// The port's protocol has no data plane here.
     Sctp { port: u16 },
-    /// Another Service, first by name, already answers on this frontend.
+    /// Another Service, first by kind of frontend and then by name, already answers on this frontend.
     Taken { at: FrontendAddr, by: NamespacedName },
+    /// The Service asks for what only this node's Node object tells: its addresses, zone or labels.
+    NodeUnknown,
 }
 
 impl fmt::Display for Note {
@@ -98,6 +141,10 @@ impl fmt::Display for Note {
         match self {
             Self::Filtered => f.write_str("left to another proxy by its labels and serviceFilterMode"),
             Self::Sctp { port } => write!(f, "port {port} is not served: SCTP is not supported"),
+            Self::NodeUnknown => f.write_str(
+                "this node's Node object is not known: node ports are answered on 127.0.0.1 alone, and neither zones, node \
+                 groups nor topologyKeys limit the endpoints",
+            ),
             Self::Taken { at, by } => write!(f, "{at} is not served: Service {by} has the same address and port"),
         }
     }

@@ -1,12 +1,13 @@
-//! Service and EndpointSlice manifests, and the directory agents read them from.
+//! Service, EndpointSlice and Node manifests, and the directory agents read them from.
 
+use std::collections::BTreeMap;
 use std::net::IpAddr;
 use std::path::PathBuf;
 
 use anyhow::{Context as _, Result, ensure};
 use serde_json::{Value, json};
 
-use super::{Pod, Transport};
+use super::{Node, Pod, Transport};
 
 /// The directory the lab's agents read their objects from.
 #[derive(Debug, Clone)]
@@ -54,6 +55,7 @@ pub struct Service {
     name: String,
     metadata: Value,
     spec: Value,
+    status: Value,
     ports: Vec<Port>,
 }
 
@@ -63,6 +65,7 @@ struct Port {
     transport: Transport,
     port: u16,
     target: u16,
+    node_port: Option<u16>,
 }
 
 /// One endpoint of an EndpointSlice.
@@ -88,6 +91,7 @@ impl Service {
             name: name.to_owned(),
             metadata: json!({ "name": name, "namespace": "default" }),
             spec,
+            status: json!({}),
             ports: Vec::new(),
         }
     }
@@ -103,7 +107,33 @@ impl Service {
     /// Adds a named port and the port its endpoints listen on.
     #[must_use]
     pub fn port(mut self, name: &str, transport: Transport, port: u16, target: u16) -> Self {
-        self.ports.push(Port { name: name.to_owned(), transport, port, target });
+        self.ports.push(Port { name: name.to_owned(), transport, port, target, node_port: None });
+        self
+    }
+
+    /// Gives the port added last a node port, and makes the Service one of type NodePort unless it is of another that
+    /// has node ports.
+    #[must_use]
+    pub fn node_port(mut self, number: u16) -> Self {
+        if self.spec["type"] == "ClusterIP" {
+            self.spec["type"] = json!("NodePort");
+        }
+        if let Some(port) = self.ports.last_mut() {
+            port.node_port = Some(number);
+        }
+        self
+    }
+
+    /// Makes it a Service of type LoadBalancer and adds an ingress point, with the `ipMode` unless that is empty.
+    #[must_use]
+    pub fn ingress(mut self, ip: &str, mode: &str) -> Self {
+        self.spec["type"] = json!("LoadBalancer");
+        let point = if mode.is_empty() { json!({ "ip": ip }) } else { json!({ "ip": ip, "ipMode": mode }) };
+        let points = &mut self.status["loadBalancer"]["ingress"];
+        match points.as_array_mut() {
+            Some(points) => points.push(point),
+            None => *points = json!([point]),
+        }
         self
     }
 
@@ -134,17 +164,24 @@ impl Service {
             .ports
             .iter()
             .map(|port| {
-                json!({
+                let mut entry = json!({
                     "name": port.name,
                     "protocol": protocol(port.transport),
                     "port": port.port,
                     "targetPort": port.target,
-                })
+                });
+                if let Some(number) = port.node_port {
+                    entry["nodePort"] = json!(number);
+                }
+                entry
             })
             .collect();
         let mut spec = self.spec.clone();
         spec["ports"] = json!(ports);
-        document(&json!({ "apiVersion": "v1", "kind": "Service", "metadata": self.metadata, "spec": spec }))
+        let (metadata, status) = (&self.metadata, &self.status);
+        document(&json!({
+            "apiVersion": "v1", "kind": "Service", "metadata": metadata, "spec": spec, "status": status,
+        }))
     }
 
     /// The Service, and an EndpointSlice per address family with these endpoints; without any, an empty IPv4 one.
@@ -215,6 +252,18 @@ impl Endpoint {
     }
 }
 
+/// The Node object of a node, with labels, as YAML.
+pub fn node(node: &Node, labels: &[(&str, &str)]) -> Result<String> {
+    let labels: BTreeMap<&str, &str> = labels.iter().copied().collect();
+    let addresses: Vec<Value> = node.ips().iter().map(|ip| json!({ "type": "InternalIP", "address": ip })).collect();
+    document(&json!({
+        "apiVersion": "v1",
+        "kind": "Node",
+        "metadata": { "name": node.name(), "labels": labels },
+        "status": { "addresses": addresses },
+    }))
+}
+
 fn protocol(transport: Transport) -> &'static str {
     match transport {
         Transport::Tcp => "TCP",
@@ -248,6 +297,21 @@ mod tests {
         assert_eq!(objects[2]["addressType"], "IPv6");
         assert_eq!(objects[2]["metadata"]["labels"]["kubernetes.io/service-name"], "web");
         assert_eq!(objects[2]["ports"], json!([{"name": "http", "protocol": "TCP", "port": 8080}]));
+    }
+
+    #[test]
+    fn node_ports_and_ingress_points_make_the_type_that_has_them() {
+        let service = Service::new("web", &["10.96.0.1"]).port("http", Transport::Tcp, 80, 8080).node_port(30_080);
+        let object = &parse(&service.yaml().unwrap())[0];
+        assert_eq!(
+            (&object["spec"]["type"], &object["spec"]["ports"][0]["nodePort"]),
+            (&json!("NodePort"), &json!(30_080))
+        );
+        let service = service.ingress("198.51.100.1", "").ingress("198.51.100.2", "Proxy");
+        let object = &parse(&service.yaml().unwrap())[0];
+        assert_eq!(object["spec"]["type"], "LoadBalancer");
+        let points = json!([{"ip": "198.51.100.1"}, {"ip": "198.51.100.2", "ipMode": "Proxy"}]);
+        assert_eq!(object["status"]["loadBalancer"]["ingress"], points);
     }
 
     #[test]

@@ -3,6 +3,7 @@
 mod bad_input;
 mod change;
 mod cleanup;
+mod policy;
 mod restart;
 mod translation;
 

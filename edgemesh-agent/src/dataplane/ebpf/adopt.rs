@@ -17,10 +17,15 @@ impl Ebpf {
             self.last_service = self.last_service.max(value.service);
             self.last_generation = self.last_generation.max(value.generation);
             self.services.insert(value.service, key);
-            *self.addrs.entry(key.addr).or_insert(0) += 1;
+            // Which of an address' frontends own it, the first table tells.
+            let owns_address = self.opened.service_addrs.get(&key.addr, 0).is_ok();
+            if owns_address {
+                *self.addrs.entry(key.addr).or_insert(0) += 1;
+            }
             let last_backend = backends.iter().map(|backend| backend.id).max().unwrap_or(0);
             let (service, generation, retired) = (value.service, value.generation, Counters::default());
-            self.installed.insert(key, Installed { service, generation, backends, last_backend, retired });
+            self.installed
+                .insert(key, Installed { service, generation, backends, last_backend, retired, owns_address });
         }
         self.sweep()
     }
@@ -70,8 +75,7 @@ impl Ebpf {
             absent_is_fine(self.opened.service_addrs.remove(&addr))
                 .map_err(|error| map_error("SERVICE_ADDRS", &error))?;
         }
-        // An agent killed between two writes may have left a frontend whose address is not known yet.
-        self.know_addrs().map_err(|error| map_error("SERVICE_ADDRS", &error))
+        Ok(())
     }
 }
 

@@ -3,10 +3,6 @@ use serde_json::{Value, json};
 
 use super::*;
 
-fn service(value: Value) -> Result<Converted, ConvertError> {
-    serde_json::from_value::<core::Service>(value).unwrap().convert()
-}
-
 fn slice(value: Value) -> Result<Converted, ConvertError> {
     serde_json::from_value::<discovery::EndpointSlice>(value).unwrap().convert()
 }
@@ -15,26 +11,15 @@ fn endpoints(value: Value) -> Result<Converted, ConvertError> {
     serde_json::from_value::<core::Endpoints>(value).unwrap().convert()
 }
 
-fn as_service(converted: &Converted) -> &Service {
-    match &converted.object {
-        Object::Service(service) => service,
-        Object::EndpointSlice(_) | Object::Endpoints(_) => panic!("not a Service"),
-    }
-}
-
 fn as_set(converted: &Converted) -> &EndpointSet {
     match &converted.object {
         Object::EndpointSlice(set) | Object::Endpoints(set) => set,
-        Object::Service(_) => panic!("a Service"),
+        Object::Service(_) | Object::Node(_) => panic!("no endpoints"),
     }
 }
 
 fn faults(converted: &Converted) -> Vec<String> {
     converted.faults.iter().map(ToString::to_string).collect()
-}
-
-fn number(port: u16) -> NonZeroU16 {
-    NonZeroU16::new(port).unwrap()
 }
 
 fn basic_slice(extra: &Value) -> Value {
@@ -48,125 +33,6 @@ fn basic_slice(extra: &Value) -> Value {
         value[key] = entry.clone();
     }
     value
-}
-
-#[test]
-fn reads_a_whole_service() {
-    let converted = service(json!({
-        "metadata": {"name": "web", "namespace": "shop", "labels": {
-            "service.edgemesh.kubeedge.io/service-proxy-name": "", "service.kubernetes.io/service-proxy-name": "other"}},
-        "spec": {
-            "type": "NodePort", "clusterIP": "10.96.0.9", "clusterIPs": ["10.96.0.1", "fd00::1"],
-            "ports": [
-                {"name": "http", "port": 80, "protocol": "TCP"},
-                {"name": "dns", "port": 53, "protocol": "UDP"},
-                {"name": "sigtran", "port": 2905, "protocol": "SCTP"},
-                {"port": 81}]},
-    }))
-    .unwrap();
-    let expected_ports = [
-        ("http", Protocol::Tcp, 80),
-        ("dns", Protocol::Udp, 53),
-        ("sigtran", Protocol::Sctp, 2905),
-        ("", Protocol::Tcp, 81),
-    ];
-    let ports =
-        expected_ports.map(|(name, protocol, port)| ServicePort { name: name.into(), protocol, port: number(port) });
-    assert_eq!(
-        as_service(&converted),
-        &Service {
-            name: NamespacedName::new("shop", "web"),
-            kind: ServiceKind::NodePort,
-            // clusterIPs counts, not clusterIP.
-            cluster_ips: vec!["10.96.0.1".parse().unwrap(), "fd00::1".parse().unwrap()],
-            ports: ports.to_vec(),
-            proxy_labels: ProxyLabels { edgemesh: true, standard: true },
-        }
-    );
-    assert!(converted.faults.is_empty());
-}
-
-#[test]
-fn tells_the_kinds_of_services_apart() {
-    let cases = [
-        (json!({"clusterIP": "10.96.0.1"}), ServiceKind::ClusterIp, 1),
-        (json!({"clusterIP": "10.96.0.1", "type": "LoadBalancer"}), ServiceKind::LoadBalancer, 1),
-        (json!({"clusterIP": "None"}), ServiceKind::Headless, 0),
-        (json!({"clusterIPs": ["None"]}), ServiceKind::Headless, 0),
-        (json!({"type": "ExternalName", "externalName": "example.org"}), ServiceKind::ExternalName, 0),
-        // A dual-stack address in v4-mapped form is the IPv4 address.
-        (json!({"clusterIPs": ["::ffff:10.96.0.1", "10.96.0.1"]}), ServiceKind::ClusterIp, 1),
-    ];
-    for (spec, kind, addresses) in cases {
-        let converted = service(json!({"metadata": {"name": "web"}, "spec": spec})).unwrap();
-        let service = as_service(&converted);
-        assert_eq!((service.kind, service.cluster_ips.len()), (kind, addresses), "{spec}");
-        assert_eq!(service.name.to_string(), "default/web");
-        assert!(converted.faults.is_empty(), "{spec}: {:?}", converted.faults);
-    }
-}
-
-#[test]
-fn names_the_field_that_makes_a_service_unusable() {
-    let cases = [
-        (json!({"metadata": {}}), "metadata.name: missing"),
-        (
-            json!({"metadata": {"name": "We b"}}),
-            "metadata.name: \"We b\" is not a name; expected at most 253 lower-case",
-        ),
-        (json!({"metadata": {"name": "web", "namespace": "a/b"}}), "metadata.namespace: \"a/b\" is not a name"),
-        (
-            json!({"metadata": {"name": "web"}, "spec": {"type": "Proxy", "clusterIP": "10.96.0.1"}}),
-            "spec.type: \"Proxy\" is unknown; expected ClusterIP, NodePort, LoadBalancer or ExternalName",
-        ),
-        (
-            json!({"metadata": {"name": "web"}, "spec": {"clusterIP": "10.96.0.256"}}),
-            "spec.clusterIP: \"10.96.0.256\" is not an IP address",
-        ),
-        (
-            json!({"metadata": {"name": "web"}, "spec": {"clusterIPs": ["0.0.0.0"]}}),
-            "spec.clusterIPs[0]: 0.0.0.0 is not the address of a host",
-        ),
-    ];
-    for (value, expected) in cases {
-        let error = service(value.clone()).unwrap_err();
-        assert!(matches!(error, ConvertError::Invalid(_)), "{value}");
-        assert!(error.to_string().starts_with(expected), "{error}");
-    }
-}
-
-#[test]
-fn one_bad_port_or_address_costs_only_itself() {
-    let converted = service(json!({
-        "metadata": {"name": "web"},
-        "spec": {"clusterIPs": ["10.96.0.1", "x"], "ports": [
-            {"name": "ok", "port": 80},
-            {"name": "zero", "port": 0},
-            {"name": "big", "port": 65536, "protocol": "QUIC"},
-            {"name": "again", "port": 80},
-            {"name": "same-number", "port": 80, "protocol": "UDP"}]},
-    }))
-    .unwrap();
-    let names: Vec<&str> = as_service(&converted).ports.iter().map(|port| &*port.name).collect();
-    assert_eq!(names, ["ok", "same-number"]);
-    assert_eq!(as_service(&converted).cluster_ips.len(), 1);
-    assert_eq!(
-        faults(&converted),
-        [
-            "spec.clusterIPs[1]: \"x\" is not an IP address",
-            "spec.ports[1].port: 0 is not a port; expected 1 to 65535",
-            "spec.ports[2].port: 65536 is not a port; expected 1 to 65535",
-            "spec.ports[2].protocol: \"QUIC\" is unknown; expected TCP, UDP or SCTP",
-            "spec.ports[3]: 80/TCP is already spec.ports[0]",
-        ]
-    );
-}
-
-#[test]
-fn says_so_if_a_service_has_no_address() {
-    let converted = service(json!({"metadata": {"name": "web"}, "spec": {"ports": [{"port": 80}]}})).unwrap();
-    assert!(as_service(&converted).cluster_ips.is_empty());
-    assert_eq!(faults(&converted), ["spec.clusterIP: missing; the Service has no address to connect to"]);
 }
 
 #[test]
@@ -192,7 +58,8 @@ fn reads_a_whole_slice() {
     let converted = slice(basic_slice(&json!({
         "ports": [{"name": "http", "port": 8080}, {"port": 53, "protocol": "UDP"}],
         "endpoints": [
-            {"addresses": ["10.0.0.1", "10.0.0.2"], "nodeName": "edge-1", "zone": "a"},
+            {"addresses": ["10.0.0.1", "10.0.0.2"], "nodeName": "edge-1", "zone": "a",
+             "hints": {"forZones": [{"name": "a"}, {"name": "b"}], "forNodes": [{"name": "edge-1"}]}},
             {"addresses": ["10.0.0.3"], "nodeName": "", "zone": ""}],
     })))
     .unwrap();
@@ -201,9 +68,14 @@ fn reads_a_whole_slice() {
     let subset = &set.subsets[0];
     let ports: Vec<_> = subset.ports.iter().map(|port| (&*port.name, port.protocol, port.port.get())).collect();
     assert_eq!(ports, [("http", Protocol::Tcp, 8080), ("", Protocol::Udp, 53)]);
-    let places: Vec<_> =
-        subset.endpoints.iter().map(|e| (e.address.to_string(), e.node.as_deref(), e.zone.as_deref())).collect();
+    let places: Vec<_> = subset
+        .endpoints
+        .iter()
+        .map(|e| (e.address.to_string(), e.place.node.as_deref(), e.place.zone.as_deref()))
+        .collect();
     assert_eq!(places, [("10.0.0.1".to_owned(), Some("edge-1"), Some("a")), ("10.0.0.3".to_owned(), None, None)]);
+    let hints: Vec<_> = subset.endpoints.iter().map(|e| (e.place.for_zones.len(), e.place.for_nodes.len())).collect();
+    assert_eq!((hints, &*subset.endpoints[0].place.for_zones[1]), (vec![(2, 1), (0, 0)], "b"));
     assert!(converted.faults.is_empty());
 }
 
@@ -275,7 +147,8 @@ fn endpoints_are_ready_by_the_list_they_are_in() {
 
 #[test]
 fn quotes_of_wrong_values_are_short_and_on_one_line() {
-    let error = service(json!({"metadata": {"name": format!("a\n{}", "é".repeat(500))}})).unwrap_err().to_string();
+    let value = json!({"metadata": {"name": format!("a\n{}", "é".repeat(500))}});
+    let error = endpoints(value).unwrap_err().to_string();
     assert!(error.len() < 400 && !error.contains('\n'), "{error}");
 }
 

@@ -38,6 +38,15 @@ fn reads_lists_of_every_form_in_both_formats() {
         (format!(r#"{{"apiVersion":"v1","kind":"ServiceList","items":[{bare}]}}"#), "Service default/bare"),
         (format!(r#"{{"apiVersion":"v1","kind":"EndpointsList","items":[{endpoints}]}}"#), "Endpoints default/web"),
         (
+            r#"{"apiVersion":"v1","kind":"NodeList","items":[{"metadata":{"name":"edge1"}}]}"#.to_owned(),
+            "Node edge1",
+        ),
+        (
+            r#"{"apiVersion":"v1","kind":"List","items":[{"apiVersion":"v1","kind":"Node","metadata":{"name":"edge1"}}]}"#
+                .to_owned(),
+            "Node edge1",
+        ),
+        (
             format!(r#"{{"apiVersion":"discovery.k8s.io/v1","kind":"EndpointSliceList","items":[{slice}]}}"#),
             "EndpointSlice default/web-1",
         ),
@@ -51,6 +60,17 @@ fn reads_lists_of_every_form_in_both_formats() {
     // Several documents, and tabs between tokens, as jq --tab writes them.
     let parsed = parse(&format!("{service}\n\t{service}"), Format::Json);
     assert_eq!((parsed.objects.len(), parsed.problem()), (2, None));
+}
+
+#[test]
+fn reads_nodes_in_both_formats() {
+    let json = r#"{"apiVersion":"v1","kind":"Node","metadata":{"name":"edge1","labels":{"zone":"a"}}}"#;
+    let yaml = "apiVersion: v1\nkind: Node\nmetadata: {name: edge1, labels: {zone: a}}\n";
+    for (text, format) in [(json, Format::Json), (yaml, Format::Yaml)] {
+        let parsed = parse(text, format);
+        assert_eq!((names(&parsed), parsed.problem()), (vec!["Node edge1".to_owned()], None));
+        assert!(matches!(&parsed.objects[0], Object::Node(node) if node.label("zone") == Some("a")));
+    }
 }
 
 #[test]

@@ -111,8 +111,8 @@ impl Scanner {
 
     /// Everything, as the first message of a source.
     pub(super) fn everything(&self) -> Vec<Event> {
-        // Endpoints first: a Service that is known without them refuses connections.
-        let kinds = [Kind::EndpointSlice, Kind::Endpoints, Kind::Service];
+        // Services last: without endpoints they refuse connections, and without Nodes they know no limits.
+        let kinds = [Kind::Node, Kind::EndpointSlice, Kind::Endpoints, Kind::Service];
         let of = |kind: Kind| {
             let objects = self.published.iter().filter(|((k, _), _)| *k == kind);
             objects.map(|(_, object)| Object::clone(object)).collect()
@@ -216,7 +216,7 @@ impl Scanner {
                 }
             }
         }
-        // Kinds order as Service, EndpointSlice, Endpoints: endpoints come before their Service and leave after it.
+        // Kinds order as Service, EndpointSlice, Endpoints, Node: a Service comes after what it needs and leaves first.
         for (key, (object, _)) in merged.iter().rev() {
             let same = |old: &Arc<Object>| Arc::ptr_eq(old, object) || old == object;
             if !self.published.get(key).is_some_and(same) {

@@ -41,7 +41,9 @@ fn describe(event: &Event) -> String {
             let ports: Vec<String> = service.ports.iter().map(|port| port.port.to_string()).collect();
             format!("Service {}:{}", service.name, ports.join(","))
         }
-        Object::EndpointSlice(set) | Object::Endpoints(set) => format!("{} {}", object.kind(), set.name),
+        Object::EndpointSlice(_) | Object::Endpoints(_) | Object::Node(_) => {
+            format!("{} {}", object.kind(), object.name())
+        }
     };
     match event {
         Event::Apply(applied) => format!("apply {}", object(applied)),
@@ -125,6 +127,7 @@ async fn the_first_scan_replaces_everything_and_is_then_synced() {
         .unwrap();
     fs::write(directory.path().join("b.json"), r#"{"apiVersion":"v1","kind":"Endpoints","metadata":{"name":"old"}}"#)
         .unwrap();
+    fs::write(directory.path().join("n.yaml"), "apiVersion: v1\nkind: Node\nmetadata: {name: edge1}\n").unwrap();
     fs::write(directory.path().join(".hidden.yaml"), service("hidden", 80)).unwrap();
     fs::write(directory.path().join("README.md"), "not a manifest").unwrap();
     fs::create_dir(directory.path().join("sub.yaml")).unwrap();
@@ -135,6 +138,7 @@ async fn the_first_scan_replaces_everything_and_is_then_synced() {
     let mut bench = Bench { directory, events, conditions, state, tasks };
     bench
         .expect(&[
+            "replace Node [Node edge1]",
             "replace EndpointSlice [EndpointSlice default/web-1]",
             "replace Endpoints [Endpoints default/old]",
             "replace Service [Service default/web:80]",
@@ -144,7 +148,7 @@ async fn the_first_scan_replaces_everything_and_is_then_synced() {
     let status = bench.state.status();
     assert!(status.connected && status.last_error.is_none());
     let counts: Vec<_> = status.objects.iter().map(|(kind, count)| (kind.as_str(), *count)).collect();
-    assert_eq!(counts, [("EndpointSlice", 1), ("Endpoints", 1), ("Service", 1)]);
+    assert_eq!(counts, [("EndpointSlice", 1), ("Endpoints", 1), ("Node", 1), ("Service", 1)]);
     assert!(bench.conditions.list().is_empty());
     assert!(bench.tasks.drain(PATIENCE).await);
 }

@@ -47,6 +47,8 @@ pub(super) struct World {
     pub(super) refused: BTreeMap<String, u16>,
     /// Resources that are not served at all.
     pub(super) absent: BTreeSet<String>,
+    /// Resources about which nothing is ever answered.
+    pub(super) silent: BTreeSet<String>,
     /// Objects on a page of a list; 0 for all.
     pub(super) page: usize,
     /// Refuses all pages but the first.
@@ -81,7 +83,13 @@ impl FakeServer {
                 let shared = Arc::clone(&served);
                 let answer = service_fn(move |request| {
                     let response = shared.answer(&request);
-                    async { Ok::<_, Infallible>(response) }
+                    let silent = shared.is_silent(&request);
+                    async move {
+                        if silent {
+                            std::future::pending::<()>().await;
+                        }
+                        Ok::<_, Infallible>(response)
+                    }
                 });
                 connections.spawn(async move {
                     let _ = http1::Builder::new().serve_connection(TokioIo::new(connection), answer).await;
@@ -163,6 +171,11 @@ impl World {
 }
 
 impl Shared {
+    fn is_silent(&self, request: &Request<Incoming>) -> bool {
+        let resource = request.uri().path().rsplit('/').next().unwrap();
+        self.world.lock().unwrap().silent.contains(resource)
+    }
+
     fn answer(self: &Arc<Self>, request: &Request<Incoming>) -> Response<Body> {
         let query: BTreeMap<&str, &str> =
             request.uri().query().unwrap_or("").split('&').filter_map(|pair| pair.split_once('=')).collect();

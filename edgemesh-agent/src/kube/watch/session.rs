@@ -20,7 +20,7 @@ use tracing::{debug, info};
 
 use super::{ANSWER, Failure, Meaning, Source, bounded, pause, reset};
 use crate::{
-    kube::convert::{Convert, ConvertError, object_name},
+    kube::convert::{Convert, ConvertError},
     model::{Event, Kind, NamespacedName, Object},
 };
 
@@ -126,15 +126,26 @@ where
                         }
                         Meaning::NotServed => {
                             self.source.failed(verb, &self.resource, &failure);
+                            self.go_without().await?;
                             return Ok(());
                         }
-                        Meaning::Forbidden | Meaning::Answered | Meaning::Unreachable => {
+                        Meaning::Forbidden | Meaning::Answered => {
                             self.source.failed(verb, &self.resource, &failure);
+                            self.go_without().await?;
                         }
+                        Meaning::Unreachable => self.source.failed(verb, &self.resource, &failure),
                     }
                     pause(&mut backoff).await;
                 }
             }
+        }
+    }
+
+    /// What the server refuses may be missing for good, which only matters where nothing works without it.
+    async fn go_without(&self) -> Result<(), Closed> {
+        match self.kind {
+            Kind::Node => self.source.listed(self.kind).await,
+            Kind::Service | Kind::EndpointSlice | Kind::Endpoints => Ok(()),
         }
     }
 
@@ -178,9 +189,7 @@ where
             self.source.state.count(other, 0);
             self.send(Event::Replace(other, Vec::new())).await?;
         }
-        if self.source.listed.complete_with(self.kind) {
-            self.send(Event::Synced).await?;
-        }
+        self.source.listed(self.kind).await?;
         Ok(version)
     }
 
@@ -210,7 +219,7 @@ where
                 }
                 Ok(WatchEvent::Deleted(object)) => {
                     advance(&mut version, object.resource_version());
-                    if let Ok(name) = object_name(object.meta()) {
+                    if let Ok(name) = object.model_name() {
                         self.report(subject(self.kind, &object), None);
                         self.remove(name).await?;
                     }
@@ -241,7 +250,7 @@ where
                 self.send(Event::Apply(object)).await
             }
             // Its former content is known to be out of date.
-            None => match object_name(item.meta()) {
+            None => match item.model_name() {
                 Ok(name) => self.remove(name).await,
                 Err(_) => Ok(()),
             },
@@ -293,7 +302,10 @@ fn convert<K: Convert + ResourceExt>(item: &K, kind: Kind) -> (Option<Object>, O
 }
 
 fn subject<K: ResourceExt>(kind: Kind, item: &K) -> String {
-    format!("{kind} {}/{}", item.namespace().unwrap_or_default(), item.name_any())
+    match item.namespace() {
+        Some(namespace) => format!("{kind} {namespace}/{}", item.name_any()),
+        None => format!("{kind} {}", item.name_any()),
+    }
 }
 
 fn fingerprint(name: &NamespacedName) -> u64 {

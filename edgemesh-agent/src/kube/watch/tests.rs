@@ -31,7 +31,7 @@ fn slice(name: &str, service: &str) -> Value {
 fn describe(event: &Event) -> String {
     let object = |object: &Object| match object {
         Object::Service(service) => format!("{}:{}", service.name, service.ports[0].port),
-        Object::EndpointSlice(set) | Object::Endpoints(set) => set.name.to_string(),
+        Object::EndpointSlice(_) | Object::Endpoints(_) | Object::Node(_) => object.name().to_string(),
     };
     match event {
         Event::Apply(applied) => format!("apply {} {}", applied.kind(), object(applied)),
@@ -63,15 +63,22 @@ impl Bench {
         let mut bench = Self::start(server.address);
         while bench.next().await != "synced" {}
         // Else a test could interrupt a watch that has not begun.
-        for resource in ["services", "endpointslices"] {
+        for resource in ["services", "endpointslices", "nodes"] {
             let call = format!("watch {resource}");
             wait_for(|| (server.count(&call) > 0).then_some(())).await;
         }
         bench
     }
 
+    /// The next event; there are no Nodes in most tests, and when that is said is open.
     async fn next(&mut self) -> String {
-        describe(&timeout(PATIENCE, self.events.recv()).await.expect("an event in time").expect("a living source"))
+        loop {
+            let event = timeout(PATIENCE, self.events.recv()).await.expect("an event in time");
+            let event = describe(&event.expect("a living source"));
+            if event != "replace Node []" {
+                return event;
+            }
+        }
     }
 
     async fn expect(&mut self, expected: &[&str]) {
@@ -143,6 +150,70 @@ async fn lists_page_by_page_and_follows_changes() {
     assert_eq!((status.objects["Service"], status.objects["EndpointSlice"]), (6, 0));
     assert!(bench.conditions.list().is_empty());
     assert!(bench.tasks.drain(PATIENCE).await);
+}
+
+fn node(name: &str, zone: &str) -> Value {
+    json!({"metadata": {"name": name, "labels": {"topology.kubernetes.io/zone": zone}}})
+}
+
+#[tokio::test]
+async fn nodes_are_followed_like_everything_else() {
+    let server = FakeServer::start().await;
+    server.put("nodes", node("edge1", "a"));
+    let mut bench = Bench::start(server.address);
+    let listed = ["replace Node [edge1]", "replace Service []", "replace EndpointSlice []", "replace Endpoints []"];
+    bench.expect_in_any_order(&listed, "synced").await;
+    server.put("nodes", node("edge2", "b"));
+    bench.expect(&["apply Node edge2"]).await;
+    server.delete("nodes", "edge1");
+    bench.expect(&["delete Node edge1"]).await;
+    assert_eq!(bench.state.status().objects["Node"], 1);
+    let mut bad = node("edge2", "b");
+    bad["status"] = json!({"addresses": [{"type": "InternalIP", "address": "?"}]});
+    server.put("nodes", bad);
+    bench.expect(&["apply Node edge2"]).await;
+    let condition = bench.condition("ObjectInvalid", "Node edge2").await;
+    assert!(condition.message.contains("status.addresses[0].address: \"?\" is not an IP address"), "{condition:?}");
+}
+
+#[tokio::test]
+async fn nodes_that_are_refused_or_not_served_hold_nothing_back() {
+    for absent in [false, true] {
+        let server = FakeServer::start().await;
+        server.put("nodes", node("edge1", "a"));
+        if absent {
+            server.world().absent.insert("nodes".to_owned());
+        } else {
+            server.world().refused.insert("list nodes".to_owned(), 403);
+        }
+        let begun = Instant::now();
+        let mut bench = Bench::start(server.address);
+        let listed = ["replace Service []", "replace EndpointSlice []", "replace Endpoints []"];
+        bench.expect_in_any_order(&listed, "synced").await;
+        assert!(begun.elapsed() < NODES_GRACE, "an answer is all it waits for");
+        let reason = if absent { ANSWER } else { FORBIDDEN };
+        let condition = bench.condition(reason, "nodes").await;
+        assert!(condition.message.contains("list nodes"), "{condition:?}");
+        assert!(bench.state.status().connected, "it was answered");
+        {
+            let mut world = server.world();
+            world.absent.clear();
+            world.refused.clear();
+        }
+        bench.expect(&["replace Node [edge1]"]).await;
+        bench.no_condition().await;
+    }
+}
+
+#[tokio::test]
+async fn nodes_that_never_come_are_waited_for_only_for_a_while() {
+    let server = FakeServer::start().await;
+    server.world().silent.insert("nodes".to_owned());
+    let begun = Instant::now();
+    let mut bench = Bench::start(server.address);
+    let listed = ["replace Service []", "replace EndpointSlice []", "replace Endpoints []"];
+    bench.expect_in_any_order(&listed, "synced").await;
+    assert!(begun.elapsed() >= NODES_GRACE, "{:?}", begun.elapsed());
 }
 
 #[tokio::test]

@@ -1,30 +1,34 @@
-use std::num::NonZeroU16;
+use std::{net::SocketAddr, num::NonZeroU16};
 
 use proptest::prelude::*;
 
 use super::*;
-use crate::model::{Change, Endpoint, EndpointPort, ProxyLabels, Subset, changes};
+use crate::model::{
+    Change, Endpoint, EndpointPort, Protocol, ServiceKind, ServicePort, Subset, TrafficDistribution, TrafficPolicy,
+    changes,
+};
+
+mod frontends;
 
 fn name(text: &str) -> NamespacedName {
     NamespacedName::new("default", text)
 }
 
 fn port(name: &str, protocol: Protocol, number: u16) -> ServicePort {
-    ServicePort { name: name.into(), protocol, port: NonZeroU16::new(number).unwrap() }
+    ServicePort { name: name.into(), protocol, port: NonZeroU16::new(number).unwrap(), node_port: None }
 }
 
 fn service(of: &str, ips: &[&str]) -> Service {
     Service {
-        name: name(of),
-        kind: ServiceKind::ClusterIp,
         cluster_ips: ips.iter().map(|ip| ip.parse().unwrap()).collect(),
         ports: vec![port("http", Protocol::Tcp, 80)],
-        proxy_labels: ProxyLabels::default(),
+        ..Service::new(name(of), ServiceKind::ClusterIp)
     }
 }
 
 fn ready(ip: &str) -> Endpoint {
-    Endpoint { address: ip.parse().unwrap(), ready: true, serving: true, terminating: false, node: None, zone: None }
+    let place = Arc::default();
+    Endpoint { address: ip.parse().unwrap(), ready: true, serving: true, terminating: false, place }
 }
 
 fn slice(of: &str, service: &str, endpoints: Vec<Endpoint>) -> EndpointSet {
@@ -139,7 +143,7 @@ fn services_that_are_not_for_this_data_plane_have_no_frontends_and_say_why() {
     assert_eq!(table.get(&name("sctp")).unwrap().notes, [Note::Sctp { port: 132 }]);
     assert_eq!(table.get(&name("sctp")).unwrap().frontends.len(), 1);
 
-    let mut builder = Builder::new(ServiceFilter::LabelledOnly);
+    let mut builder = Builder::new(ServiceFilter::LabelledOnly, "edge1");
     events.into_iter().for_each(|event| builder.apply(event));
     let table = builder.build().unwrap();
     let served: Vec<&str> =
@@ -201,11 +205,33 @@ fn nothing_new_makes_no_table_and_a_change_shares_the_rest() {
 fn any_event() -> impl Strategy<Value = Event> {
     let of = prop_oneof![Just("a"), Just("b"), Just("c"), Just("d")];
     let ip = (0u8..3).prop_map(|n| format!("10.96.0.{n}"));
-    let a_service = (of.clone(), proptest::collection::vec(ip, 0..3))
-        .prop_map(|(of, ips)| Object::Service(service(of, &ips.iter().map(String::as_str).collect::<Vec<_>>())));
-    let endpoints = proptest::collection::vec((0u8..4, any::<[bool; 3]>()), 0..4).prop_map(|list| {
+    let ips = || proptest::collection::vec(ip.clone(), 0..3);
+    let a_service =
+        (of.clone(), ips(), ips(), any::<[bool; 3]>()).prop_map(|(of, ips, external, [keyed, near, local])| {
+            let mut service = service(of, &ips.iter().map(String::as_str).collect::<Vec<_>>());
+            service.external_ips = external.iter().map(|ip| ip.parse().unwrap()).collect();
+            if keyed {
+                service.topology_keys = vec!["topology.kubernetes.io/zone".into()];
+                service.kind = ServiceKind::NodePort;
+                service.ports[0].node_port = NonZeroU16::new(30_080);
+            }
+            if near {
+                service.distribution = Some(TrafficDistribution::SameZone);
+            }
+            if local {
+                service.internal_policy = TrafficPolicy::Local;
+            }
+            Object::Service(service)
+        });
+    let a_node = (0u8..3, 0u8..3, proptest::option::of(0u8..2)).prop_map(|(n, ip, zone)| {
+        let labels = zone.iter().map(|zone| ("topology.kubernetes.io/zone".into(), zone.to_string().into()));
+        let addresses = vec![format!("10.96.0.{ip}").parse().unwrap()];
+        Object::Node(Node { name: NamespacedName::new("", format!("edge{n}")), addresses, labels: labels.collect() })
+    });
+    let endpoints = proptest::collection::vec((0u8..4, 0u8..3, any::<[bool; 3]>()), 0..4).prop_map(|list| {
         list.into_iter()
-            .map(|(n, [ready_, serving, terminating])| Endpoint {
+            .map(|(n, on, [ready_, serving, terminating])| Endpoint {
+                place: Arc::new(Place { node: Some(format!("edge{on}").into()), ..Place::default() }),
                 ready: ready_,
                 serving,
                 terminating,
@@ -215,11 +241,13 @@ fn any_event() -> impl Strategy<Value = Event> {
     });
     let a_slice = (0u8..4, of.clone(), endpoints)
         .prop_map(|(n, of, endpoints)| Object::EndpointSlice(slice(&format!("s{n}"), of, endpoints)));
-    let object = prop_oneof![a_service.clone(), a_slice.clone()];
+    let object = prop_oneof![a_service.clone(), a_slice.clone(), a_node.clone()];
     prop_oneof![
         6 => object.prop_map(Event::Apply),
         1 => of.prop_map(|of| Event::Delete(Kind::Service, name(of))),
         1 => (0u8..4).prop_map(|n| Event::Delete(Kind::EndpointSlice, name(&format!("s{n}")))),
+        1 => (0u8..3).prop_map(|n| Event::Delete(Kind::Node, NamespacedName::new("", format!("edge{n}")))),
+        1 => proptest::collection::vec(a_node, 0..3).prop_map(|list| Event::Replace(Kind::Node, list)),
         1 => proptest::collection::vec(a_service, 0..3).prop_map(|list| Event::Replace(Kind::Service, list)),
         1 => proptest::collection::vec(a_slice, 0..3).prop_map(|list| Event::Replace(Kind::EndpointSlice, list)),
     ]
@@ -232,7 +260,7 @@ proptest! {
     fn the_table_depends_only_on_the_final_objects(
         events in proptest::collection::vec((any_event(), any::<bool>()), 0..40),
     ) {
-        let mut incremental = Builder::default();
+        let mut incremental = Builder::new(ServiceFilter::UnlabelledOnly, "edge1");
         let mut previous = Arc::new(ServiceTable::default());
         let mut applied = previous.services.clone();
         for (event, take) in events {
@@ -254,10 +282,11 @@ proptest! {
             }
         }
         incremental.build();
-        let mut fresh = Builder::default();
+        let mut fresh = Builder::new(ServiceFilter::UnlabelledOnly, "edge1");
+        fresh.apply(Event::Replace(Kind::Node, incremental.nodes.values().cloned().map(Object::Node).collect()));
         fresh.apply(Event::Replace(
             Kind::Service,
-            incremental.services.values().cloned().map(Object::Service).collect(),
+            incremental.services.values().map(|service| Object::Service(Service::clone(service))).collect(),
         ));
         fresh.apply(Event::Replace(
             Kind::EndpointSlice,
