@@ -30,7 +30,7 @@ pub(crate) fn measure(effort: Effort) -> Result<Vec<Table>> {
         method: format!(
             "The endpoints of a Service are taken away and given back, by renaming a file into the manifest directory, \
              {pairs} times each, while a client connects without a pause. Counted from before the file is written to the \
-             first connection that is refused, or accepted again.",
+             beginning of the first connection that is refused, or accepted again.",
         ),
         head: vec!["change", "Services", "median", "all changes"],
         rows: Vec::new(),
