@@ -19,5 +19,7 @@ pub use object::{
     ServicePort, SessionAffinity, Subset, TrafficDistribution, TrafficPolicy,
 };
 pub use prefix::{IpPrefix, ParsePrefixError};
-pub use table::{Frontend, FrontendAddr, FrontendKind, Note, PortEndpoint, ServedPort, ServiceEntry, ServiceTable};
+pub use table::{
+    Balance, Frontend, FrontendAddr, FrontendKind, Note, PortEndpoint, ServedPort, ServiceEntry, ServiceTable,
+};
 pub use topology::{Nodes, Vantage, Verdict, Verdicts, judge};

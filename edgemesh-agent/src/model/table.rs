@@ -114,6 +114,19 @@ pub struct Frontend {
     pub external_backends: Arc<[SocketAddr]>,
     /// The seconds for which a client's endpoint is remembered; None without session affinity.
     pub affinity: Option<NonZeroU32>,
+    /// How one of them is chosen for a new connection.
+    pub balance: Balance,
+}
+
+/// How a backend is chosen for a new connection.
+#[derive(Clone, Copy, Debug, Default, Eq, Hash, PartialEq)]
+pub enum Balance {
+    /// Each with the same chance.
+    #[default]
+    Random,
+    /// By the client's IP alone, so that all of a client's connections go to one backend; when backends change, only the
+    /// clients of those that changed move.
+    SourceIp,
 }
 
 impl Frontend {

@@ -7,8 +7,8 @@ use std::{
 };
 
 use super::super::{
-    EndpointSet, Frontend, FrontendAddr, FrontendKind, Node, Note, Place, PortEndpoint, Protocol, ServedPort, Service,
-    ServiceEntry, ServiceKind, ServicePort, SessionAffinity, TrafficPolicy, Vantage, Verdict, Verdicts, judge,
+    Balance, EndpointSet, Frontend, FrontendAddr, FrontendKind, Node, Note, Place, PortEndpoint, Protocol, ServedPort,
+    Service, ServiceEntry, ServiceKind, ServicePort, SessionAffinity, TrafficPolicy, Vantage, Verdict, Verdicts, judge,
     shared::Shared,
 };
 use crate::config::ServiceFilter;
@@ -75,6 +75,7 @@ pub(super) fn resolve(service: &Arc<Service>, mut around: Surroundings<'_>) -> S
                     SessionAffinity::None => None,
                     SessionAffinity::ClientIp { timeout } => Some(timeout),
                 },
+                balance: Balance::Random,
             });
         }
     }
