@@ -23,6 +23,13 @@ impl Addr {
         Self([a[0], a[1], a[2], a[3], b[0], b[1], b[2], b[3], c[0], c[1], c[2], c[3], d[0], d[1], d[2], d[3]])
     }
 
+    /// Names the clients of one network namespace by its cookie, where their IP is not known yet, as at `connect()`. No
+    /// host has such an address: it is in `::/64`, and cookies are far below those of the v4-mapped form.
+    #[inline(always)]
+    pub const fn of_netns(cookie: u64) -> Self {
+        Self::from_words([0, 0, (cookie >> 32) as u32, cookie as u32])
+    }
+
     /// The four words to store into `bpf_sock_addr.user_ip6`.
     #[inline(always)]
     pub const fn words(&self) -> [u32; 4] {
@@ -46,6 +53,12 @@ impl Addr {
     pub const fn same(&self, other: &Self) -> bool {
         let (a, b) = (self.words(), other.words());
         (a[0] ^ b[0]) | (a[1] ^ b[1]) | (a[2] ^ b[2]) | (a[3] ^ b[3]) == 0
+    }
+
+    /// Whether this is one of 127.0.0.0/8 (and not whether it is `::1`).
+    #[inline(always)]
+    pub const fn is_v4_loopback(&self) -> bool {
+        self.is_v4() && self.v4_word() & u32::from_ne_bytes([0xff, 0, 0, 0]) == u32::from_ne_bytes([127, 0, 0, 0])
     }
 
     /// Whether this is an IPv4 address in its v4-mapped form.
@@ -112,6 +125,31 @@ mod tests {
             prop_assert_eq!(addr.v4_word().to_ne_bytes(), octets);
             prop_assert_eq!(IpAddr::from(addr), IpAddr::V4(ip));
         }
+    }
+
+    #[test]
+    fn only_127_is_the_ipv4_loopback() {
+        for (text, loopback) in [
+            ("127.0.0.1", true),
+            ("127.255.255.254", true),
+            ("126.0.0.1", false),
+            ("0.0.0.127", false),
+            ("::1", false),
+            ("::7f00:1", false),
+        ] {
+            let ip: IpAddr = text.parse().unwrap();
+            assert_eq!(Addr::from(ip).is_v4_loopback(), loopback, "{text}");
+        }
+    }
+
+    #[test]
+    fn a_network_namespace_is_no_address_of_a_host() {
+        for cookie in [1, 0x1234_5678_9abc] {
+            let addr = Addr::of_netns(cookie);
+            assert!(!addr.is_v4());
+            assert_eq!(addr.words()[..2], [0, 0]);
+        }
+        assert_ne!(Addr::of_netns(1), Addr::of_netns(1 << 32));
     }
 
     #[test]

@@ -2,25 +2,44 @@
 
 use crate::{
     Addr,
-    layout::{Backend, BackendKey, Frontend, FrontendKey, INLINE_BACKENDS},
+    layout::{
+        Affinity, AffinityKey, Backend, BackendKey, Frontend, FrontendKey, HAS_MEMBERS, HASH_CLIENT, INLINE_BACKENDS,
+        Member, MemberKey, RING_PLACES, RingKey,
+    },
 };
 
 /// How often a lookup that met a torn value is repeated.
 ///
 /// One repetition meets a torn value again only if the frontend was rewritten twice more within it, so four is already
 /// far beyond what a writer can do.
-const ATTEMPTS: usize = 4;
+///
+/// A static and not a constant, so that the compiler keeps the loop: unrolled, it needs more stack than a program has.
+static ATTEMPTS: u32 = 4;
+
+const SECOND: u64 = 1_000_000_000;
+
+/// How old a client's affinity may grow before a connection renews it: it is kept to within this, and a busy client
+/// does not write on every connection.
+pub const RENEWAL: u64 = SECOND / 4;
 
 /// The tables as one side sees them: maps in the kernel, `HashMap`s in the tests.
 pub trait Tables {
     /// A frontend by key. The reference may be to memory that changes while it is held.
     fn frontend(&self, key: &FrontendKey) -> Option<&Frontend>;
     /// One place of a set that does not fit into its frontend.
-    fn backend(&self, key: &BackendKey) -> Option<Backend>;
+    fn backend(&self, key: &BackendKey) -> Option<&Backend>;
     /// Whether any Service port answers on this address.
     fn is_service_addr(&self, addr: &Addr) -> bool;
+    /// The index of a backend at one place of a ring, `place` below [`RING_PLACES`].
+    fn ring(&self, key: &RingKey, place: usize) -> Option<u16>;
+    fn member(&self, key: &MemberKey) -> Option<Member>;
+    fn affinity(&self, key: &AffinityKey) -> Option<Affinity>;
+    /// Remembers where a client went.
+    fn remember(&self, key: &AffinityKey, value: &Affinity);
     /// A uniformly distributed number.
     fn random(&self) -> u32;
+    /// CLOCK_MONOTONIC, nanoseconds.
+    fn now(&self) -> u64;
 }
 
 /// What to do with a destination.
@@ -34,21 +53,6 @@ pub enum Verdict {
     Forward { service: u32, generation: u32, backend: Backend },
 }
 
-/// Decides where a connection to `key` goes.
-#[inline(always)]
-pub fn select<T: Tables>(tables: &T, key: &FrontendKey) -> Verdict {
-    pick(tables, key, || None)
-}
-
-/// Decides where a datagram to `key` goes, staying with the backend of an earlier datagram of the same socket while it
-/// is still eligible.
-///
-/// `earlier` is asked only once `key` is known to be a frontend: other datagrams pay for the lookup alone.
-#[inline(always)]
-pub fn select_sticky<T: Tables>(tables: &T, key: &FrontendKey, earlier: impl Fn() -> Option<Earlier>) -> Verdict {
-    pick(tables, key, earlier)
-}
-
 /// The backend that an earlier datagram of a socket to the same frontend went to.
 #[derive(Clone, Copy, Debug)]
 pub struct Earlier {
@@ -57,74 +61,235 @@ pub struct Earlier {
     pub backend: Backend,
 }
 
+/// Decides where a connection to `key` goes.
+///
+/// `client` names who connects (its IP, or [`Addr::of_netns`]), for affinity and hashing; it is asked only where the
+/// Service wants either.
 #[inline(always)]
-fn pick<T: Tables>(tables: &T, key: &FrontendKey, earlier: impl Fn() -> Option<Earlier>) -> Verdict {
-    for _ in 0..ATTEMPTS {
+pub fn select<T: Tables>(tables: &T, key: &FrontendKey, client: impl Fn() -> Addr) -> Verdict {
+    select_sticky(tables, key, client, || None)
+}
+
+/// Decides where a datagram to `key` goes, staying with the backend of an earlier datagram of the same socket while it
+/// is still eligible.
+///
+/// `earlier` is asked only once `key` is known to be a frontend: other datagrams pay for the lookup alone.
+#[inline(always)]
+pub fn select_sticky<T: Tables>(
+    tables: &T,
+    key: &FrontendKey,
+    client: impl Fn() -> Addr,
+    earlier: impl Fn() -> Option<Earlier>,
+) -> Verdict {
+    for _ in 0..read(&ATTEMPTS) {
         let Some(frontend) = tables.frontend(key) else {
             return if tables.is_service_addr(&key.addr) { Verdict::Refuse { service: 0 } } else { Verdict::Untouched };
         };
-        let generation = read(&frontend.generation);
-        let service = read(&frontend.service);
-        let count = read(&frontend.count);
-        if !read(&frontend.key).same(key) {
+        let set = Set {
+            frontend,
+            generation: read(&frontend.generation),
+            service: read(&frontend.service),
+            count: read(&frontend.count),
+            flags: read(&frontend.flags),
+        };
+        if !is_key(&frontend.key, key) {
             // The element was freed and now is another frontend's.
             continue;
         }
-
-        let kept = match earlier() {
-            Some(e) if e.service == service && e.generation == generation => Some(e.backend),
-            Some(e) if e.service == service => find_inline(frontend, count, &e.backend),
-            _ => None,
-        };
-        let backend = match kept {
-            Some(backend) => Some(backend),
-            None if count == 0 => None,
-            None => {
-                let index = scale(tables.random(), count);
-                if count as usize <= INLINE_BACKENDS {
-                    // The mask is for the verifier; `index < count <= INLINE_BACKENDS` holds already.
-                    Some(read(&frontend.inline[index as usize & (INLINE_BACKENDS - 1)]))
-                } else {
-                    match tables.backend(&BackendKey { service, generation, index }) {
-                        Some(backend) => Some(backend),
-                        // The set was replaced and this generation is already gone: look again.
-                        None => continue,
-                    }
-                }
+        let service = set.service;
+        if set.count == 0 {
+            if set.is_torn() {
+                continue;
             }
-        };
-        if read(&frontend.generation_check) != generation {
+            return Verdict::Refuse { service };
+        }
+
+        let mut backend = Backend::default();
+        if let Some(e) = earlier()
+            && e.service == service
+        {
+            let id = if e.generation == set.generation { e.backend.id } else { set.find(tables, &e.backend) };
+            backend = Backend { id, ..e.backend };
+        }
+        let affine = read(&frontend.affinity_seconds) != 0;
+        let client = if affine || set.flags & HASH_CLIENT != 0 { client() } else { Addr::default() };
+        let remember = affine && set.recall(tables, &client, &mut backend);
+        if backend.id == 0 && !set.choose(tables, &client, &mut backend) {
+            // The set was replaced and this generation is already gone: look again.
             continue;
         }
-        return match backend {
-            Some(backend) => Verdict::Forward { service, generation, backend },
-            None => Verdict::Refuse { service },
-        };
+        if set.is_torn() {
+            continue;
+        }
+        if remember {
+            set.remember(tables, &client, &backend);
+        }
+        return Verdict::Forward { service, generation: set.generation, backend };
     }
     Verdict::Refuse { service: 0 }
 }
 
-/// The backend of an inline set at the address of `wanted`, with the id that it has now: one that was away has a new one.
-/// A larger set answers None: its members are found by place, not by address, and a new random choice is never wrong.
+/// The place of a client on a [`crate::layout::Ring`].
 #[inline(always)]
-fn find_inline(frontend: &Frontend, count: u32, wanted: &Backend) -> Option<Backend> {
-    if count as usize > INLINE_BACKENDS {
-        return None;
+pub const fn ring_place(client: &Addr) -> usize {
+    let words = client.words();
+    let hash = mix(mix(mix(mix(0, words[0]), words[1]), words[2]), words[3]);
+    hash as usize & (RING_PLACES - 1)
+}
+
+/// Mixes a word into a hash so that every bit of either changes about half of the result (MurmurHash3: one round and its
+/// finaliser).
+#[inline(always)]
+pub const fn mix(hash: u32, word: u32) -> u32 {
+    let word = word.wrapping_mul(0xcc9e_2d51).rotate_left(15).wrapping_mul(0x1b87_3593);
+    let mut hash = (hash ^ word).rotate_left(13).wrapping_mul(5).wrapping_add(0xe654_6b64);
+    hash ^= hash >> 16;
+    hash = hash.wrapping_mul(0x85eb_ca6b);
+    hash ^= hash >> 13;
+    hash = hash.wrapping_mul(0xc2b2_ae35);
+    hash ^ (hash >> 16)
+}
+
+/// The eligible backends of a frontend, as one read of it found them; not empty.
+struct Set<'a> {
+    frontend: &'a Frontend,
+    generation: u32,
+    service: u32,
+    count: u32,
+    flags: u32,
+}
+
+impl Set<'_> {
+    /// Whether the frontend was rewritten since its first field was read.
+    #[inline(always)]
+    fn is_torn(&self) -> bool {
+        read(&self.frontend.generation_check) != self.generation
     }
-    let mut found = None;
-    for (place, backend) in frontend.inline.iter().enumerate() {
-        let backend = read(backend);
-        if (place as u32) < count && backend.port == wanted.port && backend.addr.same(&wanted.addr) {
-            found = Some(backend);
+
+    #[inline(always)]
+    const fn is_inline(&self) -> bool {
+        self.count as usize <= INLINE_BACKENDS
+    }
+
+    // What follows are functions of their own in the kernel: a program and all it calls at a time have 512 bytes of stack.
+
+    /// Puts a new choice into `backend`; false if the set is being replaced.
+    #[inline(never)]
+    fn choose<T: Tables>(&self, tables: &T, client: &Addr, backend: &mut Backend) -> bool {
+        let (service, generation) = (self.service, self.generation);
+        let index = if self.flags & HASH_CLIENT != 0 {
+            match tables.ring(&RingKey { service, generation }, ring_place(client)) {
+                Some(index) => u32::from(index),
+                None => return false,
+            }
+        } else {
+            scale(tables.random(), self.count)
+        };
+        if self.is_inline() {
+            // The mask is for the verifier; `index < count <= INLINE_BACKENDS` holds already.
+            copy_backend(&self.frontend.inline[index as usize & (INLINE_BACKENDS - 1)], backend);
+            return true;
+        }
+        match tables.backend(&BackendKey { service, generation, index }) {
+            Some(chosen) => {
+                copy_backend(chosen, backend);
+                true
+            }
+            None => false,
         }
     }
-    found
+
+    /// Puts the backend that a client was last sent to into `backend`, unless that has one already, if it was not too long
+    /// ago and the backend still is in the set. Returns whether what it gets this time is to be remembered.
+    #[inline(never)]
+    fn recall<T: Tables>(&self, tables: &T, client: &Addr, backend: &mut Backend) -> bool {
+        let Some(known) = tables.affinity(&self.affinity_key(client)) else { return true };
+        let age = tables.now().saturating_sub(known.last_used);
+        if backend.id == 0 && age <= u64::from(read(&self.frontend.affinity_seconds)) * SECOND {
+            *backend = Backend { id: self.find(tables, &known.backend), ..known.backend };
+        }
+        age >= RENEWAL
+            || backend.id == 0
+            || backend.port != known.backend.port
+            || !backend.addr.same(&known.backend.addr)
+    }
+
+    #[inline(never)]
+    fn remember<T: Tables>(&self, tables: &T, client: &Addr, backend: &Backend) {
+        tables.remember(&self.affinity_key(client), &Affinity { last_used: tables.now(), backend: *backend });
+    }
+
+    #[inline(always)]
+    fn affinity_key(&self, client: &Addr) -> AffinityKey {
+        let affinity = read(&self.frontend.affinity);
+        AffinityKey { client: *client, affinity: [affinity as u32, (affinity >> 32) as u32] }
+    }
+
+    /// The id of the backend of the set at the address of `wanted`, which is another than before if it was away; 0 for
+    /// none. Large sets that keep no members answer 0, and a new choice is made, which is never wrong.
+    #[inline(never)]
+    fn find<T: Tables>(&self, tables: &T, wanted: &Backend) -> u32 {
+        if !self.is_inline() {
+            if self.flags & HAS_MEMBERS == 0 {
+                return 0;
+            }
+            let key = MemberKey { addr: wanted.addr, port: wanted.port, pad: 0, service: self.service };
+            return match tables.member(&key) {
+                Some(member) if member.generation.wrapping_sub(self.generation).cast_signed() >= 0 => member.id,
+                _ => 0,
+            };
+        }
+        let mut id = 0;
+        for (place, backend) in self.frontend.inline.iter().enumerate() {
+            let same = same_words(read_words(&backend.addr), wanted.addr.words()) && read(&backend.port) == wanted.port;
+            if (place as u32) < self.count && same {
+                id = read(&backend.id);
+            }
+        }
+        id
+    }
 }
 
 /// Maps a uniform `random` to `0..count` without a division (the bias is below 2^-15 for any real `count`).
 #[inline(always)]
 const fn scale(random: u32, count: u32) -> u32 {
     ((random as u64 * count as u64) >> 32) as u32
+}
+
+#[inline(always)]
+const fn same_words(a: [u32; 4], b: [u32; 4]) -> bool {
+    (a[0] ^ b[0]) | (a[1] ^ b[1]) | (a[2] ^ b[2]) | (a[3] ^ b[3]) == 0
+}
+
+/// Whether the key in a value that may be changing is `key`.
+#[inline(always)]
+fn is_key(found: &FrontendKey, key: &FrontendKey) -> bool {
+    same_words(read_words(&found.addr), key.addr.words())
+        && read(&found.port) == key.port
+        && read(&found.proto) == key.proto
+        && read(&found.scope) == key.scope
+}
+
+#[inline(always)]
+fn copy_backend(from: &Backend, to: &mut Backend) {
+    to.addr = Addr::from_words(read_words(&from.addr));
+    to.port = read(&from.port);
+    to.id = read(&from.id);
+}
+
+/// [`read`], word by word: the whole of an address at once would go over the stack, of which a program has 512 bytes.
+#[inline(always)]
+fn read_words(place: &Addr) -> [u32; 4] {
+    let words = core::ptr::from_ref(place).cast::<u32>();
+    // SAFETY: an `Addr` is four words, aligned as such; volatile as in `read`.
+    unsafe {
+        [
+            core::ptr::read_volatile(words),
+            core::ptr::read_volatile(words.add(1)),
+            core::ptr::read_volatile(words.add(2)),
+            core::ptr::read_volatile(words.add(3)),
+        ]
+    }
 }
 
 /// Reads a field of a value that another CPU may be rewriting, once, where the program says so.
@@ -136,209 +301,4 @@ fn read<V: Copy>(place: &V) -> V {
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-    use crate::layout::{TCP, UDP};
-    use proptest::prelude::*;
-    use std::cell::{Cell, RefCell};
-    use std::collections::{BTreeMap, HashMap, HashSet};
-
-    /// The maps, laid out exactly as the agent writes them.
-    #[derive(Default)]
-    struct Fake {
-        frontends: HashMap<FrontendKey, Frontend>,
-        backends: HashMap<BackendKey, Backend>,
-        addrs: HashSet<Addr>,
-        randoms: RefCell<Vec<u32>>,
-        lookups: Cell<usize>,
-        torn: Cell<usize>,
-        torn_value: Frontend,
-    }
-
-    impl Tables for Fake {
-        fn frontend(&self, key: &FrontendKey) -> Option<&Frontend> {
-            self.lookups.set(self.lookups.get() + 1);
-            if self.torn.get() > 0 {
-                self.torn.set(self.torn.get() - 1);
-                return Some(&self.torn_value);
-            }
-            self.frontends.get(key)
-        }
-        fn backend(&self, key: &BackendKey) -> Option<Backend> {
-            self.backends.get(key).copied()
-        }
-        fn is_service_addr(&self, addr: &Addr) -> bool {
-            self.addrs.contains(addr)
-        }
-        fn random(&self) -> u32 {
-            self.randoms.borrow_mut().pop().unwrap_or(0)
-        }
-    }
-
-    fn backend(id: u32) -> Backend {
-        let mut addr = [0; 16];
-        addr[12..].copy_from_slice(&id.to_be_bytes());
-        Backend { addr: Addr(addr), port: [0x1f, 0x90], pad: 0, id }
-    }
-
-    fn key(addr: u8, port: u8, proto: u8) -> FrontendKey {
-        FrontendKey::new(Addr([addr; 16]), [0, port], proto)
-    }
-
-    impl Fake {
-        fn put(&mut self, key: FrontendKey, service: u32, generation: u32, ids: &[u32]) {
-            let mut value = Frontend {
-                generation,
-                service,
-                count: ids.len() as u32,
-                key,
-                generation_check: generation,
-                ..Frontend::default()
-            };
-            if ids.len() <= INLINE_BACKENDS {
-                for (slot, id) in value.inline.iter_mut().zip(ids) {
-                    *slot = backend(*id);
-                }
-            } else {
-                for (index, id) in (0u32..).zip(ids) {
-                    self.backends.insert(BackendKey { service, generation, index }, backend(*id));
-                }
-            }
-            self.frontends.insert(key, value);
-            self.addrs.insert(key.addr);
-        }
-    }
-
-    fn any_key() -> impl Strategy<Value = FrontendKey> {
-        (0u8..4, 0u8..4, prop_oneof![Just(TCP), Just(UDP)]).prop_map(|(a, p, proto)| key(a, p, proto))
-    }
-
-    proptest! {
-        /// The plain model: a map from frontend to the list of its backends.
-        #[test]
-        fn agrees_with_the_plain_model(
-            model in proptest::collection::btree_map(any_key(), proptest::collection::vec(1u32..1000, 0..40), 0..16),
-            asked in proptest::collection::vec((any_key(), any::<u32>()), 1..64),
-        ) {
-            let model: BTreeMap<FrontendKey, Vec<u32>> = model;
-            let mut fake = Fake::default();
-            for (service, (key, ids)) in (1u32..).zip(&model) {
-                fake.put(*key, service, 7, ids);
-            }
-            for (key, random) in asked {
-                fake.randoms.borrow_mut().push(random);
-                let verdict = select(&fake, &key);
-                fake.randoms.borrow_mut().clear();
-                match model.get(&key) {
-                    None if model.keys().any(|k| k.addr == key.addr) => {
-                        prop_assert_eq!(verdict, Verdict::Refuse { service: 0 });
-                    }
-                    None => prop_assert_eq!(verdict, Verdict::Untouched),
-                    Some(ids) if ids.is_empty() => {
-                        let refused_by_its_service = matches!(verdict, Verdict::Refuse { service } if service != 0);
-                        prop_assert!(refused_by_its_service);
-                    }
-                    Some(ids) => {
-                        let wanted = ids[((u64::from(random) * ids.len() as u64) >> 32) as usize];
-                        let Verdict::Forward { backend: got, generation, .. } = verdict else {
-                            return Err(TestCaseError::fail(format!("{verdict:?}")));
-                        };
-                        prop_assert_eq!(got, backend(wanted));
-                        prop_assert_eq!(generation, 7);
-                    }
-                }
-            }
-        }
-
-        #[test]
-        fn a_socket_stays_with_its_backend_while_it_is_eligible(
-            before in proptest::collection::hash_set(1u32..20, 1..8),
-            after in proptest::collection::hash_set(1u32..20, 0..8),
-            randoms: [u32; 2],
-        ) {
-            let key = key(1, 1, UDP);
-            let mut fake = Fake::default();
-            let ids: Vec<u32> = before.iter().copied().collect();
-            fake.put(key, 3, 1, &ids);
-            fake.randoms.borrow_mut().push(randoms[0]);
-            let Verdict::Forward { service, generation, backend } = select_sticky(&fake, &key, || None) else {
-                return Err(TestCaseError::fail("no backend"));
-            };
-            let earlier = Earlier { service, generation, backend };
-            let ids: Vec<u32> = after.iter().copied().collect();
-            fake.put(key, 3, 2, &ids);
-            fake.randoms.borrow_mut().push(randoms[1]);
-            match select_sticky(&fake, &key, || Some(earlier)) {
-                Verdict::Forward { backend: now, .. } if after.contains(&backend.id) => prop_assert_eq!(now, backend),
-                Verdict::Forward { backend: now, .. } => prop_assert!(after.contains(&now.id)),
-                Verdict::Refuse { service: 3 } => prop_assert!(after.is_empty()),
-                other @ (Verdict::Untouched | Verdict::Refuse { .. }) => {
-                    return Err(TestCaseError::fail(format!("{other:?}")));
-                }
-            }
-        }
-    }
-
-    #[test]
-    fn every_backend_gets_its_share() {
-        for count in [1u32, 3, 8, 9, 300] {
-            let mut hits = vec![0u32; count as usize];
-            let steps = 300 * count;
-            for step in 0..steps {
-                let random = (u64::from(step) * (1 << 32) / u64::from(steps)) as u32;
-                hits[scale(random, count) as usize] += 1;
-            }
-            assert!(hits.iter().all(|h| (299..=301).contains(h)), "{count}: {hits:?}");
-        }
-    }
-
-    #[test]
-    fn a_torn_value_is_read_again_and_never_used() {
-        let key = key(1, 1, TCP);
-        let mut fake = Fake::default();
-        fake.put(key, 1, 5, &[42]);
-        fake.torn_value =
-            Frontend { generation: 4, service: 1, count: 1, key, generation_check: 5, ..Frontend::default() };
-        fake.torn.set(ATTEMPTS - 1);
-        assert!(matches!(select(&fake, &key), Verdict::Forward { backend: Backend { id: 42, .. }, .. }));
-        assert_eq!(fake.lookups.get(), ATTEMPTS);
-
-        fake.torn.set(usize::MAX);
-        assert_eq!(select(&fake, &key), Verdict::Refuse { service: 0 });
-    }
-
-    #[test]
-    fn the_value_of_another_frontend_in_a_reused_element_is_never_used() {
-        let mut fake = Fake::default();
-        let (mine, other) = (key(1, 1, TCP), key(2, 1, TCP));
-        fake.put(mine, 1, 5, &[42]);
-        fake.put(other, 2, 6, &[43]);
-        fake.torn_value = fake.frontends[&other];
-        fake.torn.set(1);
-        assert!(matches!(select(&fake, &mine), Verdict::Forward { backend: Backend { id: 42, .. }, .. }));
-    }
-
-    #[test]
-    fn a_backend_that_was_away_is_kept_under_its_new_id() {
-        let key = key(1, 1, UDP);
-        let mut fake = Fake::default();
-        fake.put(key, 3, 1, &[7]);
-        let earlier = Earlier { service: 3, generation: 1, backend: backend(7) };
-        fake.put(key, 3, 2, &[7, 8]);
-        fake.frontends.get_mut(&key).unwrap().inline[0].id = 9;
-        fake.randoms.borrow_mut().push(u32::MAX);
-        let verdict = select_sticky(&fake, &key, || Some(earlier));
-        assert!(matches!(verdict, Verdict::Forward { backend: Backend { id: 9, .. }, .. }), "{verdict:?}");
-    }
-
-    #[test]
-    fn a_large_set_whose_generation_is_gone_is_looked_up_again_not_refused_by_its_service() {
-        let key = key(1, 1, TCP);
-        let mut fake = Fake::default();
-        let ids: Vec<u32> = (1..=9).collect();
-        fake.put(key, 1, 1, &ids);
-        fake.backends.clear();
-        assert_eq!(select(&fake, &key), Verdict::Refuse { service: 0 });
-        assert_eq!(fake.lookups.get(), ATTEMPTS);
-    }
-}
+mod tests;

@@ -38,7 +38,8 @@ impl Connected {
 
 impl Datagrams {
     /// The backend that the last datagram to `frontend` went to.
-    #[inline(always)]
+    // A function of its own in the kernel, for its stack.
+    #[inline(never)]
     pub fn earlier(&self, frontend: &FrontendKey) -> Option<Earlier> {
         for flow in &self.flows {
             if flow.backend_id != 0 && flow.frontend_port == frontend.port && flow.frontend.same(&frontend.addr) {
@@ -80,7 +81,23 @@ impl Datagrams {
     /// socket share a backend, answers carry the frontend written to last: the only one that is waited for in practice.
     #[inline(always)]
     pub fn remember(&mut self, frontend: &FrontendKey, backend: &Backend, service: u32, generation: u32) {
-        let flow = Flow {
+        let mut slot = DATAGRAM_FLOWS;
+        for place in 0..loop_bound() {
+            let old = &mut self.flows[place & (DATAGRAM_FLOWS - 1)];
+            if old.service == 0 {
+                continue;
+            }
+            if old.backend_port == backend.port && old.backend.same(&backend.addr) {
+                slot = place;
+            } else if old.frontend_port == frontend.port && old.frontend.same(&frontend.addr) {
+                old.backend_id = 0;
+            }
+        }
+        if slot == DATAGRAM_FLOWS {
+            slot = self.next as usize;
+            self.next = (self.next + 1) % DATAGRAM_FLOWS as u32;
+        }
+        self.flows[slot & (DATAGRAM_FLOWS - 1)] = Flow {
             frontend: frontend.addr,
             backend: backend.addr,
             frontend_port: frontend.port,
@@ -89,23 +106,15 @@ impl Datagrams {
             generation,
             backend_id: backend.id,
         };
-        let mut slot = DATAGRAM_FLOWS;
-        for (place, old) in self.flows.iter_mut().enumerate() {
-            if old.service == 0 {
-                continue;
-            }
-            if old.backend_port == flow.backend_port && old.backend.same(&flow.backend) {
-                slot = place;
-            } else if old.frontend_port == flow.frontend_port && old.frontend.same(&flow.frontend) {
-                old.backend_id = 0;
-            }
-        }
-        if slot == DATAGRAM_FLOWS {
-            slot = self.next as usize;
-            self.next = (self.next + 1) % DATAGRAM_FLOWS as u32;
-        }
-        self.flows[slot & (DATAGRAM_FLOWS - 1)] = flow;
     }
+}
+
+/// [`DATAGRAM_FLOWS`], read where the compiler cannot know it: a loop it unrolls needs more stack than a program has.
+#[inline(always)]
+fn loop_bound() -> usize {
+    static FLOWS: usize = DATAGRAM_FLOWS;
+    // SAFETY: a plain read of a static.
+    unsafe { core::ptr::read_volatile(&raw const FLOWS) }
 }
 
 #[cfg(test)]

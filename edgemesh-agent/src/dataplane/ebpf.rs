@@ -8,13 +8,17 @@ mod adopt;
 mod log;
 mod mounts;
 mod open;
+mod pins;
 mod remove;
+mod ring;
+mod sets;
 mod stale;
 mod sys;
+mod wanted;
 
 use std::{
     collections::{BTreeMap, BTreeSet, HashMap, VecDeque},
-    net::{IpAddr, SocketAddr},
+    net::SocketAddr,
     path::Path,
     time::{Duration, Instant, SystemTime, UNIX_EPOCH},
 };
@@ -22,10 +26,14 @@ use std::{
 use aya::maps::MapError;
 use edgemesh_common::{
     Addr,
-    layout::{Backend, BackendKey, CounterKey, Counters, Frontend, FrontendKey, INLINE_BACKENDS, TCP, UDP},
+    layout::{Backend, CounterKey, Counters, Frontend, FrontendKey, INLINE_BACKENDS, SCOPE_HOST, UDP},
 };
 use tracing::warn;
 
+use self::{
+    sets::Set,
+    wanted::{Wanted, addr_of, keys, same, socket_addr, wanted},
+};
 pub use open::OpenError;
 pub use remove::{is_pinned, remove_all};
 
@@ -38,7 +46,7 @@ use super::{Count, Dataplane, Error};
 use crate::{
     conditions::Conditions,
     config::EbpfConfig,
-    model::{self, Change, FrontendAddr, FrontendKind, Protocol, ServiceTable},
+    model::{Change, ServiceEntry, ServiceTable},
     net::sock_diag,
 };
 
@@ -51,6 +59,8 @@ const GRACE: Duration = Duration::from_secs(1);
 /// The programs, attached, and their maps.
 pub struct Ebpf {
     opened: open::Opened,
+    /// How many frontends the maps held at the start.
+    adopted: usize,
     /// What the maps hold, as far as updates need to know.
     installed: HashMap<FrontendKey, Installed>,
     /// How many frontends that own their whole address each address in `SERVICE_ADDRS` has.
@@ -69,52 +79,46 @@ pub struct Ebpf {
 
 #[derive(Debug, Default)]
 struct Installed {
-    service: u32,
-    generation: u32,
-    backends: Vec<Backend>,
+    set: Set,
     /// The highest [`Backend::id`] given out so far.
     last_backend: u32,
     /// What backends that are gone had counted, so that the frontend's sum never goes down.
     retired: Counters,
+    affinity_seconds: u32,
     /// See [`Wanted::owns_address`].
     owns_address: bool,
 }
 
-/// What a frontend is to be.
-#[derive(Clone, Copy, Debug)]
-struct Wanted<'a> {
-    backends: &'a [SocketAddr],
-    /// Whether all other ports of its address are refused. Only a ClusterIP belongs to its Service alone: a node has
-    /// other ports than node ports, and what else listens on an external IP is not for Kubernetes to say.
-    owns_address: bool,
-}
-
-impl<'a> Wanted<'a> {
-    /// None for frontends that the programs cannot serve.
-    fn of(frontend: &'a model::Frontend) -> Option<(FrontendKey, Self)> {
-        // The programs do not ask whose 127.0.0.1 it is, and a pod's is its own.
-        let key = key_of(&frontend.at).filter(|_| !frontend.host_only())?;
-        Some((key, Self { backends: &frontend.backends, owns_address: frontend.kind == FrontendKind::ClusterIp }))
+impl Installed {
+    fn is(&self, wanted: &Wanted<'_>) -> bool {
+        let backends = &self.set.backends;
+        self.set.flags == wanted.flags
+            && self.affinity_seconds == wanted.affinity_seconds
+            && backends.len() == wanted.backends.len()
+            && backends.iter().zip(wanted.backends).all(|(have, want)| same(have, want))
     }
 }
 
 /// An entry that nothing refers to any more.
 #[derive(Debug)]
 enum Abandoned {
-    Set {
-        service: u32,
-        generation: u32,
-        count: u32,
-    },
+    Set(Set),
     Counter(CounterKey),
     /// The id may be given out again only when nothing keyed by it is left.
     Service(u32),
 }
 
+impl Abandoned {
+    fn counter(service: u32, backend: u32) -> Self {
+        Self::Counter(CounterKey { service, backend })
+    }
+}
+
 impl Ebpf {
     /// Loads and attaches the programs, adopting maps and links that an earlier agent left.
     ///
-    /// From here on translation is in force: by the adopted maps, or by empty ones, which leave all traffic alone.
+    /// From here on translation is in force: by the adopted maps, or by empty ones, which leave all traffic alone. Where
+    /// an agent with another map layout was here, its own goes on until the first table is in the new maps.
     ///
     /// # Errors
     ///
@@ -133,15 +137,17 @@ impl Ebpf {
         });
         let mut this = Self {
             opened,
+            adopted: 0,
             installed: HashMap::new(),
             addrs: HashMap::new(),
             services: HashMap::new(),
             stale,
             last_service: 0,
-            last_generation: SystemTime::now().duration_since(UNIX_EPOCH).map_or(1, |d| d.as_secs() as u32),
+            last_generation: SystemTime::now().duration_since(UNIX_EPOCH).map_or(1, |since| since.as_secs() as u32),
             abandoned: VecDeque::new(),
         };
         this.adopt()?;
+        this.adopted = this.installed.len();
         Ok(this)
     }
 
@@ -157,7 +163,7 @@ impl Ebpf {
 
     /// How many frontends an earlier agent left in force.
     pub fn adopted(&self) -> usize {
-        if self.opened.adopted_links == 0 { 0 } else { self.installed.len() }
+        if self.opened.adopted_links == 0 { 0 } else { self.adopted }
     }
 
     /// Puts `wanted` in force and takes `unwanted` away; goes on after errors and returns the first.
@@ -184,62 +190,73 @@ impl Ebpf {
         failures.into_result()
     }
 
+    /// Adds what a Service asks of the maps.
+    fn want<'a>(&self, entry: &'a ServiceEntry, all: &mut BTreeMap<FrontendKey, Wanted<'a>>) {
+        let wanted = entry.frontends.iter().flat_map(|frontend| wanted(entry, frontend));
+        all.extend(wanted.filter(|(key, _)| key.scope != SCOPE_HOST || self.opened.knows_host));
+    }
+
     /// Makes every address with frontends known as one.
     fn know_addrs(&mut self) -> Result<(), MapError> {
         self.addrs.keys().try_for_each(|addr| self.opened.service_addrs.insert(addr, 1, 0))
     }
 
     fn put(&mut self, key: FrontendKey, wanted: Wanted<'_>, now: Instant) -> Result<(), Error> {
-        let (backends, old) = (wanted.backends, self.installed.get(&key));
-        if let Some(old) = old
-            && old.backends.len() == backends.len()
-            && old.backends.iter().zip(backends).all(|(have, want)| same(have, want))
-        {
+        if self.installed.get(&key).is_some_and(|old| old.is(&wanted)) {
             return self.own_address(&key, wanted.owns_address);
         }
-        let (service, retired, owns_address) = match old {
-            Some(old) => (old.service, old.retired, old.owns_address),
-            None => (self.free_service(), Counters::default(), false),
-        };
-        self.last_generation = self.last_generation.wrapping_add(1);
-        let generation = self.last_generation;
-        let (backends, last_backend) = with_ids(self.installed.get(&key), backends);
-        let count = backends.len() as u32;
-        let mut value =
-            Frontend { generation, service, count, key, generation_check: generation, ..Frontend::default() };
-        if backends.len() <= INLINE_BACKENDS {
-            value.inline[..backends.len()].copy_from_slice(&backends);
-        } else {
-            for (index, backend) in (0u32..).zip(&backends) {
-                let place = BackendKey { service, generation, index };
-                if let Err(error) = self.opened.backends.insert(place, backend, 0) {
-                    // The frontend stays at its old set. Nobody has seen the new one, so it can go at once.
-                    self.drop_set(service, generation, index);
-                    return Err(self.backends_error(&error, count - index));
+        // Out of the book-keeping while it is compared with what takes its place.
+        let old = self.installed.remove(&key);
+        match self.write(key, &wanted, old.as_ref()) {
+            Ok(new) => {
+                if key.proto == UDP
+                    && let Some(stale) = &self.stale
+                {
+                    new.set.backends.iter().for_each(|backend| stale.has(key, socket_addr(backend)));
                 }
+                self.services.insert(new.set.service, key);
+                self.installed.insert(key, new);
+                if let Some(old) = old {
+                    self.abandon_set(key, old.set, now);
+                }
+                self.own_address(&key, wanted.owns_address)
             }
+            Err(error) => {
+                self.installed.extend(old.map(|old| (key, old)));
+                Err(error)
+            }
+        }
+    }
+
+    /// Writes a frontend that is new, or other than `old`. After an error the old one is in force.
+    fn write(&mut self, key: FrontendKey, wanted: &Wanted<'_>, old: Option<&Installed>) -> Result<Installed, Error> {
+        let service = old.map_or_else(|| self.free_service(), |old| old.set.service);
+        self.last_generation = self.last_generation.wrapping_add(1);
+        let (generation, flags) = (self.last_generation, wanted.flags);
+        let (backends, last_backend) = with_ids(old, wanted.backends);
+        let mut set = Set { service, generation, flags, backends, ring: None };
+        self.write_set(&mut set, old.map(|old| &old.set))?;
+
+        let mut value = Frontend {
+            generation,
+            service,
+            count: set.backends.len() as u32,
+            flags,
+            affinity: wanted.affinity,
+            affinity_seconds: wanted.affinity_seconds,
+            key,
+            generation_check: generation,
+            ..Frontend::default()
+        };
+        if set.backends.len() <= INLINE_BACKENDS {
+            value.inline[..set.backends.len()].copy_from_slice(&set.backends);
         }
         if let Err(error) = self.opened.frontends.insert(key, value, 0) {
-            if backends.len() > INLINE_BACKENDS {
-                self.drop_set(service, generation, count);
-            }
+            self.drop_set(&set);
             return Err(self.frontends_error(&error, &key));
         }
-
-        // The new set is in force; the rest is book-keeping.
-        if key.proto == UDP
-            && let Some(stale) = &self.stale
-        {
-            backends.iter().for_each(|backend| stale.has(service, socket_addr(backend)));
-        }
-        let new = Installed { service, generation, backends, last_backend, retired, owns_address };
-        match self.installed.insert(key, new) {
-            None => {
-                self.services.insert(service, key);
-            }
-            Some(old) => self.abandon_old(key, &old, now),
-        }
-        self.own_address(&key, wanted.owns_address)
+        let (retired, owns_address) = old.map_or_else(Default::default, |old| (old.retired, old.owns_address));
+        Ok(Installed { set, last_backend, retired, affinity_seconds: wanted.affinity_seconds, owns_address })
     }
 
     /// Has an installed frontend own its whole address, or no more than its port.
@@ -267,24 +284,6 @@ impl Ebpf {
         Ok(())
     }
 
-    /// Drops what a replaced set leaves behind: its places, and the counters of backends that are gone.
-    fn abandon_old(&mut self, key: FrontendKey, old: &Installed, now: Instant) {
-        if old.backends.len() > INLINE_BACKENDS {
-            let count = old.backends.len() as u32;
-            self.abandon(now, Abandoned::Set { service: old.service, generation: old.generation, count });
-        }
-        let kept: BTreeSet<u32> =
-            self.installed.get(&key).into_iter().flat_map(|new| &new.backends).map(|backend| backend.id).collect();
-        for backend in old.backends.iter().filter(|backend| !kept.contains(&backend.id)) {
-            self.abandon(now, Abandoned::Counter(CounterKey { service: old.service, backend: backend.id }));
-            if key.proto == UDP
-                && let Some(stale) = &mut self.stale
-            {
-                stale.lost(old.service, socket_addr(backend), now);
-            }
-        }
-    }
-
     fn take(&mut self, key: &FrontendKey, now: Instant) -> Result<(), Error> {
         if !self.installed.contains_key(key) {
             return Ok(());
@@ -292,23 +291,15 @@ impl Ebpf {
         let removed = absent_is_fine(self.opened.frontends.remove(key));
         self.own_address(key, false)?;
         let Some(old) = self.installed.remove(key) else { return Ok(()) };
-        self.abandon_old(*key, &old, now);
-        self.abandon(now, Abandoned::Counter(CounterKey { service: old.service, backend: 0 }));
-        self.abandon(now, Abandoned::Service(old.service));
+        let service = old.set.service;
+        self.abandon_set(*key, old.set, now);
+        self.abandon(now, Abandoned::counter(service, 0));
+        self.abandon(now, Abandoned::Service(service));
         removed.map_err(|error| kernel(&format!("remove the frontend {}", addr_of(key)), &error))
     }
 
     fn abandon(&mut self, now: Instant, what: Abandoned) {
         self.abandoned.push_back((now + GRACE, what));
-    }
-
-    fn drop_set(&mut self, service: u32, generation: u32, count: u32) {
-        for index in 0..count {
-            let place = BackendKey { service, generation, index };
-            if let Err(error) = absent_is_fine(self.opened.backends.remove(&place)) {
-                warn!("cannot drop an abandoned backend: {error}");
-            }
-        }
     }
 
     /// Moves what a backend that is gone has counted to its frontend.
@@ -338,10 +329,10 @@ impl Ebpf {
         kernel(&format!("write the frontend {}", addr_of(key)), error)
     }
 
-    fn backends_error(&self, error: &MapError, missing: u32) -> Error {
+    fn backends_error(&self, error: &MapError, missing: usize) -> Error {
         if is_full(error) {
             let capacity = self.opened.max_backends;
-            return Error::Full { map: "BACKENDS", key: "maxBackends", capacity, missing: missing as usize };
+            return Error::Full { map: "BACKENDS", key: "maxBackends", capacity, missing };
         }
         kernel("write a backend", error)
     }
@@ -353,31 +344,40 @@ impl Dataplane for Ebpf {
     }
 
     fn replace(&mut self, table: &ServiceTable, now: Instant) -> Result<(), Error> {
-        let mut wanted = BTreeMap::new();
-        for frontend in table.services.iter().flat_map(|entry| &entry.frontends) {
-            wanted.extend(Wanted::of(frontend));
+        let mut all = BTreeMap::new();
+        for entry in &table.services {
+            self.want(entry, &mut all);
         }
         let unwanted = self.installed.keys().copied().collect();
-        let result = self.sync(wanted, unwanted, now);
+        let result = self.sync(all, unwanted, now);
         // What `put` could not make known it does not try again: its frontend is there, and unchanged.
         let known = self.know_addrs().map_err(|error| kernel("write the Service addresses", &error));
-        result.and(known)
+        let result = result.and(known);
+        // What found no room has none in the maps of an earlier layout's size either; all else is better followed.
+        if !self.opened.attached && !matches!(result, Err(Error::Kernel { .. })) {
+            let attached = self.opened.attach();
+            attached.map_err(|error| Error::Kernel {
+                attempt: "put the programs in force".to_owned(),
+                error: error.to_string(),
+            })?;
+        }
+        result
     }
 
     fn apply(&mut self, changes: &[Change<'_>], now: Instant) -> Result<(), Error> {
-        let (mut wanted, mut unwanted) = (BTreeMap::new(), BTreeSet::new());
+        let (mut all, mut unwanted) = (BTreeMap::new(), BTreeSet::new());
         for change in changes {
             let (old, new) = match change {
                 Change::Added(new) => (None, Some(new)),
                 Change::Removed(old) => (Some(old), None),
                 Change::Changed { old, new } => (Some(old), Some(new)),
             };
-            unwanted.extend(old.into_iter().flat_map(|e| &e.frontends).filter_map(|f| key_of(&f.at)));
-            for frontend in new.into_iter().flat_map(|entry| &entry.frontends) {
-                wanted.extend(Wanted::of(frontend));
+            unwanted.extend(old.into_iter().flat_map(|entry| &entry.frontends).flat_map(keys));
+            if let Some(new) = new {
+                self.want(new, &mut all);
             }
         }
-        self.sync(wanted, unwanted, now)
+        self.sync(all, unwanted, now)
     }
 
     fn maintain(&mut self, now: Instant) {
@@ -387,7 +387,7 @@ impl Dataplane for Ebpf {
         while self.abandoned.front().is_some_and(|(due, _)| *due <= now) {
             let Some((_, what)) = self.abandoned.pop_front() else { return };
             match what {
-                Abandoned::Set { service, generation, count } => self.drop_set(service, generation, count),
+                Abandoned::Set(set) => self.drop_set(&set),
                 Abandoned::Counter(key) => {
                     self.retire(&key);
                     if let Err(error) = absent_is_fine(self.opened.counters.remove(&key)) {
@@ -411,7 +411,7 @@ impl Dataplane for Ebpf {
             let Some(frontend) = self.services.get(&key.service) else { continue };
             let Some(installed) = self.installed.get(frontend) else { continue };
             // A backend that has just gone counts with its frontend, as it will once it is retired.
-            let backend = installed.backends.iter().find(|backend| backend.id == key.backend).map(socket_addr);
+            let backend = installed.set.backends.iter().find(|backend| backend.id == key.backend).map(socket_addr);
             let known = counts.entry((*frontend, backend)).or_default();
             *known = values.iter().fold(*known, sum);
         }
@@ -434,7 +434,7 @@ fn sum(a: Counters, b: &Counters) -> Counters {
 ///
 /// Ids count up for as long as the frontend is there, so that counters about to be dropped are never a new backend's.
 fn with_ids(old: Option<&Installed>, wanted: &[SocketAddr]) -> (Vec<Backend>, u32) {
-    let (known, mut last): (&[Backend], u32) = old.map_or((&[], 0), |old| (&old.backends, old.last_backend));
+    let (known, mut last): (&[Backend], u32) = old.map_or((&[], 0), |old| (&old.set.backends, old.last_backend));
     let known: HashMap<(Addr, [u8; 2]), u32> = known.iter().map(|b| ((b.addr, b.port), b.id)).collect();
     let backends = wanted
         .iter()
@@ -448,28 +448,6 @@ fn with_ids(old: Option<&Installed>, wanted: &[SocketAddr]) -> (Vec<Backend>, u3
         })
         .collect();
     (backends, last)
-}
-
-fn same(have: &Backend, want: &SocketAddr) -> bool {
-    have.addr == Addr::from(want.ip()) && have.port == want.port().to_be_bytes()
-}
-
-fn key_of(at: &FrontendAddr) -> Option<FrontendKey> {
-    let proto = match at.protocol {
-        Protocol::Tcp => TCP,
-        Protocol::Udp => UDP,
-        Protocol::Sctp => return None,
-    };
-    Some(FrontendKey::new(at.addr.ip().into(), at.addr.port().to_be_bytes(), proto))
-}
-
-fn addr_of(key: &FrontendKey) -> FrontendAddr {
-    let protocol = if key.proto == TCP { Protocol::Tcp } else { Protocol::Udp };
-    FrontendAddr { addr: SocketAddr::new(IpAddr::from(key.addr), u16::from_be_bytes(key.port)), protocol }
-}
-
-fn socket_addr(backend: &Backend) -> SocketAddr {
-    SocketAddr::new(IpAddr::from(backend.addr), u16::from_be_bytes(backend.port))
 }
 
 fn absent_is_fine(result: Result<(), MapError>) -> Result<(), MapError> {

@@ -55,7 +55,7 @@ fn cleanup_leaves_nothing_behind() -> Result<()> {
     let agent = node.start_agent(&AgentOptions::default())?;
     agent.wait_ready(START)?;
     let during = inventory(&node)?;
-    for wanted in ["edgemesh0", "169.254.96.16", "program", "/v1/FRONTENDS", "agent.sock"] {
+    for wanted in ["edgemesh0", "169.254.96.16", "program", "/v2/FRONTENDS", "agent.sock"] {
         ensure!(during.iter().any(|line| line.contains(wanted)), "the agent made no {wanted}: {during:#?}");
     }
     let config = node.write_file("agent.yaml", &serde_yaml::to_string(&node.agent_config())?)?;
@@ -115,7 +115,7 @@ fn cleanup_leaves_the_pins_of_others_alone() -> Result<()> {
     let options = AgentOptions::default().set("modules.edgeProxy.ebpf.pinDirectory", "/sys/fs/bpf");
     let agent = node.start_agent(&options)?;
     agent.wait_ready(START)?;
-    ensure!(bpffs.join("v1/FRONTENDS").exists(), "nothing was pinned");
+    ensure!(bpffs.join("v2/FRONTENDS").exists(), "nothing was pinned");
     agent.stop()?;
     let mut config = node.agent_config();
     config["modules"]["edgeProxy"]["ebpf"]["pinDirectory"] = "/sys/fs/bpf".into();
@@ -124,6 +124,6 @@ fn cleanup_leaves_the_pins_of_others_alone() -> Result<()> {
         node.agent(&["cleanup", "--config-file", &config.to_string_lossy()]).output(Duration::from_secs(10))?;
     assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
     assert!(others.exists());
-    assert!(!bpffs.join("v1").exists());
+    assert!(!bpffs.join("v2").exists() && !bpffs.join("sockets-v2").exists());
     Ok(())
 }

@@ -23,8 +23,20 @@ pub(crate) const PROGRAMS: &[(&str, CgroupSockAddrAttachType)] = &[
     ("getpeername6", GetPeerName6),
 ];
 
-pub(crate) const MAPS: &[&str] =
-    &["FRONTENDS", "BACKENDS", "SERVICE_ADDRS", "COUNTERS", "CONNECTED", "DATAGRAMS", "UDP_SOCKETS"];
+pub(crate) const MAPS: &[&str] = &[
+    "FRONTENDS",
+    "BACKENDS",
+    "SERVICE_ADDRS",
+    "RINGS",
+    "MEMBERS",
+    "COUNTERS",
+    "AFFINITY",
+    "SETTINGS",
+    "EVENTS",
+    "CONNECTED",
+    "DATAGRAMS",
+    "UDP_SOCKETS",
+];
 
 /// What `license_is_gpl_compatible` of the kernel accepts (include/linux/license.h).
 const LICENCES: [&str; 6] =

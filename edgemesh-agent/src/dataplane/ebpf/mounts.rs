@@ -56,12 +56,12 @@ fn is_root(directory: &File) -> bool {
         && directory.metadata().is_ok_and(|meta| meta.ino() == ROOT_CGROUP)
 }
 
-/// Makes the directory `version` below `pins`, mounting a bpffs on `pins` where there is none.
+/// Makes the directories `versions` below `pins`, mounting a bpffs on `pins` where there is none.
 ///
 /// # Errors
 ///
 /// The directory cannot be made, or the mount is refused.
-pub(super) fn prepare_pins(pins: &Path, version: &Path) -> Result<(), OpenError> {
+pub(super) fn prepare_pins(pins: &Path, versions: &[&Path]) -> Result<(), OpenError> {
     let error = |error: io::Error| OpenError::Pins { path: pins.to_owned(), error };
     let on_bpffs = |path: &Path| statfs(path).is_ok_and(|fs| fs.filesystem_type() == BPF_FS_MAGIC);
     let nearest = pins.ancestors().find(|path| path.exists()).unwrap_or_else(|| Path::new("/"));
@@ -74,7 +74,7 @@ pub(super) fn prepare_pins(pins: &Path, version: &Path) -> Result<(), OpenError>
             .map_err(|errno| error(errno.into()))?;
         info!(path = %target.display(), "mounted a bpffs");
     }
-    fs::create_dir_all(version).map_err(error)
+    versions.iter().try_for_each(fs::create_dir_all).map_err(error)
 }
 
 /// The mount points of a file system type in the order of `mountinfo` (proc(5)), with its octal escapes undone.

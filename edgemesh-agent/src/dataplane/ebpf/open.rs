@@ -1,24 +1,27 @@
 //! Bringing the programs up: load, adopt what an earlier agent pinned, attach or update in place.
 
 use std::{
-    fs, io,
-    os::fd::{AsFd, BorrowedFd, OwnedFd},
-    path::{Path, PathBuf},
+    fs::{self, File},
+    io,
+    os::fd::AsFd,
+    path::PathBuf,
 };
 
 use aya::{
-    Ebpf as Object, EbpfError, EbpfLoader,
+    Ebpf as Object, EbpfError, EbpfLoader, Pod,
     maps::{HashMap, MapData, MapError, PerCpuHashMap},
     programs::{CgroupSockAddr, CgroupSockAddrAttachType as Hook, ProgramError, ProgramType},
     sys::{BpfHelper, is_helper_supported},
 };
 use edgemesh_common::{
     Addr,
-    layout::{self, Backend, BackendKey, CounterKey, Counters, Frontend, FrontendKey, UdpSocket},
+    layout::{
+        Backend, BackendKey, CounterKey, Counters, Frontend, FrontendKey, Member, MemberKey, Ring, RingKey, UdpSocket,
+    },
 };
 use tracing::{debug, info};
 
-use super::{mounts, sys};
+use super::{mounts, pins::Pins, sys};
 use crate::config::EbpfConfig;
 
 /// The compiled eBPF object, absent from builds made before `cargo xtask build-ebpf`.
@@ -40,7 +43,11 @@ const PROGRAMS: [(&str, Hook); 8] = [
     ("connect6", Hook::Connect6),
 ];
 
-const MAPS: [&str; 7] = ["FRONTENDS", "BACKENDS", "SERVICE_ADDRS", "COUNTERS", "CONNECTED", "DATAGRAMS", "UDP_SOCKETS"];
+/// Pinned with the version of the tables.
+const TABLES: [&str; 9] =
+    ["FRONTENDS", "BACKENDS", "SERVICE_ADDRS", "RINGS", "MEMBERS", "COUNTERS", "AFFINITY", "SETTINGS", "EVENTS"];
+/// Pinned with the version of what sockets remember.
+const SOCKET_MAPS: [&str; 3] = ["CONNECTED", "DATAGRAMS", "UDP_SOCKETS"];
 
 /// Why the eBPF data plane cannot be brought up, in one line each.
 #[derive(Debug, thiserror::Error)]
@@ -99,6 +106,8 @@ pub(super) struct Opened {
     pub(super) frontends: HashMap<MapData, FrontendKey, Frontend>,
     pub(super) backends: HashMap<MapData, BackendKey, Backend>,
     pub(super) service_addrs: HashMap<MapData, Addr, u32>,
+    pub(super) rings: HashMap<MapData, RingKey, Ring>,
+    pub(super) members: HashMap<MapData, MemberKey, Member>,
     pub(super) counters: PerCpuHashMap<MapData, CounterKey, Counters>,
     /// None once it was handed to the thread that looks sockets up in it.
     pub(super) udp_sockets: Option<HashMap<MapData, u64, UdpSocket>>,
@@ -109,100 +118,107 @@ pub(super) struct Opened {
     pub(super) object: Object,
     /// The cgroup directory whose processes are served.
     pub(super) cgroup: PathBuf,
+    cgroup_directory: File,
+    pins: Pins,
+    /// Whether the programs are in force; else those of another layout still are.
+    pub(super) attached: bool,
     /// How many links were found and updated, rather than made.
     pub(super) adopted_links: usize,
+    /// Whether programs can tell the host's sockets from those of pods.
+    pub(super) knows_host: bool,
 }
 
-/// Loads, adopts and attaches. When this returns, translation by whatever the maps hold is in force.
+impl Opened {
+    /// Puts the programs in force, in the place of those of an earlier agent.
+    pub(super) fn attach(&mut self) -> Result<(), OpenError> {
+        for (name, hook) in PROGRAMS {
+            let program: &mut CgroupSockAddr = program(&mut self.object, name)?;
+            let program = program.fd().map_err(|error| OpenError::Program { name, error: error.to_string() })?.as_fd();
+            let adopted = self.pins.attach(name, program, &self.cgroup_directory, hook);
+            let cgroup = || self.cgroup.clone();
+            let adopted = adopted.map_err(|error| OpenError::Attach { name, cgroup: cgroup(), error })?;
+            self.adopted_links += usize::from(adopted);
+        }
+        self.attached = true;
+        let removed = self.pins.drop_others();
+        removed.map_err(|error| OpenError::Pins { path: self.pins.tables.clone(), error })?;
+        info!(cgroup = %self.cgroup.display(), adopted_links = self.adopted_links, "eBPF programs are attached");
+        Ok(())
+    }
+}
+
+/// Loads and adopts. When this returns, translation by whatever the maps hold is in force, unless an agent with another
+/// layout was here: then its translation goes on until [`Opened::attach`].
 pub(super) fn open(config: &EbpfConfig) -> Result<Opened, OpenError> {
     let bytes = OBJECT.ok_or(OpenError::NoObject)?;
-    let (cgroup, cgroup_path) = mounts::open_cgroup(config.cgroup_root.as_deref())?;
-    let directory = version_directory(&config.pin_directory);
+    let (cgroup_directory, cgroup) = mounts::open_cgroup(config.cgroup_root.as_deref())?;
+    let pins = Pins::new(&config.pin_directory);
     probe_permission()?;
-    mounts::prepare_pins(&config.pin_directory, &directory)?;
+    mounts::prepare_pins(&config.pin_directory, &[&pins.tables, &pins.sockets])?;
 
     let has_set_retval =
         u32::from(is_helper_supported(ProgramType::CgroupSockAddr, BpfHelper::BPF_FUNC_set_retval).unwrap_or(false));
+    let host_netns = sys::netns_cookie().unwrap_or(0);
     let mut loader = EbpfLoader::new();
     loader
         .override_global("HAS_SET_RETVAL", &has_set_retval, true)
+        .override_global("HOST_NETNS", &host_netns, true)
         .map_max_entries("FRONTENDS", config.max_frontends)
         .map_max_entries("SERVICE_ADDRS", config.max_frontends)
+        .map_max_entries("RINGS", config.max_frontends)
         .map_max_entries("BACKENDS", config.max_backends)
+        .map_max_entries("MEMBERS", config.max_backends)
         .map_max_entries("COUNTERS", config.max_backends.saturating_add(config.max_frontends));
-    for name in MAPS {
-        loader.map_pin_path(name, directory.join(name));
+    for name in TABLES {
+        loader.map_pin_path(name, pins.tables.join(name));
+    }
+    for name in SOCKET_MAPS {
+        loader.map_pin_path(name, pins.sockets.join(name));
     }
     let mut object = loader.load(bytes).map_err(load_error)?;
-
-    let mut adopted_links = 0;
-    for (name, hook) in PROGRAMS {
-        let program: &mut CgroupSockAddr = object
-            .program_mut(name)
-            .and_then(|program| program.try_into().ok())
-            .ok_or(OpenError::Foreign { kind: "program", name })?;
-        program.load().map_err(|error| program_error(name, &error))?;
-        let program = program.fd().map_err(|error| OpenError::Program { name, error: error.to_string() })?.as_fd();
-        let pin = directory.join(format!("link_{name}"));
-        let adopted = attach(program, cgroup.as_fd(), hook, &pin).map_err(|error| OpenError::Attach {
-            name,
-            cgroup: cgroup_path.clone(),
-            error,
-        })?;
-        adopted_links += usize::from(adopted);
+    for (name, _) in PROGRAMS {
+        program(&mut object, name)?.load().map_err(|error| program_error(name, &error))?;
     }
-    info!(cgroup = %cgroup_path.display(), adopted_links, has_set_retval, "eBPF programs are attached");
+    debug!(has_set_retval, host_netns, "eBPF programs are loaded");
 
     let frontends = map(&mut object, "FRONTENDS")?;
     let max_frontends = capacity(&frontends, "FRONTENDS", config.max_frontends);
     let backends = map(&mut object, "BACKENDS")?;
     let max_backends = capacity(&backends, "BACKENDS", config.max_backends);
-    Ok(Opened {
+    let mut opened = Opened {
         frontends: HashMap::try_from(frontends).map_err(|error| map_error("FRONTENDS", &error))?,
         backends: HashMap::try_from(backends).map_err(|error| map_error("BACKENDS", &error))?,
-        service_addrs: HashMap::try_from(map(&mut object, "SERVICE_ADDRS")?)
-            .map_err(|error| map_error("SERVICE_ADDRS", &error))?,
+        service_addrs: hash_map(&mut object, "SERVICE_ADDRS")?,
+        rings: hash_map(&mut object, "RINGS")?,
+        members: hash_map(&mut object, "MEMBERS")?,
         counters: PerCpuHashMap::try_from(map(&mut object, "COUNTERS")?)
             .map_err(|error| map_error("COUNTERS", &error))?,
-        udp_sockets: Some(
-            HashMap::try_from(map(&mut object, "UDP_SOCKETS")?).map_err(|error| map_error("UDP_SOCKETS", &error))?,
-        ),
+        udp_sockets: Some(hash_map(&mut object, "UDP_SOCKETS")?),
         max_frontends,
         max_backends,
         object,
-        cgroup: cgroup_path,
-        adopted_links,
-    })
+        cgroup,
+        cgroup_directory,
+        pins,
+        attached: false,
+        adopted_links: 0,
+        knows_host: host_netns != 0,
+    };
+    if opened.pins.awaits_switch() {
+        info!("an agent with another map layout was here: its translation goes on until the new maps are complete");
+    } else {
+        opened.attach()?;
+    }
+    Ok(opened)
 }
 
-/// Where the maps and links of this layout are pinned.
-pub(super) fn version_directory(pins: &Path) -> PathBuf {
-    pins.join(format!("v{}", layout::VERSION))
+fn program<'a>(object: &'a mut Object, name: &'static str) -> Result<&'a mut CgroupSockAddr, OpenError> {
+    let program = object.program_mut(name).and_then(|program| program.try_into().ok());
+    program.ok_or(OpenError::Foreign { kind: "program", name })
 }
 
-/// Puts a program into the link that an earlier agent pinned, or makes and pins a new one; says whether it adopted.
-fn attach(program: BorrowedFd<'_>, cgroup: BorrowedFd<'_>, hook: Hook, pin: &Path) -> io::Result<bool> {
-    if let Ok(link) = sys::open_pin(pin) {
-        if adopt(&link, program, cgroup)? {
-            return Ok(true);
-        }
-        debug!(pin = %pin.display(), "a pinned link belongs to another cgroup; making a new one");
-        fs::remove_file(pin)?;
-    }
-    let link = sys::link_create(program, cgroup, hook)?;
-    sys::pin(link.as_fd(), pin)?;
-    Ok(false)
-}
-
-fn adopt(link: &OwnedFd, program: BorrowedFd<'_>, cgroup: BorrowedFd<'_>) -> io::Result<bool> {
-    if sys::link_cgroup(link.as_fd())? != sys::cgroup_id(cgroup)? {
-        return Ok(false);
-    }
-    match sys::link_update(link.as_fd(), program) {
-        Ok(()) => Ok(true),
-        Err(error) if error.raw_os_error() == Some(libc::ENOLINK) => Ok(false),
-        Err(error) => Err(error),
-    }
+fn hash_map<K: Pod, V: Pod>(object: &mut Object, name: &'static str) -> Result<HashMap<MapData, K, V>, OpenError> {
+    HashMap::try_from(map(object, name)?).map_err(|error| map_error(name, &error))
 }
 
 /// Asks for the smallest thing that needs the permission all else needs, so that its lack has one clear message.

@@ -5,7 +5,10 @@ use nix::{
     sys::statfs::{BPF_FS_MAGIC, statfs},
 };
 
-use super::SYS_FS_BPF;
+use super::{
+    SYS_FS_BPF,
+    pins::{is_version, remove_pins},
+};
 
 /// What the kernel itself puts into a bpffs (kernel/bpf/preload).
 const KERNELS: [&str; 2] = ["maps.debug", "progs.debug"];
@@ -37,16 +40,7 @@ pub fn remove_all(directory: &Path) -> io::Result<Vec<String>> {
             others |= !KERNELS.iter().any(|name| version.ends_with(name));
             continue;
         }
-        // Forward programs first: from then on nothing new is translated, while what is still finds its way back.
-        let mut pins: Vec<_> = fs::read_dir(&version)?.map(|pin| Ok(pin?.path())).collect::<io::Result<_>>()?;
-        pins.sort_by_key(|pin| {
-            !pin.file_name().is_some_and(|name| name.as_encoded_bytes().starts_with(b"link_connect"))
-        });
-        for pin in pins {
-            fs::remove_file(&pin)?;
-            removed.push(pin.display().to_string());
-        }
-        fs::remove_dir(&version)?;
+        removed.extend(remove_pins(&version)?.iter().map(|pin| pin.display().to_string()));
     }
     if others || directory == Path::new(SYS_FS_BPF) {
         return Ok(removed);
@@ -57,10 +51,4 @@ pub fn remove_all(directory: &Path) -> io::Result<Vec<String>> {
     fs::remove_dir(directory)?;
     removed.push(directory.display().to_string());
     Ok(removed)
-}
-
-/// Whether a path is a directory named as [`super::open::version_directory`] names one, of any version.
-fn is_version(path: &Path) -> bool {
-    let name = path.file_name().and_then(|name| name.to_str()).and_then(|name| name.strip_prefix('v'));
-    name.is_some_and(|number| number.parse::<u32>().is_ok()) && path.is_dir()
 }

@@ -10,7 +10,10 @@ use std::{
 };
 
 use aya::maps::MapData;
-use edgemesh_common::{Addr, layout::UdpSocket};
+use edgemesh_common::{
+    Addr,
+    layout::{FrontendKey, UdpSocket},
+};
 use tracing::warn;
 
 use crate::{
@@ -21,8 +24,8 @@ use crate::{
 /// How long a backend counts as gone: more than the worker can take to get to it.
 const MEMORY: Duration = Duration::from_secs(60);
 
-/// Pairs of service id and backend that were taken away, and when.
-type Gone = Arc<Mutex<HashMap<(u32, SocketAddr), Instant>>>;
+/// Pairs of frontend and backend that were taken away, and when.
+type Gone = Arc<Mutex<HashMap<(FrontendKey, SocketAddr), Instant>>>;
 
 /// Ends the connected UDP sockets that this agent's programs sent to backends that are gone.
 pub(super) struct StaleSockets {
@@ -49,8 +52,8 @@ impl StaleSockets {
         let ours = move |cookie, backend: SocketAddr| {
             sockets.get(&cookie, 0).is_ok_and(|socket| {
                 socket.backend == Addr::from(backend.ip())
-                    && socket.port == backend.port().to_be_bytes()
-                    && lock(&still_gone).contains_key(&(socket.service, backend))
+                    && socket.backend_port == backend.port().to_be_bytes()
+                    && lock(&still_gone).contains_key(&(socket.frontend, backend))
             })
         };
         // The worker ends by itself when its handle is dropped, after what is queued.
@@ -63,15 +66,15 @@ impl StaleSockets {
         self.worker.ended()
     }
 
-    /// A UDP frontend of `service` has lost `backend`.
-    pub(super) fn lost(&mut self, service: u32, backend: SocketAddr, now: Instant) {
-        lock(&self.gone).insert((service, backend), now);
+    /// A UDP frontend has lost `backend`.
+    pub(super) fn lost(&mut self, frontend: FrontendKey, backend: SocketAddr, now: Instant) {
+        lock(&self.gone).insert((frontend, backend), now);
         self.peers.push(backend);
     }
 
-    /// A UDP frontend of `service` has `backend`, perhaps again.
-    pub(super) fn has(&self, service: u32, backend: SocketAddr) {
-        lock(&self.gone).remove(&(service, backend));
+    /// A UDP frontend has `backend`, perhaps again.
+    pub(super) fn has(&self, frontend: FrontendKey, backend: SocketAddr) {
+        lock(&self.gone).remove(&(frontend, backend));
     }
 
     /// Has the sockets of all backends lost since the last time ended; does not wait for it.
@@ -95,6 +98,6 @@ impl StaleSockets {
     }
 }
 
-fn lock(gone: &Gone) -> std::sync::MutexGuard<'_, HashMap<(u32, SocketAddr), Instant>> {
+fn lock(gone: &Gone) -> std::sync::MutexGuard<'_, HashMap<(FrontendKey, SocketAddr), Instant>> {
     gone.lock().unwrap_or_else(PoisonError::into_inner)
 }

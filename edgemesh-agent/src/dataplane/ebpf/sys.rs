@@ -128,3 +128,21 @@ fn bpf_fd<Attr>(command: libc::c_long, attr: &Attr) -> io::Result<OwnedFd> {
 pub(super) fn cgroup_id(directory: impl AsFd) -> io::Result<u64> {
     Ok(nix::sys::stat::fstat(directory)?.st_ino)
 }
+
+/// The cookie of this thread's network namespace, as programs see it (`SO_NETNS_COOKIE`, Linux 5.14).
+pub(super) fn netns_cookie() -> io::Result<u64> {
+    let socket = std::net::UdpSocket::bind((std::net::Ipv4Addr::UNSPECIFIED, 0))?;
+    let mut cookie = 0_u64;
+    let mut length = size_of::<u64>() as libc::socklen_t;
+    // SAFETY: the kernel writes at most `length` bytes to `cookie`, which has as many.
+    let result = unsafe {
+        libc::getsockopt(
+            socket.as_raw_fd(),
+            libc::SOL_SOCKET,
+            libc::SO_NETNS_COOKIE,
+            std::ptr::from_mut(&mut cookie).cast(),
+            &raw mut length,
+        )
+    };
+    if result < 0 { Err(io::Error::last_os_error()) } else { Ok(cookie) }
+}
