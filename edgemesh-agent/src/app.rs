@@ -175,7 +175,7 @@ impl Bound {
 }
 
 fn remove_socket(path: &Path) {
-    if let Err(error) = std::fs::remove_file(path) {
+    if let Err(error) = admin::remove_socket(path) {
         debug!(path = %path.display(), "cannot remove the control socket: {error}");
     }
 }
