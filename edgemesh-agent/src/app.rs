@@ -104,6 +104,7 @@ async fn build_on(
         let (handle, started) =
             dataplane::spawn(Box::new(ebpf), tables.clone(), conditions.clone(), unready, tasks.stopping())
                 .map_err(StartError::Thread)?;
+        tasks.spawn(dataplane::supervise(handle.clone(), conditions.clone(), readiness.clone(), tasks.stopping()));
         dataplane = Some(DataplaneSight { handle, cgroup, adopted_frontends, ended_sockets });
         thread = Some(started);
     } else {
