@@ -12,10 +12,13 @@ mod client;
 
 use std::{
     convert::Infallible,
+    future::poll_fn,
     io,
     net::SocketAddr,
+    os::unix::fs::FileTypeExt,
     path::{Path, PathBuf},
     sync::Arc,
+    task::{Context, Poll},
     time::{Duration, Instant},
 };
 
@@ -46,6 +49,10 @@ use crate::{
 
 /// How long a client may take for its request head.
 const HEAD_DEADLINE: Duration = Duration::from_secs(5);
+/// How long a connection is kept; a client that wants more makes a new one.
+const CONNECTION_AGE: Duration = Duration::from_secs(30);
+/// How long the client of a connection that is to end may take to read its last answer.
+const LAST_ANSWER: Duration = Duration::from_secs(2);
 /// How many connections each door serves at once; more wait in the backlog.
 const CONNECTIONS: usize = 64;
 
@@ -132,10 +139,7 @@ pub fn bind_socket(path: &Path) -> io::Result<UnixListener> {
     if std::os::unix::net::UnixStream::connect(path).is_ok() {
         return Err(io::Error::new(io::ErrorKind::AddrInUse, "another agent is listening on it"));
     }
-    match std::fs::remove_file(path) {
-        Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
-        _ => {}
-    }
+    remove_socket(path)?;
     if let Some(directory) = path.parent() {
         std::fs::create_dir_all(directory)?;
     }
@@ -147,30 +151,44 @@ pub fn bind_socket(path: &Path) -> io::Result<UnixListener> {
     listener
 }
 
+/// Removes a socket that nobody listens on any more; says whether there was one.
+///
+/// # Errors
+///
+/// It cannot be removed, or what is there is no socket, and not ours to remove.
+pub fn remove_socket(path: &Path) -> io::Result<bool> {
+    match std::fs::symlink_metadata(path) {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(false),
+        Err(error) => Err(error),
+        Ok(found) if found.file_type().is_socket() => std::fs::remove_file(path).map(|()| true),
+        Ok(_) => Err(io::Error::new(io::ErrorKind::AlreadyExists, "what is there is no socket")),
+    }
+}
+
 /// Serves the TCP door until the agent stops.
 pub async fn serve(listener: TcpListener, sight: Sight, tasks: Tasks) {
-    let (stop, slots) = (tasks.stopping(), Arc::new(Semaphore::new(CONNECTIONS)));
-    loop {
-        let Ok(slot) = Arc::clone(&slots).acquire_owned().await else { return };
-        tokio::select! {
-            () = stop.cancelled() => return,
-            accepted = listener.accept() => match accepted {
-                Ok((stream, _)) => spawn(stream, Door::Http, sight.clone(), &tasks, slot),
-                Err(error) => pause_after(&error).await,
-            },
-        }
-    }
+    accept_all(Door::Http, |cx| listener.poll_accept(cx).map_ok(|(stream, _)| stream), sight, tasks).await;
 }
 
 /// Serves the unix socket until the agent stops.
 pub async fn serve_socket(listener: UnixListener, sight: Sight, tasks: Tasks) {
+    accept_all(Door::Socket, |cx| listener.poll_accept(cx).map_ok(|(stream, _)| stream), sight, tasks).await;
+}
+
+async fn accept_all<S>(door: Door, accept: impl Fn(&mut Context<'_>) -> Poll<io::Result<S>>, sight: Sight, tasks: Tasks)
+where
+    S: AsyncRead + AsyncWrite + Send + Unpin + 'static,
+{
     let (stop, slots) = (tasks.stopping(), Arc::new(Semaphore::new(CONNECTIONS)));
     loop {
-        let Ok(slot) = Arc::clone(&slots).acquire_owned().await else { return };
+        let next = async {
+            let slot = Arc::clone(&slots).acquire_owned().await.map_err(io::Error::other)?;
+            Ok((poll_fn(&accept).await?, slot))
+        };
         tokio::select! {
             () = stop.cancelled() => return,
-            accepted = listener.accept() => match accepted {
-                Ok((stream, _)) => spawn(stream, Door::Socket, sight.clone(), &tasks, slot),
+            accepted = next => match accepted {
+                Ok((stream, slot)) => spawn(stream, door, sight.clone(), &tasks, slot),
                 Err(error) => pause_after(&error).await,
             },
         }
@@ -206,10 +224,19 @@ where
             .serve_connection(TokioIo::new(stream), service);
         let mut connection = std::pin::pin!(connection);
         let result = tokio::select! {
-            result = connection.as_mut() => result,
-            () = stop.cancelled() => {
+            result = connection.as_mut() => Some(result),
+            () = stop.cancelled() => None,
+            () = tokio::time::sleep(CONNECTION_AGE) => None,
+        };
+        let result = match result {
+            Some(result) => result,
+            None => {
                 connection.as_mut().graceful_shutdown();
-                connection.await
+                // A client that does not read its answer keeps its place no longer.
+                match tokio::time::timeout(LAST_ANSWER, connection).await {
+                    Ok(result) => result,
+                    Err(_) => return debug!("an admin connection was cut off: its client does not read"),
+                }
             }
         };
         if let Err(error) = result {
@@ -279,4 +306,60 @@ fn respond(status: StatusCode, kind: &'static str, body: impl Into<Bytes>) -> Re
     *response.status_mut() = status;
     response.headers_mut().insert(CONTENT_TYPE, hyper::header::HeaderValue::from_static(kind));
     response
+}
+
+#[cfg(test)]
+mod tests {
+    use tokio::io::AsyncWriteExt;
+
+    use super::*;
+    use crate::{
+        config::{SourceConfig, SourceKind},
+        kube,
+    };
+
+    fn sight(directory: &Path, tasks: &Tasks) -> Sight {
+        let kind = SourceKind::Static { directory: directory.to_owned() };
+        let (events, _) = tokio::sync::mpsc::channel(8);
+        let config = SourceConfig { kind, qps: 1, burst: 1 };
+        Sight {
+            node: "node".into(),
+            started: Instant::now(),
+            readiness: Readiness::default(),
+            conditions: Conditions::default(),
+            tables: watch::channel(Arc::default()).1,
+            source: kube::start(&config, events, Conditions::default(), tasks).unwrap(),
+            dataplane: None,
+            device: None,
+        }
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_client_that_does_not_read_gives_its_place_up() {
+        let (directory, tasks) = (tempfile::tempdir().unwrap(), Tasks::default());
+        let slots = Arc::new(Semaphore::new(1));
+        let slot = Arc::clone(&slots).acquire_owned().await.unwrap();
+        let (mut client, server) = tokio::io::duplex(64);
+        spawn(server, Door::Http, sight(directory.path(), &tasks), &tasks, slot);
+        client.write_all(b"GET /metrics HTTP/1.1\r\nHost: x\r\n\r\n").await.unwrap();
+        let free = tokio::time::timeout(2 * (CONNECTION_AGE + LAST_ANSWER), slots.acquire()).await;
+        drop(free.unwrap().unwrap());
+        drop(client);
+    }
+
+    #[tokio::test]
+    async fn a_socket_left_behind_is_replaced_and_anything_else_is_not() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("agent.sock");
+        drop(bind_socket(&path).unwrap());
+        assert!(path.exists(), "an agent that was killed leaves it");
+        let listening = bind_socket(&path).unwrap();
+        assert_eq!(bind_socket(&path).unwrap_err().kind(), io::ErrorKind::AddrInUse);
+        drop(listening);
+
+        let file = directory.path().join("precious");
+        std::fs::write(&file, "data").unwrap();
+        assert!(bind_socket(&file).is_err());
+        assert_eq!(std::fs::read_to_string(&file).unwrap(), "data");
+    }
 }

@@ -104,6 +104,7 @@ async fn build_on(
         let (handle, started) =
             dataplane::spawn(Box::new(ebpf), tables.clone(), conditions.clone(), unready, tasks.stopping())
                 .map_err(StartError::Thread)?;
+        tasks.spawn(dataplane::supervise(handle.clone(), conditions.clone(), readiness.clone(), tasks.stopping()));
         dataplane = Some(DataplaneSight { handle, cgroup, adopted_frontends, ended_sockets });
         thread = Some(started);
     } else {
@@ -175,7 +176,7 @@ impl Bound {
 }
 
 fn remove_socket(path: &Path) {
-    if let Err(error) = std::fs::remove_file(path) {
+    if let Err(error) = admin::remove_socket(path) {
         debug!(path = %path.display(), "cannot remove the control socket: {error}");
     }
 }

@@ -2,7 +2,7 @@
 
 use std::{io, path::Path};
 
-use crate::{config::AgentConfig, dataplane::ebpf, net};
+use crate::{admin, config::AgentConfig, dataplane::ebpf, net};
 
 /// What stands in the way, one line each.
 #[derive(Debug, thiserror::Error)]
@@ -54,10 +54,8 @@ pub fn is_running(socket: &Path) -> bool {
 
 fn remove_socket(socket: &Path) -> io::Result<Vec<String>> {
     let mut removed = Vec::new();
-    match std::fs::remove_file(socket) {
-        Ok(()) => removed.push(socket.display().to_string()),
-        Err(error) if error.kind() == io::ErrorKind::NotFound => {}
-        Err(error) => return Err(error),
+    if admin::remove_socket(socket)? {
+        removed.push(socket.display().to_string());
     }
     // The directory is ours only if it bears our name; one with something else in it stays.
     if let Some(directory) = socket.parent().filter(|directory| directory.ends_with("edgemesh"))

@@ -5,7 +5,7 @@ mod run;
 
 use std::{net::SocketAddr, time::Instant};
 
-pub use run::{Handle, spawn};
+pub use run::{Handle, spawn, supervise};
 
 use crate::model::{Change, FrontendAddr, ServiceTable};
 

@@ -246,6 +246,7 @@ fn seconds(seconds: u64) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::status::{FrontendRow, PortRow};
 
     #[test]
     fn durations_read_as_people_say_them() {
@@ -258,6 +259,51 @@ mod tests {
     fn columns_are_as_wide_as_their_widest_cell() {
         let rows = [vec!["A".to_owned(), "B".to_owned()], vec!["long".to_owned(), "x".to_owned()]];
         assert_eq!(columns(&rows), "A     B\nlong  x\n");
+    }
+
+    #[test]
+    fn backends_have_columns_for_other_clients_only_where_they_are_treated_otherwise() {
+        let verdict = |eligible, reason: &str| Some(VerdictRow { eligible, reason: reason.to_owned() });
+        let report = |external, from_outside| BackendsReport {
+            service: ServiceRow {
+                namespace: "default".to_owned(),
+                name: "web".to_owned(),
+                kind: "NodePort".to_owned(),
+                frontends: vec![FrontendRow {
+                    address: "192.0.2.1:30080/TCP".to_owned(),
+                    kind: "NodePort".to_owned(),
+                    backends: 1,
+                    external_backends: 0,
+                    affinity_seconds: Some(60),
+                    in_force: true,
+                    counts: Counts::default(),
+                }],
+                notes: Vec::new(),
+            },
+            ports: vec![PortRow {
+                name: String::new(),
+                port: 80,
+                protocol: "TCP".to_owned(),
+                endpoints: vec![EndpointRow {
+                    address: "10.244.0.1:8080".parse().unwrap(),
+                    node: None,
+                    zone: None,
+                    eligible: true,
+                    reason: "ready".to_owned(),
+                    external,
+                    from_outside,
+                    counts: Counts::default(),
+                }],
+            }],
+        };
+        let shown = backends(&report(verdict(true, "ready"), verdict(false, "not here")));
+        let answers = "answers on 192.0.2.1:30080/TCP (NodePort), 1 eligible (0 for traffic from outside), 0 refused, \
+                       clients stay for 60s\n";
+        assert!(shown.contains(answers), "{shown}");
+        assert!(shown.contains("FROM OUTSIDE") && shown.contains("no: not here"), "{shown}");
+        assert!(!shown.contains("EXTERNAL IPS"), "{shown}");
+        let shown = backends(&report(None, None));
+        assert!(shown.contains("REASON") && !shown.contains("FROM OUTSIDE"), "{shown}");
     }
 
     #[test]

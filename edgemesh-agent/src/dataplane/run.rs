@@ -14,7 +14,7 @@ use tracing::debug;
 use super::{Count, Dataplane, Error};
 use crate::{
     conditions::Conditions,
-    lifecycle::Blocker,
+    lifecycle::{Blocker, Readiness},
     model::{ServiceTable, changes},
 };
 
@@ -28,6 +28,7 @@ const COUNTERS_DEADLINE: Duration = Duration::from_secs(2);
 /// The conditions a data plane raises.
 const FULL: &str = "DataplaneFull";
 const FAILED: &str = "DataplaneFailed";
+const ENDED: &str = "DataplaneEnded";
 
 /// A running data plane. It ends with the token it was given; what it put into the kernel stays in force.
 #[derive(Clone, Debug)]
@@ -62,6 +63,22 @@ impl Handle {
         };
         tokio::time::timeout(COUNTERS_DEADLINE, exchange).await.unwrap_or_else(|_| Err(late("it is busy")))
     }
+}
+
+/// Makes it known if the thread ends though nobody told it to: by a panic, or because no more tables come.
+pub async fn supervise(handle: Handle, conditions: Conditions, readiness: Readiness, stop: CancellationToken) {
+    let mut applied = handle.applied;
+    let ended = async { while applied.changed().await.is_ok() {} };
+    tokio::select! {
+        biased;
+        () = stop.cancelled() => return,
+        () = ended => {}
+    }
+    let message = "the data plane's thread has ended by itself; what it put in force stays, but follows no change: see \
+                   the log, and restart the agent";
+    conditions.raise(ENDED, handle.name, message, SystemTime::now());
+    let _unready = readiness.block("the data plane");
+    stop.cancelled().await;
 }
 
 /// Starts the thread. `unready` is dropped when the first complete table is in force.
@@ -191,12 +208,12 @@ impl Worker {
 mod tests {
     use std::sync::{
         Mutex,
-        atomic::{AtomicUsize, Ordering},
+        atomic::{AtomicBool, AtomicUsize, Ordering},
     };
 
     use super::*;
     use crate::{
-        lifecycle::Readiness,
+        lifecycle::Tasks,
         model::{Builder, Change, Event, NamespacedName, Object, Service, ServiceKind},
     };
 
@@ -206,6 +223,7 @@ mod tests {
         calls: Arc<Mutex<Vec<String>>>,
         failures: Arc<Mutex<usize>>,
         maintained: Arc<AtomicUsize>,
+        panics: Arc<AtomicBool>,
         /// Sends another table with each change, so that there always is one.
         endless: Arc<Mutex<Option<watch::Sender<Arc<ServiceTable>>>>>,
     }
@@ -213,6 +231,7 @@ mod tests {
     impl Fake {
         fn note(&self, call: String) -> Result<(), Error> {
             self.calls.lock().unwrap().push(call);
+            assert!(!self.panics.load(Ordering::SeqCst), "asked to panic");
             let mut failures = self.failures.lock().unwrap();
             if *failures > 0 {
                 *failures -= 1;
@@ -387,5 +406,25 @@ mod tests {
         }
         *bench.fake.failures.lock().unwrap() = 0;
         tokio::time::timeout(4 * FIRST_RETRY, bench.applied(generation)).await.unwrap();
+    }
+
+    #[tokio::test]
+    async fn a_thread_that_ends_by_itself_is_a_condition_and_not_ready() {
+        let mut bench = Bench::new(Fake::default());
+        let generation = bench.send([service("a"), Event::Synced]);
+        bench.applied(generation).await;
+        let (handle, tasks) = (bench.handle.clone(), Tasks::default());
+        tasks.spawn(supervise(handle, bench.conditions.clone(), bench.readiness.clone(), tasks.stopping()));
+        bench.fake.panics.store(true, Ordering::SeqCst);
+        bench.send([service("b")]);
+        bench.thread.take().unwrap().join().unwrap_err();
+        let told = async {
+            while bench.readiness.waiting_for().is_empty() {
+                tokio::task::yield_now().await;
+            }
+        };
+        tokio::time::timeout(Duration::from_secs(10), told).await.unwrap();
+        assert_eq!(bench.conditions.list().iter().map(|c| c.reason).collect::<Vec<_>>(), [ENDED]);
+        assert!(tasks.drain(Duration::from_secs(10)).await);
     }
 }

@@ -178,13 +178,12 @@ fn address(text: &str) -> Result<IpAddr, String> {
     if address.is_unspecified() || address.is_multicast() {
         return Err(format!("{address} is not the address of a host"));
     }
+    // Another host for every client, and a Service there would take all other ports of it away. The API server refuses
+    // it as an endpoint, too.
+    if address.is_loopback() {
+        return Err(format!("{address} is a loopback address"));
+    }
     Ok(address)
-}
-
-/// What is sent to a loopback address never arrives anywhere else, so it cannot be meant for a Service.
-fn arriving_address(text: &str) -> Result<IpAddr, String> {
-    let address = address(text)?;
-    if address.is_loopback() { Err(format!("{address} is a loopback address")) } else { Ok(address) }
 }
 
 fn port(number: i32) -> Result<NonZeroU16, String> {

@@ -13,6 +13,9 @@ use crate::model::{Kind, Object};
 /// A broken file has one cause; further messages of it would only bury that.
 const MAX_PROBLEMS: usize = 8;
 
+/// The reader gives up at 128 by itself, but only once it has gone through all of the text.
+const MAX_DEPTH: usize = 1000;
+
 /// How a file is written.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
 pub(super) enum Format {
@@ -28,7 +31,7 @@ pub(super) struct Parsed {
     /// Documents and objects of which nothing can be used; while there are any, nothing that the file gave before is
     /// known to be gone.
     pub(super) broken: Vec<String>,
-    /// Parts that were left out of usable objects.
+    /// Parts that were left out of usable objects, and objects that say nothing about any Service.
     pub(super) partial: Vec<String>,
 }
 
@@ -54,9 +57,9 @@ impl Parsed {
                 self.partial.extend(converted.faults.iter().map(at));
                 self.objects.push(converted.object);
             }
-            Err(ConvertError::Invalid(fault) | ConvertError::Foreign(fault)) => {
-                self.broken.push(format!("{place}: {fault}"))
-            }
+            Err(ConvertError::Invalid(fault)) => self.broken.push(format!("{place}: {fault}")),
+            // Well-formed, so it hides nothing that the file gave before.
+            Err(ConvertError::Foreign(fault)) => self.partial.push(format!("{place}: {fault}")),
         }
     }
 }
@@ -64,6 +67,8 @@ impl Parsed {
 /// Reads all documents of a file; never fails as a whole.
 pub(super) fn parse(text: &str, format: Format) -> Parsed {
     let mut parsed = Parsed::default();
+    // Editors on Windows begin files with a byte order mark, which neither reader takes for nothing.
+    let text = text.strip_prefix('\u{feff}').unwrap_or(text);
     match format {
         Format::Yaml => yaml(text, &mut parsed),
         Format::Json => json(text, &mut parsed),
@@ -123,6 +128,10 @@ impl Head {
 }
 
 fn yaml(text: &str, parsed: &mut Parsed) {
+    if is_too_deep(text) {
+        parsed.broken.push(format!("brackets are nested more than {MAX_DEPTH} deep"));
+        return;
+    }
     // Three passes in step. The first finds out whether the document is well-formed, the second which type it has; and
     // only reading it straight into that type, not by way of a generic value, keeps line and column in the errors.
     let documents = || serde_yaml::Deserializer::from_str(text);
@@ -164,6 +173,20 @@ fn yaml(text: &str, parsed: &mut Parsed) {
             parsed.broken.push(format!("{place}: {}", one_line(&error)));
         }
     }
+}
+
+/// Whether so many brackets are open at once that the reader, which does work for each of them at every token, would take
+/// hours. Brackets in texts count, too: no manifest has that many, either way.
+fn is_too_deep(text: &str) -> bool {
+    let mut depth = 0_usize;
+    text.bytes().any(|byte| {
+        match byte {
+            b'[' | b'{' => depth += 1,
+            b']' | b'}' => depth = depth.saturating_sub(1),
+            _ => {}
+        }
+        depth > MAX_DEPTH
+    })
 }
 
 fn json(text: &str, parsed: &mut Parsed) {

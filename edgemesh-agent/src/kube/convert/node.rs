@@ -4,7 +4,7 @@ use std::sync::Arc;
 
 use k8s_openapi::api::core::v1 as core;
 
-use super::{Convert, ConvertError, Converted, Fault, arriving_address, check_name, invalid};
+use super::{Convert, ConvertError, Converted, Fault, address, check_name, invalid};
 use crate::model::{NamespacedName, Node, Object};
 
 impl Convert for core::Node {
@@ -15,7 +15,7 @@ impl Convert for core::Node {
         let mut addresses = Vec::new();
         for wanted in ["InternalIP", "ExternalIP"] {
             for (i, entry) in listed.iter().enumerate().filter(|(_, entry)| entry.type_ == wanted) {
-                match arriving_address(&entry.address) {
+                match address(&entry.address) {
                     Ok(address) if addresses.contains(&address) => {}
                     Ok(address) => addresses.push(address),
                     Err(problem) => faults.push(Fault { field: format!("status.addresses[{i}].address"), problem }),

@@ -8,10 +8,7 @@ use std::{
 
 use k8s_openapi::api::core::v1 as core;
 
-use super::{
-    Convert, ConvertError, Converted, Fault, address, arriving_address, invalid, object_name, port, port_and_protocol,
-    quote,
-};
+use super::{Convert, ConvertError, Converted, Fault, address, invalid, object_name, port, port_and_protocol, quote};
 use crate::model::{
     IpPrefix, NamespacedName, Object, Protocol, ProxyLabels, Service, ServiceKind, ServicePort, SessionAffinity,
     TrafficDistribution, TrafficPolicy,
@@ -117,7 +114,7 @@ fn load_balancer_ips(service: &core::Service, faults: &mut Vec<Fault>) -> Vec<Ip
         let path = || format!("status.loadBalancer.ingress[{i}].ip");
         let Some(text) = point.ip.as_deref().filter(|ip| !ip.is_empty()) else { continue };
         match point.ip_mode.as_deref() {
-            None | Some("" | "VIP") => add(&mut addresses, arriving_address(text), path, faults),
+            None | Some("" | "VIP") => add(&mut addresses, address(text), path, faults),
             Some("Proxy") => {}
             Some(other) => {
                 faults.push(unknown(&format!("{}Mode", path()), other, "VIP or Proxy; the address is not served"));
@@ -145,7 +142,7 @@ fn source_ranges(spec: &core::ServiceSpec, faults: &mut Vec<Fault>) -> Option<Ve
 
 /// As the API server demands of external addresses: link-local ones mean something else on each link.
 fn external_address(text: &str) -> Result<IpAddr, String> {
-    let address = arriving_address(text)?;
+    let address = address(text)?;
     let link_local = match address {
         IpAddr::V4(address) => address.is_link_local(),
         IpAddr::V6(address) => address.is_unicast_link_local(),

@@ -103,7 +103,8 @@ fn bad_endpoints_of_a_slice_cost_only_themselves() {
     let converted = slice(basic_slice(&json!({
         "ports": [{"port": 80}, {"name": "nil"}, {"port": -1}],
         "endpoints": [
-            {"addresses": []}, {"addresses": ["fd00::1"]}, {"addresses": ["10.0.0.1"]}, {"addresses": ["224.0.0.1"]}],
+            {"addresses": []}, {"addresses": ["fd00::1"]}, {"addresses": ["10.0.0.1"]}, {"addresses": ["224.0.0.1"]},
+            {"addresses": ["127.0.0.1"]}],
     })))
     .unwrap();
     let subset = &as_set(&converted).subsets[0];
@@ -116,6 +117,7 @@ fn bad_endpoints_of_a_slice_cost_only_themselves() {
             "endpoints[0].addresses[0]: missing",
             "endpoints[1].addresses[0]: fd00::1 is not IPv4, as addressType says",
             "endpoints[3].addresses[0]: 224.0.0.1 is not the address of a host",
+            "endpoints[4].addresses[0]: 127.0.0.1 is a loopback address",
         ]
     );
 }

@@ -74,6 +74,31 @@ fn reads_nodes_in_both_formats() {
 }
 
 #[test]
+fn an_object_that_belongs_to_no_service_is_reported_and_hides_nothing() {
+    let orphan = SLICE.replace("kubernetes.io/service-name: web", "app: web");
+    let parsed = parse(&format!("{SERVICE}---\n{orphan}"), Format::Yaml);
+    assert_eq!(names(&parsed), ["Service default/web"]);
+    assert!(parsed.problem().unwrap().contains("belongs to no Service"));
+    assert_eq!(parsed.broken, Vec::<String>::new(), "what the file no longer has is known to be gone");
+}
+
+#[test]
+fn a_byte_order_mark_and_windows_line_ends_are_nothing() {
+    let text = format!("\u{feff}{}", SERVICE.replace('\n', "\r\n"));
+    let parsed = parse(&text, Format::Yaml);
+    assert_eq!((names(&parsed), parsed.problem()), (vec!["Service default/web".to_owned()], None));
+    let parsed = parse("\u{feff}{\"apiVersion\": \"v1\", \"kind\": \"Pod\"}", Format::Json);
+    assert_eq!(parsed.problem(), None);
+}
+
+#[test]
+fn brackets_without_end_are_refused_at_once() {
+    // Unread, as the reader's time goes with the square of the depth.
+    let parsed = parse(&"[".repeat(4 << 20), Format::Yaml);
+    assert!(parsed.problem().unwrap().contains("nested more than"));
+}
+
+#[test]
 fn a_bad_document_costs_only_itself_and_is_named_with_its_line() {
     let bad = "apiVersion: v1\nkind: Service\nmetadata: {name: bad}\nspec:\n  ports:\n  - port: eighty\n";
     let parsed = parse(&format!("{SERVICE}---\n{bad}---\n{SLICE}"), Format::Yaml);

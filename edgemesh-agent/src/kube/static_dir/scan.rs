@@ -19,6 +19,9 @@ const MAX_FILE: u64 = 4 << 20;
 /// Files beyond the first so many, by name, are not read.
 const MAX_FILES: usize = 4096;
 
+/// More would only bury the first ones.
+const MAX_DUPLICATES: usize = 100;
+
 /// Kind and name of an object.
 pub(super) type Key = (Kind, NamespacedName);
 
@@ -27,7 +30,8 @@ pub(super) type Key = (Kind, NamespacedName);
 pub(super) struct Scanner {
     directory: PathBuf,
     files: BTreeMap<String, ManifestFile>,
-    published: BTreeMap<Key, Arc<Object>>,
+    /// What counts of them, by kind and name.
+    published: Vec<Arc<Object>>,
 }
 
 /// What one scan is to take into account.
@@ -48,7 +52,7 @@ pub(super) struct Outcome {
     pub(super) events: Vec<Event>,
     /// File name and what is wrong with it.
     pub(super) invalid: BTreeMap<String, String>,
-    /// Objects that several files hold, and which of them counts.
+    /// Objects that several files hold, and which of them counts; the first [`MAX_DUPLICATES`].
     pub(super) duplicates: BTreeMap<String, String>,
     /// Files that changed while they were read, to be read again soon.
     pub(super) unsettled: BTreeSet<String>,
@@ -103,8 +107,8 @@ impl Scanner {
     /// How many objects of each kind have been published.
     pub(super) fn counts(&self) -> BTreeMap<Kind, usize> {
         let mut counts = BTreeMap::new();
-        for (kind, _) in self.published.keys() {
-            *counts.entry(*kind).or_insert(0) += 1;
+        for object in &self.published {
+            *counts.entry(object.kind()).or_insert(0) += 1;
         }
         counts
     }
@@ -114,8 +118,8 @@ impl Scanner {
         // Services last: without endpoints they refuse connections, and without Nodes they know no limits.
         let kinds = [Kind::Node, Kind::EndpointSlice, Kind::Endpoints, Kind::Service];
         let of = |kind: Kind| {
-            let objects = self.published.iter().filter(|((k, _), _)| *k == kind);
-            objects.map(|(_, object)| Object::clone(object)).collect()
+            let objects = self.published.iter().filter(|object| object.kind() == kind);
+            objects.map(|object| Object::clone(object)).collect()
         };
         kinds.into_iter().map(|kind| Event::Replace(kind, of(kind))).chain([Event::Synced]).collect()
     }
@@ -198,38 +202,52 @@ impl Scanner {
     }
 
     /// Merges all files, the first by name winning, and turns the difference to what was published into events.
+    ///
+    /// One changed file of thousands makes it look at all objects, so it sorts and walks references and copies no name.
     fn publish(&mut self, outcome: &mut Outcome) {
-        let mut merged: BTreeMap<Key, (Arc<Object>, &str)> = BTreeMap::new();
-        for (name, file) in &self.files {
-            for object in &file.objects {
-                let key = key(object);
-                if let Some((_, winner)) = merged.get(&key) {
-                    let subject = format!("{} {}", key.0, key.1);
-                    let message = if winner == name {
-                        format!("{name} holds {subject} twice; the first counts, remove the other")
-                    } else {
-                        format!("{winner} and {name} both hold {subject}; {winner} counts, remove it from one of them")
-                    };
-                    outcome.duplicates.entry(subject).or_insert(message);
+        let files = self.files.iter();
+        let mut all: Vec<(&Arc<Object>, &String)> =
+            files.flat_map(|(name, file)| file.objects.iter().map(move |object| (object, name))).collect();
+        // Stable: of several objects with one name, that of the first file stays the first.
+        all.sort_by(|(a, _), (b, _)| place(a).cmp(&place(b)));
+        let mut merged: Vec<Arc<Object>> = Vec::with_capacity(all.len());
+        for same in all.chunk_by(|(a, _), (b, _)| place(a) == place(b)) {
+            let [(object, winner), others @ ..] = same else { continue };
+            if let Some((_, name)) = others.first()
+                && outcome.duplicates.len() < MAX_DUPLICATES
+            {
+                let subject = format!("{} {}", object.kind(), object.name());
+                let message = if winner == name {
+                    format!("{name} holds {subject} twice; the first counts, remove the other")
                 } else {
-                    merged.insert(key, (Arc::clone(object), name));
-                }
+                    format!("{winner} and {name} both hold {subject}; {winner} counts, remove it from one of them")
+                };
+                outcome.duplicates.insert(subject, message);
+            }
+            merged.push(Arc::clone(object));
+        }
+        let (mut applied, mut deleted) = (Vec::new(), Vec::new());
+        let delete = |old: &Arc<Object>| Event::Delete(old.kind(), old.name().clone());
+        let mut before = self.published.iter().peekable();
+        for object in &merged {
+            while let Some(old) = before.next_if(|old| place(old) < place(object)) {
+                deleted.push(delete(old));
+            }
+            let old = before.next_if(|old| place(old) == place(object));
+            if !old.is_some_and(|old| Arc::ptr_eq(old, object) || old == object) {
+                applied.push(Event::Apply(Object::clone(object)));
             }
         }
+        deleted.extend(before.map(delete));
         // Kinds order as Service, EndpointSlice, Endpoints, Node: a Service comes after what it needs and leaves first.
-        for (key, (object, _)) in merged.iter().rev() {
-            let same = |old: &Arc<Object>| Arc::ptr_eq(old, object) || old == object;
-            if !self.published.get(key).is_some_and(same) {
-                outcome.events.push(Event::Apply(Object::clone(object)));
-            }
-        }
-        for key in self.published.keys() {
-            if !merged.contains_key(key) {
-                outcome.events.push(Event::Delete(key.0, key.1.clone()));
-            }
-        }
-        self.published = merged.into_iter().map(|(key, (object, _))| (key, object)).collect();
+        outcome.events.extend(applied.into_iter().rev().chain(deleted));
+        self.published = merged;
     }
+}
+
+/// Where an object stands among all.
+fn place(object: &Object) -> (Kind, &NamespacedName) {
+    (object.kind(), object.name())
 }
 
 fn key(object: &Object) -> Key {

@@ -271,6 +271,21 @@ async fn of_two_files_with_the_same_object_the_first_by_name_counts() {
 }
 
 #[tokio::test]
+async fn a_copy_of_a_large_file_does_not_flood_the_conditions() {
+    let all: String = (0..1000).map(|n| format!("{}---\n", service(&format!("s{n}"), 80))).collect();
+    let mut bench = Bench::start(|directory| {
+        for name in ["a.yaml", "b.yaml"] {
+            fs::write(directory.join(name), &all).unwrap();
+        }
+    })
+    .await;
+    assert_eq!(bench.conditions.list().len(), 100);
+    fs::remove_file(bench.path("b.yaml")).unwrap();
+    bench.no_condition().await;
+    bench.expect_nothing_else().await;
+}
+
+#[tokio::test]
 async fn follows_a_config_map_mount() {
     // As the kubelet lays it out: names link into `..data`, which links to a directory that is replaced as a whole.
     let mut bench = Bench::start(|directory| {

@@ -79,6 +79,8 @@ pub(super) fn resolve(service: &Arc<Service>, mut around: Surroundings<'_>) -> S
             });
         }
     }
+    // There are as many of these as Services, and they live long.
+    frontends.shrink_to_fit();
     ServiceEntry { service: Arc::clone(service), ports, frontends, notes }
 }
 

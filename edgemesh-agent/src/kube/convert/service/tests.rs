@@ -129,6 +129,10 @@ fn names_the_field_that_makes_a_service_unusable() {
             json!({"metadata": {"name": "web"}, "spec": {"clusterIPs": ["0.0.0.0"]}}),
             "spec.clusterIPs[0]: 0.0.0.0 is not the address of a host",
         ),
+        (
+            json!({"metadata": {"name": "web"}, "spec": {"clusterIP": "127.0.0.1"}}),
+            "spec.clusterIP: 127.0.0.1 is a loopback address",
+        ),
     ];
     for (value, expected) in cases {
         let error = service(value.clone()).unwrap_err();
