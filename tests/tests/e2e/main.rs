@@ -1,7 +1,9 @@
 //! End to end: real agents on the nodes of a lab, real sockets in its pods.
 
+mod affinity;
 mod bad_input;
 mod change;
+mod churn;
 mod cleanup;
 mod policy;
 mod restart;

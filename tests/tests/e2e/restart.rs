@@ -1,6 +1,6 @@
 //! The agent dies, is stopped, comes back: traffic does not notice.
 
-use std::collections::BTreeMap;
+use std::{collections::BTreeMap, path::PathBuf};
 
 use anyhow::Result;
 use edgemesh_tests::lab::{Transport, agent::AgentOptions, eventually};
@@ -69,5 +69,35 @@ fn an_agent_killed_again_and_again_fails_no_connection() -> Result<()> {
     let report = hammer.stop()?;
     assert_eq!(report.failures, BTreeMap::new());
     assert_eq!(report.names.len(), 3, "{report:?}");
+    Ok(())
+}
+
+#[test]
+fn another_map_layout_takes_over_without_a_gap() -> Result<()> {
+    let Some(world) = World::raise()? else { return Ok(()) };
+    let (tcp, udp) = (at(ECHO[0], TCP_PORT)?, at(ECHO[0], UDP_PORT)?);
+    let running = [world.client.open(Transport::Tcp, tcp)?, world.client.open(Transport::Udp, udp)?];
+    let names = [running[0].exchange()?.name, running[1].exchange()?.name];
+    let hammer = world.client.hammer(Transport::Tcp, tcp, 2)?;
+    // What an agent with another version of the tables would leave: the same, under another number.
+    world.agents[0].kill()?;
+    let pins = PathBuf::from(format!("/proc/{}/root/sys/fs/bpf/edgemesh", world.edge1.pause_process()));
+    std::fs::rename(pins.join("v2"), pins.join("v999"))?;
+    let again = world.edge1.start_agent(&AgentOptions::default())?;
+    again.wait_ready(START)?;
+
+    assert!(again.log()?.contains("another map layout"), "{}", again.log()?);
+    assert!(again.log()?.contains("adopted_links=8"), "its links were switched in place: {}", again.log()?);
+    let left: Vec<_> = std::fs::read_dir(&pins)?.map(|entry| Ok(entry?.file_name())).collect::<Result<_>>()?;
+    assert!(!left.iter().any(|name| name == "v999"), "{left:?}");
+    for (connection, name) in running.iter().zip(&names) {
+        let reply = connection.exchange()?;
+        assert_eq!(reply.name, *name);
+        assert!([tcp, udp].contains(&reply.peer), "what open sockets remember is kept: {}", reply.peer);
+    }
+    world.write(&["b"])?;
+    eventually(START, "changes are followed by the new tables", || Ok(world.client.tcp(tcp)?.name == "b"))?;
+    let report = hammer.stop()?;
+    assert_eq!(report.failures, BTreeMap::new());
     Ok(())
 }
