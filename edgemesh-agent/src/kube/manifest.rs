@@ -1,5 +1,7 @@
 //! The text of a manifest file to objects: YAML with several documents, JSON, and lists.
 
+mod one_pass;
+
 use k8s_openapi::api::{core::v1 as core, discovery::v1 as discovery};
 use serde::{
     Deserialize,
@@ -77,7 +79,7 @@ pub(super) fn parse(text: &str, format: Format) -> Parsed {
 }
 
 /// What says how to read the rest of a document.
-#[derive(Deserialize)]
+#[derive(Debug, Default, Deserialize)]
 #[serde(expecting = "an object with apiVersion and kind")]
 struct Head {
     #[serde(rename = "apiVersion")]
@@ -132,6 +134,14 @@ fn yaml(text: &str, parsed: &mut Parsed) {
         parsed.broken.push(format!("brackets are nested more than {MAX_DEPTH} deep"));
         return;
     }
+    match one_pass::objects(text) {
+        Some(objects) => parsed.objects = objects,
+        None => yaml_documents(text, parsed),
+    }
+}
+
+/// Reads any YAML, with messages that name the document, line and column.
+fn yaml_documents(text: &str, parsed: &mut Parsed) {
     // Three passes in step. The first finds out whether the document is well-formed, the second which type it has; and
     // only reading it straight into that type, not by way of a generic value, keeps line and column in the errors.
     let documents = || serde_yaml::Deserializer::from_str(text);

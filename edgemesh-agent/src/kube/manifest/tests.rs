@@ -198,3 +198,52 @@ proptest! {
         parse(&text, Format::Json);
     }
 }
+
+#[test]
+fn what_is_read_in_one_pass_reads_the_same_document_by_document() {
+    let flow =
+        "{apiVersion: v1, kind: Service, metadata: {name: flow}, spec: {clusterIP: 10.0.0.9, ports: [{port: 80}]}}\n";
+    // Lines that look like a head and are none, and a head that no line shows.
+    let inside = "apiVersion: v1\nkind: Secret\ndata: {text: 'a\nkind: Service\napiVersion: v1\n'}\n";
+    let hidden =
+        "metadata: {name: x,\nkind: Service,\napiVersion: v1}\nspec: {clusterIP: 10.0.0.9, ports: [{port: 80}]}\n";
+    let twice = format!("kind: Secret\n{SERVICE}");
+    let quoted = SERVICE.replace("kind: Service", "kind: \"Service\" # so it is");
+    let pod = "apiVersion: v1\nkind: Pod\nspec: {nodeName: [x]}\n";
+    let wrong = SERVICE.replace("name: web", "name: [web]");
+    let faulty = SERVICE.replace("port: 80", "port: 0");
+    let pieces = [
+        "",
+        "# nothing\n",
+        "---\n",
+        "--- # empty\n",
+        "...\n",
+        "%YAML 1.1\n",
+        "null\n",
+        "- kind: Service\n",
+        SERVICE,
+        SLICE,
+        flow,
+        inside,
+        hidden,
+        &twice,
+        &quoted,
+        pod,
+        &wrong,
+        &faulty,
+        "kind: [\n",
+    ];
+    let mut at_once = 0;
+    for a in pieces {
+        for b in pieces {
+            for text in [format!("{a}{b}"), format!("{a}---\n{b}"), format!("---\n{a}---\n{b}---\n")] {
+                let mut expected = Parsed::default();
+                yaml_documents(&text, &mut expected);
+                assert_eq!(parse(&text, Format::Yaml), expected, "{text}");
+                at_once += usize::from(one_pass::objects(&text).is_some_and(|objects| !objects.is_empty()));
+            }
+        }
+    }
+    assert!(at_once > 20, "{at_once}");
+    assert!(one_pass::objects(&format!("{SERVICE}---\n{SLICE}---\n{pod}")).is_some_and(|objects| objects.len() == 2));
+}
