@@ -3,6 +3,8 @@
 //!
 //! `CI=true` runs the full minute of each; otherwise `EDGEMESH_CHURN_SECONDS` says how long (default 6).
 
+#![expect(clippy::print_stdout, reason = "how much was tried is worth knowing, and `--nocapture` shows it")]
+
 use std::{
     collections::BTreeMap,
     fmt::Write as _,
@@ -155,7 +157,7 @@ impl<'a> Scene<'a> {
         for (index, port) in self.ports.iter().enumerate() {
             let mut addresses = String::new();
             for (place, (pod, _)) in self.world.backends.iter().enumerate() {
-                if pod.name() != gone && (index + place + turn) % 3 != 0 {
+                if pod.name() != gone && !(index + place + turn).is_multiple_of(3) {
                     write!(addresses, "{{\"ip\":\"{}\"}},", pod.ips()[0])?;
                 }
             }
