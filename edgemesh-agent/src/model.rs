@@ -7,6 +7,7 @@ mod diff;
 mod name;
 mod object;
 mod prefix;
+mod rule;
 mod shared;
 mod table;
 mod topology;
@@ -19,6 +20,7 @@ pub use object::{
     ServicePort, SessionAffinity, Subset, TrafficDistribution, TrafficPolicy,
 };
 pub use prefix::{IpPrefix, ParsePrefixError};
+pub use rule::{DestinationRule, Ignored};
 pub use table::{
     Balance, Frontend, FrontendAddr, FrontendKind, Note, PortEndpoint, ServedPort, ServiceEntry, ServiceTable,
 };

@@ -3,6 +3,7 @@
 //! The rule for wrong values: an object is refused as a whole only where nothing sensible is left of it; one bad port or
 //! address costs that port or address and becomes a [`Fault`] beside the object.
 
+pub(super) mod destination_rule;
 mod node;
 mod service;
 

@@ -9,7 +9,10 @@ use serde::{
 };
 use tracing::debug;
 
-use super::convert::{Convert, ConvertError, Fault};
+use super::convert::{
+    Convert, ConvertError, Fault,
+    destination_rule::{self, DestinationRule},
+};
 use crate::model::{Kind, Object};
 
 /// A broken file has one cause; further messages of it would only bury that.
@@ -106,26 +109,35 @@ impl Head {
     fn shape(&self) -> Result<Shape, String> {
         let kind = self.kind.as_deref().filter(|kind| !kind.is_empty()).ok_or("kind: missing")?;
         let version = self.api_version.as_deref().filter(|version| !version.is_empty()).ok_or("apiVersion: missing")?;
-        let group = version.split_once('/').map_or("", |(group, _)| group);
-        let (shape, expected) = match (group, kind) {
-            ("", "Service") => (Shape::One(Kind::Service), "v1"),
-            ("", "Endpoints") => (Shape::One(Kind::Endpoints), "v1"),
-            ("", "Node") => (Shape::One(Kind::Node), "v1"),
-            ("discovery.k8s.io", "EndpointSlice") => (Shape::One(Kind::EndpointSlice), "discovery.k8s.io/v1"),
-            ("", "List") => (Shape::List(None), "v1"),
-            ("", "ServiceList") => (Shape::List(Some(Kind::Service)), "v1"),
-            ("", "EndpointsList") => (Shape::List(Some(Kind::Endpoints)), "v1"),
-            ("", "NodeList") => (Shape::List(Some(Kind::Node)), "v1"),
-            ("discovery.k8s.io", "EndpointSliceList") => {
-                (Shape::List(Some(Kind::EndpointSlice)), "discovery.k8s.io/v1")
+        let (group, bare) = match version.split_once('/') {
+            Some((group, bare)) if !group.is_empty() => (group, bare),
+            _ => ("", version),
+        };
+        let (shape, served): (_, &[&str]) = match (group, kind) {
+            ("", "Service") => (Shape::One(Kind::Service), &["v1"]),
+            ("", "Endpoints") => (Shape::One(Kind::Endpoints), &["v1"]),
+            ("", "Node") => (Shape::One(Kind::Node), &["v1"]),
+            ("discovery.k8s.io", "EndpointSlice") => (Shape::One(Kind::EndpointSlice), &["v1"]),
+            (destination_rule::GROUP, "DestinationRule") => {
+                (Shape::One(Kind::DestinationRule), &destination_rule::VERSIONS)
+            }
+            ("", "List") => (Shape::List(None), &["v1"]),
+            ("", "ServiceList") => (Shape::List(Some(Kind::Service)), &["v1"]),
+            ("", "EndpointsList") => (Shape::List(Some(Kind::Endpoints)), &["v1"]),
+            ("", "NodeList") => (Shape::List(Some(Kind::Node)), &["v1"]),
+            ("discovery.k8s.io", "EndpointSliceList") => (Shape::List(Some(Kind::EndpointSlice)), &["v1"]),
+            (destination_rule::GROUP, "DestinationRuleList") => {
+                (Shape::List(Some(Kind::DestinationRule)), &destination_rule::VERSIONS)
             }
             _ => return Ok(Shape::Ignored),
         };
-        if version == expected {
-            Ok(shape)
-        } else {
-            Err(format!("apiVersion: {version:?} of kind {kind} is not supported; expected {expected}"))
+        if served.contains(&bare) {
+            return Ok(shape);
         }
+        let slash = if group.is_empty() { "" } else { "/" };
+        let expected: Vec<String> = served.iter().map(|version| format!("{group}{slash}{version}")).collect();
+        let expected = expected.join(" or ");
+        Err(format!("apiVersion: {version:?} of kind {kind} is not supported; expected {expected}"))
     }
 }
 
@@ -167,6 +179,9 @@ fn yaml_documents(text: &str, parsed: &mut Parsed) {
             Ok(Shape::One(Kind::Node)) => core::Node::deserialize(body).map(|v| parsed.object(&place, &v)),
             Ok(Shape::One(Kind::EndpointSlice)) => {
                 discovery::EndpointSlice::deserialize(body).map(|v| parsed.object(&place, &v))
+            }
+            Ok(Shape::One(Kind::DestinationRule)) => {
+                DestinationRule::deserialize(body).map(|v| parsed.object(&place, &v))
             }
             Ok(Shape::List(kind)) => List::<serde_yaml::Value>::deserialize(body)
                 .map(|list| items(&place, kind, list.items, parsed, &YamlItem)),
@@ -238,6 +253,9 @@ fn json_document(place: &str, text: &str, parsed: &mut Parsed) -> Result<(), ser
         Ok(Shape::One(Kind::EndpointSlice)) => {
             parsed.object(place, &serde_json::from_str::<discovery::EndpointSlice>(text)?);
         }
+        Ok(Shape::One(Kind::DestinationRule)) => {
+            parsed.object(place, &serde_json::from_str::<DestinationRule>(text)?);
+        }
         Ok(Shape::List(kind)) => {
             items(place, kind, serde_json::from_str::<List<serde_json::Value>>(text)?.items, parsed, &JsonItem);
         }
@@ -282,6 +300,9 @@ fn items<V: Clone>(place: &str, kind: Option<Kind>, items: Vec<V>, parsed: &mut 
             Ok(Shape::One(Kind::EndpointSlice)) => {
                 reader.read::<discovery::EndpointSlice>(item).map(|v| parsed.object(&place, &v))
             }
+            Ok(Shape::One(Kind::DestinationRule)) => {
+                reader.read::<DestinationRule>(item).map(|v| parsed.object(&place, &v))
+            }
             Ok(Shape::Ignored) => Ok(()),
             Ok(Shape::List(_)) => Err("a list inside a list is not supported".to_owned()),
             Err(problem) => Err(problem),
@@ -294,7 +315,7 @@ fn items<V: Clone>(place: &str, kind: Option<Kind>, items: Vec<V>, parsed: &mut 
 
 fn ignored(place: &str, head: &Head) {
     let (version, kind) = (head.api_version.as_deref().unwrap_or(""), head.kind.as_deref().unwrap_or(""));
-    debug!(place, version, kind, "ignored: neither Service, EndpointSlice, Endpoints nor Node");
+    debug!(place, version, kind, "ignored: neither Service, EndpointSlice, Endpoints, Node nor DestinationRule");
 }
 
 fn one_line(error: &impl ToString) -> String {

@@ -202,7 +202,7 @@ impl Source {
             None => self.conditions.clear(TOO_MANY, ""),
         }
         let counts = scanner.counts();
-        for kind in [Kind::Service, Kind::EndpointSlice, Kind::Endpoints, Kind::Node] {
+        for kind in [Kind::Service, Kind::EndpointSlice, Kind::Endpoints, Kind::Node, Kind::DestinationRule] {
             self.state.count(kind, counts.get(&kind).copied().unwrap_or(0));
         }
     }

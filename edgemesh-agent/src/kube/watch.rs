@@ -6,10 +6,11 @@
 //!
 //! Nothing is ever removed because of an error: [`Event::Replace`] follows only from a list that was read to its end.
 //!
-//! Services and one of the two endpoint kinds are needed for [`Event::Synced`]. Nodes are waited for only as long as
-//! the server has not refused them, and not for long.
+//! Services and one of the two endpoint kinds are needed for [`Event::Synced`]. Nodes and DestinationRules are waited for
+//! only as long as the server has not refused them, or said that it has no such thing, and not for long.
 
 mod limit;
+mod rules;
 mod session;
 
 use std::{
@@ -46,8 +47,8 @@ const ANSWER: &str = "ApiServerError";
 
 /// For answers that are not streamed: discovery, and one page of a list.
 const ANSWER_TIMEOUT: Duration = Duration::from_secs(60);
-/// How long Nodes may take once Services and endpoints are known.
-const NODES_GRACE: Duration = Duration::from_secs(5);
+/// How long Nodes and rules may take once Services and endpoints are known.
+const GRACE: Duration = Duration::from_secs(5);
 /// After the longest pause the back-off stays there.
 const LONGEST_PAUSE: Duration = Duration::from_secs(30);
 
@@ -102,8 +103,9 @@ impl Listed {
     const SERVICES: u8 = 1;
     const ENDPOINTS: u8 = 2;
     const NODES: u8 = 4;
+    const RULES: u8 = 8;
     const ESSENTIAL: u8 = Self::SERVICES | Self::ENDPOINTS;
-    const ALL: u8 = Self::ESSENTIAL | Self::NODES;
+    const ALL: u8 = Self::ESSENTIAL | Self::NODES | Self::RULES;
 
     /// Says whether `kind` was the last that was missing.
     fn complete_with(&self, kind: Kind) -> bool {
@@ -111,6 +113,7 @@ impl Listed {
             Kind::Service => Self::SERVICES,
             Kind::EndpointSlice | Kind::Endpoints => Self::ENDPOINTS,
             Kind::Node => Self::NODES,
+            Kind::DestinationRule => Self::RULES,
         };
         let before = self.kinds.fetch_or(kind, Ordering::SeqCst);
         let now = before | kind;
@@ -172,22 +175,29 @@ impl Failure {
 
 impl Source {
     async fn run(&self) {
-        let (_, _, _, _) = tokio::join!(self.services(), self.endpoints(), self.nodes(), self.stop_waiting_for_nodes());
+        let (_, _, _, _, _) = tokio::join!(
+            self.services(),
+            self.endpoints(),
+            self.nodes(),
+            self.destination_rules(),
+            self.stop_waiting_for_others(),
+        );
     }
 
     /// Nodes only refine what Services do, and an account may not be allowed to see them: they hold nothing back.
     async fn nodes(&self) -> Result<(), Closed> {
         let mut backoff = DefaultBackoff::default();
         loop {
-            Session::<core::Node>::new(self, Kind::Node, None).follow().await?;
+            Session::<core::Node>::new(self, Kind::Node, &(), None).follow().await?;
             pause(&mut backoff).await;
         }
     }
 
-    async fn stop_waiting_for_nodes(&self) -> Result<(), Closed> {
+    async fn stop_waiting_for_others(&self) -> Result<(), Closed> {
         self.listed.essential.notified().await;
-        sleep(NODES_GRACE).await;
-        self.listed(Kind::Node).await
+        sleep(GRACE).await;
+        self.listed(Kind::Node).await?;
+        self.listed(Kind::DestinationRule).await
     }
 
     /// Notes that everything of a kind has been delivered, or that nothing of it will be.
@@ -201,7 +211,7 @@ impl Source {
     async fn services(&self) -> Result<(), Closed> {
         let mut backoff = DefaultBackoff::default();
         loop {
-            Session::<core::Service>::new(self, Kind::Service, None).follow().await?;
+            Session::<core::Service>::new(self, Kind::Service, &(), None).follow().await?;
             pause(&mut backoff).await;
         }
     }
@@ -214,10 +224,10 @@ impl Source {
             self.allowed(if slices { "endpoints" } else { "endpointslices.discovery.k8s.io" });
             if slices {
                 let other = Some(Kind::Endpoints);
-                Session::<discovery::EndpointSlice>::new(self, Kind::EndpointSlice, other).follow().await?;
+                Session::<discovery::EndpointSlice>::new(self, Kind::EndpointSlice, &(), other).follow().await?;
             } else {
                 let other = Some(Kind::EndpointSlice);
-                Session::<core::Endpoints>::new(self, Kind::Endpoints, other).follow().await?;
+                Session::<core::Endpoints>::new(self, Kind::Endpoints, &(), other).follow().await?;
             }
             pause(&mut backoff).await;
         }

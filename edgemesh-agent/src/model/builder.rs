@@ -10,7 +10,7 @@ use std::{
 use self::resolve::{Surroundings, resolve};
 use super::{
     EndpointSet, Event, FrontendAddr, FrontendKind, Kind, NamespacedName, Node, Nodes, Note, Object, Place, Service,
-    ServiceTable, Vantage, shared::Shared,
+    ServiceEntry, ServiceTable, Vantage, rule::Rules, shared::Shared,
 };
 use crate::config::ServiceFilter;
 
@@ -26,6 +26,7 @@ pub struct Builder {
     slices: Sets,
     endpoints: Sets,
     nodes: Nodes,
+    rules: Rules,
     places: Shared<Place>,
     labels: Shared<str>,
     /// Who answers on a frontend, and as what, for as long as somebody does.
@@ -67,6 +68,7 @@ impl Builder {
                         let names = self.nodes.values().map(|node| &node.name);
                         names.filter(|name| !keep.contains(name)).cloned().collect()
                     }
+                    Kind::DestinationRule => self.rules.names().filter(|name| !keep.contains(name)).cloned().collect(),
                 };
                 drop(keep);
                 for name in gone {
@@ -125,6 +127,7 @@ impl Builder {
                 }
                 self.nodes.insert(node.name.name.clone(), node);
             }
+            Object::DestinationRule(rule) => self.rules.put(rule, &mut self.dirty),
         }
     }
 
@@ -148,6 +151,7 @@ impl Builder {
                     touch(&mut self.touched_nodes, &name.name, Some(&known));
                 }
             }
+            Kind::DestinationRule => self.rules.remove(name, &mut self.dirty),
         }
     }
 
@@ -184,6 +188,7 @@ impl Builder {
         let place = self.table.services.binary_search_by(|entry| entry.service.name.cmp(name));
         let Some(service) = self.services.get(name) else {
             self.claim(name, BTreeMap::new());
+            self.note_unheeded(name, None);
             return match place {
                 Ok(place) => {
                     self.table.services.remove(place);
@@ -194,11 +199,13 @@ impl Builder {
         };
         let sets = counting(&self.slices, &self.endpoints, name);
         let vantage = Vantage { name: &self.node, nodes: &self.nodes };
-        let around = Surroundings { filter: self.filter, vantage, sets, places: &mut self.places };
+        let around =
+            Surroundings { filter: self.filter, vantage, sets, ruling: self.rules.of(name), places: &mut self.places };
         let mut entry = resolve(service, around);
         let taken = self.claim(name, entry.frontends.iter().map(|frontend| (frontend.at, frontend.kind)).collect());
         entry.frontends.retain(|frontend| !taken.contains_key(&frontend.at));
         entry.notes.extend(taken.into_iter().map(|(at, by)| Note::Taken { at, by }));
+        self.note_unheeded(name, Some(&entry));
         match place {
             Ok(place) if *self.table.services[place] == entry => false,
             Ok(place) => {
@@ -209,6 +216,19 @@ impl Builder {
                 self.table.services.insert(place, Arc::new(entry));
                 true
             }
+        }
+    }
+
+    /// Keeps [`ServiceTable::unheeded`] in step with one entry.
+    fn note_unheeded(&mut self, name: &NamespacedName, entry: Option<&ServiceEntry>) {
+        let rule = entry.and_then(|entry| entry.rule.as_ref()).filter(|rule| !rule.ignored.is_empty());
+        let known = self.table.unheeded.get(name);
+        if known != rule {
+            let unheeded = Arc::make_mut(&mut self.table.unheeded);
+            match rule {
+                Some(rule) => unheeded.insert(name.clone(), Arc::clone(rule)),
+                None => unheeded.remove(name),
+            };
         }
     }
 
@@ -225,7 +245,11 @@ impl Builder {
             given_up.extend(old.frontends.iter().map(|frontend| frontend.at));
             given_up.extend(old.notes.iter().filter_map(|note| match note {
                 Note::Taken { at, .. } => Some(*at),
-                Note::Filtered | Note::Sctp { .. } | Note::NodeUnknown => None,
+                Note::Filtered
+                | Note::Sctp { .. }
+                | Note::NodeUnknown
+                | Note::Unheeded { .. }
+                | Note::Overruled { .. } => None,
             }));
         }
         given_up.retain(|at| !wants.contains_key(at));

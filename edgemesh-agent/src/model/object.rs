@@ -7,7 +7,7 @@ use std::{
     sync::Arc,
 };
 
-use super::{IpPrefix, NamespacedName};
+use super::{DestinationRule, IpPrefix, NamespacedName};
 
 /// The transport protocol of a port.
 #[derive(Clone, Copy, Debug, Eq, Hash, Ord, PartialEq, PartialOrd)]
@@ -229,6 +229,7 @@ pub enum Kind {
     EndpointSlice,
     Endpoints,
     Node,
+    DestinationRule,
 }
 
 impl fmt::Display for Kind {
@@ -238,6 +239,7 @@ impl fmt::Display for Kind {
             Self::EndpointSlice => "EndpointSlice",
             Self::Endpoints => "Endpoints",
             Self::Node => "Node",
+            Self::DestinationRule => "DestinationRule",
         })
     }
 }
@@ -249,6 +251,7 @@ pub enum Object {
     EndpointSlice(EndpointSet),
     Endpoints(EndpointSet),
     Node(Node),
+    DestinationRule(DestinationRule),
 }
 
 impl Object {
@@ -258,6 +261,7 @@ impl Object {
             Self::EndpointSlice(_) => Kind::EndpointSlice,
             Self::Endpoints(_) => Kind::Endpoints,
             Self::Node(_) => Kind::Node,
+            Self::DestinationRule(_) => Kind::DestinationRule,
         }
     }
 
@@ -266,6 +270,7 @@ impl Object {
             Self::Service(service) => &service.name,
             Self::EndpointSlice(set) | Self::Endpoints(set) => &set.name,
             Self::Node(node) => &node.name,
+            Self::DestinationRule(rule) => &rule.name,
         }
     }
 }

@@ -1,8 +1,8 @@
 //! The immutable tables that everything downstream of the builder reads.
 
-use std::{fmt, net::SocketAddr, num::NonZeroU32, sync::Arc};
+use std::{collections::BTreeMap, fmt, net::SocketAddr, num::NonZeroU32, sync::Arc};
 
-use super::{NamespacedName, Place, Protocol, Service, ServicePort, Verdicts};
+use super::{DestinationRule, NamespacedName, Place, Protocol, Service, ServicePort, Verdicts};
 
 /// Everything the agent knows of Services at one moment. Immutable; a change makes a new table that shares what did not
 /// change.
@@ -17,6 +17,9 @@ pub struct ServiceTable {
     pub node_known: bool,
     /// Ordered by name.
     pub services: Vec<Arc<ServiceEntry>>,
+    /// By Service, the rules in force that ask for more than is done; the same allocation as that of the table before,
+    /// unless something changed.
+    pub unheeded: Arc<BTreeMap<NamespacedName, Arc<DestinationRule>>>,
 }
 
 impl ServiceTable {
@@ -35,7 +38,9 @@ pub struct ServiceEntry {
     pub ports: Vec<ServedPort>,
     /// What the data plane is to translate; empty for Services that it leaves alone.
     pub frontends: Vec<Frontend>,
-    /// Why something of this Service is not served, for `status` and `services`.
+    /// The DestinationRule that says how its frontends are balanced; None without one, and without frontends.
+    pub rule: Option<Arc<DestinationRule>>,
+    /// Why something of this Service is not served, or not as asked, for `status` and `services`.
     pub notes: Vec<Note>,
 }
 
@@ -129,6 +134,15 @@ pub enum Balance {
     SourceIp,
 }
 
+impl fmt::Display for Balance {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Random => "random",
+            Self::SourceIp => "source IP",
+        })
+    }
+}
+
 impl Frontend {
     /// Whether it is for sockets in the host's network namespace alone: to all others, 127.0.0.1 is their own.
     pub fn host_only(&self) -> bool {
@@ -136,7 +150,7 @@ impl Frontend {
     }
 }
 
-/// Why part of a Service is not served.
+/// Why part of a Service is not served, or not as asked.
 #[derive(Clone, Debug, Eq, PartialEq)]
 pub enum Note {
     /// `serviceFilterMode` and the Service's labels leave it to another proxy.
@@ -147,6 +161,10 @@ pub enum Note {
     Taken { at: FrontendAddr, by: NamespacedName },
     /// The Service asks for what only this node's Node object tells: its addresses, zone or labels.
     NodeUnknown,
+    /// Its DestinationRule asks for more than is done.
+    Unheeded { rule: NamespacedName, fields: Vec<Box<str>> },
+    /// Of several DestinationRules that match, one counts; `rule` is the next.
+    Overruled { rule: NamespacedName, by: NamespacedName },
 }
 
 impl fmt::Display for Note {
@@ -158,6 +176,12 @@ impl fmt::Display for Note {
                 "this node's Node object is not known: node ports are answered on 127.0.0.1 alone, and neither zones, node \
                  groups nor topologyKeys limit the endpoints",
             ),
+            Self::Unheeded { rule, fields } => {
+                write!(f, "of DestinationRule {rule} these have no effect: {}", fields.join(", "))
+            }
+            Self::Overruled { rule, by } => {
+                write!(f, "DestinationRule {rule} matches too and does not count: {by} comes first")
+            }
             Self::Taken { at, by } => write!(f, "{at} is not served: Service {by} has the same address and port"),
         }
     }

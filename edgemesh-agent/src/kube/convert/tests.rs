@@ -14,7 +14,7 @@ fn endpoints(value: Value) -> Result<Converted, ConvertError> {
 fn as_set(converted: &Converted) -> &EndpointSet {
     match &converted.object {
         Object::EndpointSlice(set) | Object::Endpoints(set) => set,
-        Object::Service(_) | Object::Node(_) => panic!("no endpoints"),
+        Object::Service(_) | Object::Node(_) | Object::DestinationRule(_) => panic!("no endpoints"),
     }
 }
 

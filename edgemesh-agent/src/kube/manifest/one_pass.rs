@@ -13,7 +13,7 @@ use serde::{
 
 use super::{Head, Shape};
 use crate::{
-    kube::convert::Convert,
+    kube::convert::{Convert, destination_rule::DestinationRule},
     model::{Kind, Object},
 };
 
@@ -27,6 +27,9 @@ pub(super) fn objects(text: &str) -> Option<Vec<Object>> {
             Shape::One(Kind::Endpoints) => objects.push(object::<core::Endpoints>(document, Kind::Endpoints)?),
             Shape::One(Kind::EndpointSlice) => {
                 objects.push(object::<discovery::EndpointSlice>(document, Kind::EndpointSlice)?);
+            }
+            Shape::One(Kind::DestinationRule) => {
+                objects.push(object::<DestinationRule>(document, Kind::DestinationRule)?);
             }
             Shape::One(Kind::Node) => objects.push(object::<core::Node>(document, Kind::Node)?),
             Shape::Ignored => {

@@ -99,6 +99,47 @@ fn brackets_without_end_are_refused_at_once() {
 }
 
 #[test]
+fn reads_destination_rules_of_every_version_in_both_formats() {
+    for version in ["v1alpha3", "v1beta1", "v1"] {
+        let metadata = r#"{"name":"web","creationTimestamp":null}"#;
+        let spec = r#"{"host":"web","trafficPolicy":{"loadBalancer":{"consistentHash":{"useSourceIp":true}}}}"#;
+        let body = format!(r#""metadata":{metadata},"spec":{spec}"#);
+        let head = format!(r#""apiVersion":"networking.istio.io/{version}","kind":"DestinationRule"#);
+        let texts = [
+            format!("{{{head}\",{body}}}"),
+            format!(r#"{{"apiVersion":"v1","kind":"List","items":[{{{head}",{body}}}]}}"#),
+            format!(r#"{{{head}List","items":[{{{body}}}]}}"#),
+        ];
+        for (text, format) in texts.iter().flat_map(|text| [(text, Format::Json), (text, Format::Yaml)]) {
+            let parsed = parse(text, format);
+            assert_eq!(parsed.problem(), None, "{text}");
+            let Object::DestinationRule(rule) = &parsed.objects[0] else { panic!("{text}") };
+            assert_eq!(rule.balance, crate::model::Balance::SourceIp, "{text}");
+        }
+    }
+    let rule = "apiVersion: networking.istio.io/v2\nkind: DestinationRule\n";
+    assert_eq!(
+        parse(rule, Format::Yaml).broken,
+        ["document 1: apiVersion: \"networking.istio.io/v2\" of kind DestinationRule is not supported; expected \
+          networking.istio.io/v1 or networking.istio.io/v1beta1 or networking.istio.io/v1alpha3"]
+    );
+}
+
+#[test]
+fn a_rule_with_a_bad_field_is_partly_used_and_one_that_is_no_rule_costs_only_itself() {
+    let head = "apiVersion: networking.istio.io/v1\nkind: DestinationRule\nmetadata: {name: web}\n";
+    let parsed = parse(&format!("{head}spec: {{host: [web]}}\n---\n{SERVICE}"), Format::Yaml);
+    assert_eq!(names(&parsed), ["DestinationRule default/web", "Service default/web"]);
+    let fault = "document 1: DestinationRule default/web: spec.host: a list is wrong; expected a string";
+    assert_eq!((&parsed.broken[..], &parsed.partial[..]), (&[][..], &[fault.to_owned()][..]));
+    // What only YAML can say.
+    for spec in ["{1: 2, [a]: b}", "!tag x", ".nan", "[.inf]", "0xffffffffffffffffffffff"] {
+        let parsed = parse(&format!("{head}spec: {spec}\n---\n{SERVICE}"), Format::Yaml);
+        assert_eq!(names(&parsed).last().unwrap(), "Service default/web", "{spec}");
+    }
+}
+
+#[test]
 fn a_bad_document_costs_only_itself_and_is_named_with_its_line() {
     let bad = "apiVersion: v1\nkind: Service\nmetadata: {name: bad}\nspec:\n  ports:\n  - port: eighty\n";
     let parsed = parse(&format!("{SERVICE}---\n{bad}---\n{SLICE}"), Format::Yaml);

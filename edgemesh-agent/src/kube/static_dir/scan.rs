@@ -115,8 +115,8 @@ impl Scanner {
 
     /// Everything, as the first message of a source.
     pub(super) fn everything(&self) -> Vec<Event> {
-        // Services last: without endpoints they refuse connections, and without Nodes they know no limits.
-        let kinds = [Kind::Node, Kind::EndpointSlice, Kind::Endpoints, Kind::Service];
+        // Services last: without endpoints they refuse connections, and without Nodes and rules they know no limits.
+        let kinds = [Kind::Node, Kind::DestinationRule, Kind::EndpointSlice, Kind::Endpoints, Kind::Service];
         let of = |kind: Kind| {
             let objects = self.published.iter().filter(|object| object.kind() == kind);
             objects.map(|object| Object::clone(object)).collect()
@@ -239,7 +239,8 @@ impl Scanner {
             }
         }
         deleted.extend(before.map(delete));
-        // Kinds order as Service, EndpointSlice, Endpoints, Node: a Service comes after what it needs and leaves first.
+        // Kinds order as Service, EndpointSlice, Endpoints, Node, DestinationRule: a Service comes after what it needs
+        // and leaves first.
         outcome.events.extend(applied.into_iter().rev().chain(deleted));
         self.published = merged;
     }

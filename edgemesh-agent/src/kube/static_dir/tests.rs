@@ -41,7 +41,7 @@ fn describe(event: &Event) -> String {
             let ports: Vec<String> = service.ports.iter().map(|port| port.port.to_string()).collect();
             format!("Service {}:{}", service.name, ports.join(","))
         }
-        Object::EndpointSlice(_) | Object::Endpoints(_) | Object::Node(_) => {
+        Object::EndpointSlice(_) | Object::Endpoints(_) | Object::Node(_) | Object::DestinationRule(_) => {
             format!("{} {}", object.kind(), object.name())
         }
     };
@@ -128,6 +128,8 @@ async fn the_first_scan_replaces_everything_and_is_then_synced() {
     fs::write(directory.path().join("b.json"), r#"{"apiVersion":"v1","kind":"Endpoints","metadata":{"name":"old"}}"#)
         .unwrap();
     fs::write(directory.path().join("n.yaml"), "apiVersion: v1\nkind: Node\nmetadata: {name: edge1}\n").unwrap();
+    let rule = "apiVersion: networking.istio.io/v1\nkind: DestinationRule\nmetadata: {name: web}\nspec: {host: web}\n";
+    fs::write(directory.path().join("r.yaml"), rule).unwrap();
     fs::write(directory.path().join(".hidden.yaml"), service("hidden", 80)).unwrap();
     fs::write(directory.path().join("README.md"), "not a manifest").unwrap();
     fs::create_dir(directory.path().join("sub.yaml")).unwrap();
@@ -139,6 +141,7 @@ async fn the_first_scan_replaces_everything_and_is_then_synced() {
     bench
         .expect(&[
             "replace Node [Node edge1]",
+            "replace DestinationRule [DestinationRule default/web]",
             "replace EndpointSlice [EndpointSlice default/web-1]",
             "replace Endpoints [Endpoints default/old]",
             "replace Service [Service default/web:80]",
@@ -148,7 +151,7 @@ async fn the_first_scan_replaces_everything_and_is_then_synced() {
     let status = bench.state.status();
     assert!(status.connected && status.last_error.is_none());
     let counts: Vec<_> = status.objects.iter().map(|(kind, count)| (kind.as_str(), *count)).collect();
-    assert_eq!(counts, [("EndpointSlice", 1), ("Endpoints", 1), ("Node", 1), ("Service", 1)]);
+    assert_eq!(counts, [("DestinationRule", 1), ("EndpointSlice", 1), ("Endpoints", 1), ("Node", 1), ("Service", 1)]);
     assert!(bench.conditions.list().is_empty());
     assert!(bench.tasks.drain(PATIENCE).await);
 }

@@ -49,6 +49,9 @@ pub(super) struct World {
     pub(super) absent: BTreeSet<String>,
     /// Resources about which nothing is ever answered.
     pub(super) silent: BTreeSet<String>,
+    /// The versions of networking.istio.io, and whether DestinationRules are served in it; the group is not there
+    /// without any.
+    pub(super) istio: BTreeMap<String, bool>,
     /// Objects on a page of a list; 0 for all.
     pub(super) page: usize,
     /// Refuses all pages but the first.
@@ -63,6 +66,8 @@ pub(super) struct World {
     pub(super) begun: Vec<(String, u64)>,
     /// `verb resource` of all requests.
     pub(super) requests: Vec<String>,
+    /// The paths of all lists and watches.
+    pub(super) paths: BTreeSet<String>,
 }
 
 impl FakeServer {
@@ -156,6 +161,30 @@ impl World {
         self.log.clear();
     }
 
+    /// What there is of networking.istio.io, or of a version of it.
+    fn istio(mut world: MutexGuard<'_, Self>, version: Option<&str>) -> Response<Body> {
+        world.requests.push("get istio".to_owned());
+        if let Some(code) = world.refused.get("get istio") {
+            return status(*code, "not now");
+        }
+        let served = version.map(|version| world.istio.get(version));
+        match served {
+            _ if world.istio.is_empty() => status(404, "the server could not find the requested resource"),
+            Some(None) => status(404, "the server could not find the requested resource"),
+            Some(Some(rules)) => {
+                let name = if *rules { "destinationrules" } else { "gateways" };
+                let resource = json!({"name": name, "singularName": "", "namespaced": true, "kind": "X", "verbs": []});
+                answer(200, &json!({"groupVersion": "networking.istio.io", "resources": [resource]}))
+            }
+            None => {
+                let version =
+                    |version| json!({"groupVersion": format!("networking.istio.io/{version}"), "version": version});
+                let versions: Vec<Value> = world.istio.keys().map(version).collect();
+                answer(200, &json!({"name": "networking.istio.io", "versions": versions}))
+            }
+        }
+    }
+
     fn list(&self, resource: &str, token: usize) -> Response<Body> {
         let all: Vec<&Value> =
             self.objects.iter().filter(|((r, _), _)| r == resource).map(|(_, object)| object).collect();
@@ -183,11 +212,21 @@ impl Shared {
         if path == "/apis/discovery.k8s.io/v1" {
             return self.discovery();
         }
+        if let Some(rest) = path.strip_prefix("/apis/networking.istio.io") {
+            let mut parts = rest.split('/').skip(1);
+            let (version, resource) = (parts.next(), parts.next());
+            let world = self.world.lock().unwrap();
+            let served = version.and_then(|version| world.istio.get(version));
+            if resource.is_none() || served != Some(&true) {
+                return World::istio(world, version);
+            }
+        }
         let resource = path.rsplit('/').next().unwrap().to_owned();
         let verb = if query.contains_key("watch") { "watch" } else { "list" };
         let call = format!("{verb} {resource}");
         let mut world = self.world.lock().unwrap();
         world.requests.push(call.clone());
+        world.paths.insert(path.to_owned());
         if world.absent.contains(&resource) {
             return status(404, "the server could not find the requested resource");
         }

@@ -69,13 +69,13 @@ impl From<Closed> for Trouble {
 
 impl<'a, K> Session<'a, K>
 where
-    K: Resource<DynamicType = ()> + Convert + Clone + Debug + DeserializeOwned + Send + 'static,
+    K: Resource + Convert + Clone + Debug + DeserializeOwned + Send + 'static,
 {
-    pub(super) fn new(source: &'a Source, kind: Kind, instead_of: Option<Kind>) -> Self {
-        let api = Api::all(source.client.clone());
-        let group = K::group(&());
+    pub(super) fn new(source: &'a Source, kind: Kind, api: &K::DynamicType, instead_of: Option<Kind>) -> Self {
+        let group = K::group(api);
         let dot = if group.is_empty() { "" } else { "." };
-        let resource = format!("{}{dot}{group}", K::plural(&()));
+        let resource = format!("{}{dot}{group}", K::plural(api));
+        let api = Api::all_with(source.client.clone(), api);
         Self { source, api, kind, resource, instead_of, delivered: HashSet::new(), invalid: BTreeSet::new() }
     }
 
@@ -125,7 +125,13 @@ where
                             }
                         }
                         Meaning::NotServed => {
-                            self.source.failed(verb, &self.resource, &failure);
+                            // Custom resources come and go; that Kubernetes' own are missing is a fault.
+                            if self.kind != Kind::DestinationRule {
+                                self.source.failed(verb, &self.resource, &failure);
+                            }
+                            for subject in &self.invalid {
+                                self.source.conditions.clear(INVALID, subject);
+                            }
                             self.go_without().await?;
                             return Ok(());
                         }
@@ -144,7 +150,7 @@ where
     /// What the server refuses may be missing for good, which only matters where nothing works without it.
     async fn go_without(&self) -> Result<(), Closed> {
         match self.kind {
-            Kind::Node => self.source.listed(self.kind).await,
+            Kind::Node | Kind::DestinationRule => self.source.listed(self.kind).await,
             Kind::Service | Kind::EndpointSlice | Kind::Endpoints => Ok(()),
         }
     }

@@ -31,7 +31,9 @@ fn slice(name: &str, service: &str) -> Value {
 fn describe(event: &Event) -> String {
     let object = |object: &Object| match object {
         Object::Service(service) => format!("{}:{}", service.name, service.ports[0].port),
-        Object::EndpointSlice(_) | Object::Endpoints(_) | Object::Node(_) => object.name().to_string(),
+        Object::EndpointSlice(_) | Object::Endpoints(_) | Object::Node(_) | Object::DestinationRule(_) => {
+            object.name().to_string()
+        }
     };
     match event {
         Event::Apply(applied) => format!("apply {} {}", applied.kind(), object(applied)),
@@ -176,6 +178,117 @@ async fn nodes_are_followed_like_everything_else() {
     assert!(condition.message.contains("status.addresses[0].address: \"?\" is not an IP address"), "{condition:?}");
 }
 
+fn rule(name: &str) -> Value {
+    json!({"metadata": {"name": name, "namespace": "shop"}, "spec": {"host": name}})
+}
+
+#[tokio::test]
+async fn destination_rules_are_followed_in_the_best_version_that_serves_them() {
+    for (served, expected) in [
+        (&[("v1", true), ("v1alpha3", true), ("v1beta1", true)][..], "v1"),
+        (&[("v1", false), ("v1alpha3", true), ("v1beta1", true), ("v2", true)], "v1beta1"),
+        (&[("v1alpha3", true)], "v1alpha3"),
+    ] {
+        let server = FakeServer::start().await;
+        server.world().istio = served.iter().map(|&(version, rules)| (version.to_owned(), rules)).collect();
+        server.put("destinationrules", rule("a"));
+        let mut bench = Bench::start(server.address);
+        let listed = [
+            "replace DestinationRule [shop/a]",
+            "replace Service []",
+            "replace EndpointSlice []",
+            "replace Endpoints []",
+        ];
+        bench.expect_in_any_order(&listed, "synced").await;
+        assert!(server.world().paths.contains(&format!("/apis/networking.istio.io/{expected}/destinationrules")));
+        server.put("destinationrules", rule("b"));
+        bench.expect(&["apply DestinationRule shop/b"]).await;
+        server.delete("destinationrules", "a");
+        bench.expect(&["delete DestinationRule shop/a"]).await;
+        assert_eq!(bench.state.status().objects["DestinationRule"], 1);
+        assert!(bench.conditions.list().is_empty());
+    }
+}
+
+#[tokio::test]
+async fn a_server_without_destination_rules_delays_nothing_and_is_asked_again() {
+    for (before, after) in [(None, "v1"), (Some(("v1", false)), "v1")] {
+        let server = FakeServer::start().await;
+        server.world().istio.extend(before.map(|(version, rules)| (version.to_owned(), rules)));
+        let begun = Instant::now();
+        let mut bench = Bench::synced(&server).await;
+        assert!(begun.elapsed() < GRACE, "{:?}", begun.elapsed());
+        wait_for(|| (server.count("get istio") > 3).then_some(())).await;
+        assert!(bench.conditions.list().is_empty() && bench.state.status().last_error.is_none());
+        server.put("destinationrules", rule("a"));
+        server.world().istio.insert(after.to_owned(), true);
+        bench.expect(&["replace DestinationRule [shop/a]"]).await;
+        assert!(bench.conditions.list().is_empty());
+    }
+}
+
+#[tokio::test]
+async fn rules_go_with_their_definition_but_not_for_one_answer() {
+    let server = FakeServer::start().await;
+    server.world().istio.insert("v1".to_owned(), true);
+    let mut bad = rule("a");
+    bad["spec"] = json!(7);
+    server.put("destinationrules", bad);
+    let mut bench = Bench::synced(&server).await;
+    bench.condition("ObjectInvalid", "DestinationRule shop/a").await;
+    let asked = server.count("get istio");
+    server.world().istio.clear();
+    server.interrupt();
+    bench.expect(&["replace DestinationRule []"]).await;
+    assert!(server.count("get istio") >= asked + 2, "it was asked twice");
+    bench.no_condition().await;
+    let status = bench.state.status();
+    assert_eq!((status.objects["DestinationRule"], status.last_error), (0, None));
+    server.world().istio.insert("v1beta1".to_owned(), true);
+    bench.expect(&["replace DestinationRule [shop/a]"]).await;
+}
+
+#[tokio::test]
+async fn destination_rules_that_are_refused_hold_nothing_back() {
+    for call in ["list destinationrules", "get istio"] {
+        let server = FakeServer::start().await;
+        server.world().istio.insert("v1".to_owned(), true);
+        server.world().refused.insert(call.to_owned(), 403);
+        server.put("destinationrules", rule("a"));
+        let begun = Instant::now();
+        let mut bench = Bench::synced(&server).await;
+        assert!(begun.elapsed() < GRACE, "{:?}", begun.elapsed());
+        let list = call.starts_with("list");
+        let subject = if list { "destinationrules.networking.istio.io" } else { "networking.istio.io" };
+        let condition = bench.condition(FORBIDDEN, subject).await;
+        assert!(!list || condition.message.contains("grants get, list and watch on destinationrules"), "{condition:?}");
+        server.world().refused.clear();
+        bench.expect(&["replace DestinationRule [shop/a]"]).await;
+        bench.no_condition().await;
+    }
+}
+
+#[tokio::test]
+async fn an_answer_about_destination_rules_that_never_comes_is_waited_for_only_for_a_while() {
+    let server = FakeServer::start().await;
+    server.world().silent.insert("networking.istio.io".to_owned());
+    let begun = Instant::now();
+    Bench::synced(&server).await;
+    assert!(begun.elapsed() >= GRACE, "{:?}", begun.elapsed());
+}
+
+#[tokio::test]
+async fn a_server_that_names_destination_rules_and_does_not_have_them_is_not_hammered() {
+    let server = FakeServer::start().await;
+    server.world().istio.insert("v1".to_owned(), true);
+    server.world().absent.insert("destinationrules".to_owned());
+    let begun = Instant::now();
+    let bench = Bench::synced(&server).await;
+    wait_for(|| (server.count("list destinationrules") >= 3).then_some(())).await;
+    assert!(begun.elapsed() >= Duration::from_millis(1600), "{:?}", begun.elapsed());
+    assert!(bench.conditions.list().is_empty());
+}
+
 #[tokio::test]
 async fn nodes_that_are_refused_or_not_served_hold_nothing_back() {
     for absent in [false, true] {
@@ -190,7 +303,7 @@ async fn nodes_that_are_refused_or_not_served_hold_nothing_back() {
         let mut bench = Bench::start(server.address);
         let listed = ["replace Service []", "replace EndpointSlice []", "replace Endpoints []"];
         bench.expect_in_any_order(&listed, "synced").await;
-        assert!(begun.elapsed() < NODES_GRACE, "an answer is all it waits for");
+        assert!(begun.elapsed() < GRACE, "an answer is all it waits for");
         let reason = if absent { ANSWER } else { FORBIDDEN };
         let condition = bench.condition(reason, "nodes").await;
         assert!(condition.message.contains("list nodes"), "{condition:?}");
@@ -213,7 +326,7 @@ async fn nodes_that_never_come_are_waited_for_only_for_a_while() {
     let mut bench = Bench::start(server.address);
     let listed = ["replace Service []", "replace EndpointSlice []", "replace Endpoints []"];
     bench.expect_in_any_order(&listed, "synced").await;
-    assert!(begun.elapsed() >= NODES_GRACE, "{:?}", begun.elapsed());
+    assert!(begun.elapsed() >= GRACE, "{:?}", begun.elapsed());
 }
 
 #[tokio::test]

@@ -9,7 +9,7 @@ use std::{
 use super::super::{
     Balance, EndpointSet, Frontend, FrontendAddr, FrontendKind, Node, Note, Place, PortEndpoint, Protocol, ServedPort,
     Service, ServiceEntry, ServiceKind, ServicePort, SessionAffinity, TrafficPolicy, Vantage, Verdict, Verdicts, judge,
-    shared::Shared,
+    rule::Ruling, shared::Shared,
 };
 use crate::config::ServiceFilter;
 
@@ -19,6 +19,8 @@ pub(super) struct Surroundings<'a> {
     pub(super) vantage: Vantage<'a>,
     /// The endpoints given to the Service, ordered by object name.
     pub(super) sets: &'a [EndpointSet],
+    /// The DestinationRule that counts for the Service.
+    pub(super) ruling: Option<Ruling>,
     pub(super) places: &'a mut Shared<Place>,
 }
 
@@ -51,6 +53,8 @@ pub(super) fn resolve(service: &Arc<Service>, mut around: Surroundings<'_>) -> S
         if filtered {
             continue;
         }
+        let balance =
+            around.ruling.as_ref().map_or_else(Balance::default, |ruling| ruling.rule.balance_on(served.port.port));
         let families = [true, false].map(|v4| Backends::of(service, &served.endpoints, v4));
         for (kind, addr) in answers(service, &served.port, around.vantage.node()) {
             let at = FrontendAddr { addr, protocol: served.port.protocol };
@@ -75,13 +79,24 @@ pub(super) fn resolve(service: &Arc<Service>, mut around: Surroundings<'_>) -> S
                     SessionAffinity::None => None,
                     SessionAffinity::ClientIp { timeout } => Some(timeout),
                 },
-                balance: Balance::Random,
+                balance,
             });
         }
     }
     // There are as many of these as Services, and they live long.
     frontends.shrink_to_fit();
-    ServiceEntry { service: Arc::clone(service), ports, frontends, notes }
+    // To a Service that is not translated a rule means nothing.
+    let ruling = around.ruling.filter(|_| !frontends.is_empty());
+    if let Some(Ruling { rule, overruled }) = &ruling {
+        if !rule.ignored.is_empty() {
+            let fields = rule.ignored.iter().map(|ignored| ignored.field.clone()).collect();
+            notes.push(Note::Unheeded { rule: rule.name.clone(), fields });
+        }
+        let by = || rule.name.clone();
+        notes.extend(overruled.iter().map(|rule| Note::Overruled { rule: rule.clone(), by: by() }));
+    }
+    let rule = ruling.map(|ruling| ruling.rule);
+    ServiceEntry { service: Arc::clone(service), ports, frontends, rule, notes }
 }
 
 /// Whether this node's addresses, zone or other labels matter to the Service.

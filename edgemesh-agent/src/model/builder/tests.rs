@@ -4,11 +4,12 @@ use proptest::prelude::*;
 
 use super::*;
 use crate::model::{
-    Change, Endpoint, EndpointPort, Protocol, ServiceKind, ServicePort, Subset, TrafficDistribution, TrafficPolicy,
-    changes,
+    Balance, Change, DestinationRule, Endpoint, EndpointPort, Ignored, Protocol, ServiceKind, ServicePort, Subset,
+    TrafficDistribution, TrafficPolicy, changes,
 };
 
 mod frontends;
+mod rules;
 
 fn name(text: &str) -> NamespacedName {
     NamespacedName::new("default", text)
@@ -241,12 +242,32 @@ fn any_event() -> impl Strategy<Value = Event> {
     });
     let a_slice = (0u8..4, of.clone(), endpoints)
         .prop_map(|(n, of, endpoints)| Object::EndpointSlice(slice(&format!("s{n}"), of, endpoints)));
-    let object = prop_oneof![a_service.clone(), a_slice.clone(), a_node.clone()];
+    let a_rule = (of.clone(), proptest::option::of(of.clone()), proptest::option::of(0i64..3), any::<[bool; 4]>())
+        .prop_map(|(of, host, created, [foreign, hashed, limited, too_much])| {
+            let namespace = if foreign { "other" } else { "default" };
+            let mut rule = DestinationRule::new(NamespacedName::new(namespace, of));
+            rule.host = host.map(name);
+            rule.created = created;
+            rule.for_some_clients = limited;
+            if hashed {
+                rule.balance = Balance::SourceIp;
+            }
+            if too_much {
+                rule.ignored = vec![Ignored { field: "spec.x".into(), why: "not supported" }];
+            }
+            Object::DestinationRule(rule)
+        });
+    let object = prop_oneof![a_service.clone(), a_slice.clone(), a_node.clone(), a_rule.clone()];
     prop_oneof![
         6 => object.prop_map(Event::Apply),
-        1 => of.prop_map(|of| Event::Delete(Kind::Service, name(of))),
+        1 => of.clone().prop_map(|of| Event::Delete(Kind::Service, name(of))),
         1 => (0u8..4).prop_map(|n| Event::Delete(Kind::EndpointSlice, name(&format!("s{n}")))),
         1 => (0u8..3).prop_map(|n| Event::Delete(Kind::Node, NamespacedName::new("", format!("edge{n}")))),
+        1 => (of.clone(), any::<bool>()).prop_map(|(of, foreign)| {
+            let namespace = if foreign { "other" } else { "default" };
+            Event::Delete(Kind::DestinationRule, NamespacedName::new(namespace, of))
+        }),
+        1 => proptest::collection::vec(a_rule, 0..3).prop_map(|list| Event::Replace(Kind::DestinationRule, list)),
         1 => proptest::collection::vec(a_node, 0..3).prop_map(|list| Event::Replace(Kind::Node, list)),
         1 => proptest::collection::vec(a_service, 0..3).prop_map(|list| Event::Replace(Kind::Service, list)),
         1 => proptest::collection::vec(a_slice, 0..3).prop_map(|list| Event::Replace(Kind::EndpointSlice, list)),
@@ -292,8 +313,12 @@ proptest! {
             Kind::EndpointSlice,
             incremental.slices.by_service.values().flatten().cloned().map(Object::EndpointSlice).collect(),
         ));
+        for rule in incremental.rules.values() {
+            fresh.apply(Event::Apply(Object::DestinationRule(rule.clone())));
+        }
         fresh.build();
         prop_assert_eq!(&incremental.table.services, &fresh.table.services);
+        prop_assert_eq!(&incremental.table.unheeded, &fresh.table.unheeded);
         // No frontend has two owners.
         let mut seen = HashSet::new();
         for frontend in incremental.table.services.iter().flat_map(|e| &e.frontends) {

@@ -9,7 +9,9 @@ fn service(value: Value) -> Result<Converted, ConvertError> {
 fn as_service(converted: &Converted) -> &Service {
     match &converted.object {
         Object::Service(service) => service,
-        Object::EndpointSlice(_) | Object::Endpoints(_) | Object::Node(_) => panic!("not a Service"),
+        Object::EndpointSlice(_) | Object::Endpoints(_) | Object::Node(_) | Object::DestinationRule(_) => {
+            panic!("not a Service")
+        }
     }
 }
 
