@@ -1,5 +1,7 @@
 //! The agent put together: build everything, bind everything, run until told to stop.
 
+mod rules;
+
 use std::{
     io,
     net::SocketAddr,
@@ -15,6 +17,7 @@ use tokio::{
 };
 use tracing::{debug, info, warn};
 
+use self::rules::SightOfRules;
 use crate::{
     admin::{self, DataplaneSight, Sight},
     conditions::Conditions,
@@ -89,8 +92,9 @@ async fn build_on(
     let (publish, tables) = watch::channel(Arc::<ServiceTable>::default());
     let source = kube::start(&config.source, events, conditions.clone(), tasks)?;
     let builder = Builder::new(config.proxy.filter, node);
-    let sight_of_node = SightOfNode { name: node.to_owned(), conditions: conditions.clone() };
-    tasks.spawn(build_tables(builder, received, publish, sight_of_node, readiness.block("the metadata source")));
+    let sights =
+        (SightOfNode { name: node.to_owned(), conditions: conditions.clone() }, SightOfRules::new(conditions.clone()));
+    tasks.spawn(build_tables(builder, received, publish, sights, readiness.block("the metadata source")));
 
     let (mut dataplane, mut thread) = (None, None);
     if config.proxy.enable {
@@ -189,7 +193,7 @@ async fn build_tables(
     mut builder: Builder,
     mut received: mpsc::Receiver<Event>,
     publish: watch::Sender<Arc<ServiceTable>>,
-    sight_of_node: SightOfNode,
+    (sight_of_node, mut sight_of_rules): (SightOfNode, SightOfRules),
     unready: Blocker,
 ) {
     let mut unready = Some(unready);
@@ -201,7 +205,9 @@ async fn build_tables(
         if let Some(table) = builder.build() {
             if table.complete {
                 unready = None;
-                sight_of_node.report(&table, SystemTime::now());
+                let now = SystemTime::now();
+                sight_of_node.report(&table, now);
+                sight_of_rules.report(&table.unheeded, now);
             }
             publish.send_replace(table);
         }

@@ -132,6 +132,9 @@ pub fn services(services: &[ServiceRow]) -> String {
 pub fn backends(report: &BackendsReport) -> String {
     let service = &report.service;
     let mut text = format!("Service {}/{} ({})\n", service.namespace, service.name, service.kind);
+    if let Some(rule) = &service.destination_rule {
+        let _ = writeln!(text, "  balanced by DestinationRule {rule}");
+    }
     for note in &service.notes {
         let _ = writeln!(text, "  {note}");
     }
@@ -145,7 +148,7 @@ pub fn backends(report: &BackendsReport) -> String {
         if frontend.external_backends != frontend.backends {
             let _ = write!(text, " ({} for traffic from outside)", frontend.external_backends);
         }
-        let _ = write!(text, ", {refused} refused");
+        let _ = write!(text, ", {refused} refused, balance: {}", frontend.balance);
         if let Some(seconds) = frontend.affinity_seconds {
             let _ = write!(text, ", clients stay for {seconds}s");
         }

@@ -58,7 +58,9 @@ pub struct ServiceRow {
     pub name: String,
     pub kind: String,
     pub frontends: Vec<FrontendRow>,
-    /// Why something of this Service is not served.
+    /// `NAMESPACE/NAME` of the DestinationRule that counts for them.
+    pub destination_rule: Option<String>,
+    /// Why something of this Service is not served, or not as asked.
     pub notes: Vec<String>,
 }
 
@@ -75,6 +77,8 @@ pub struct FrontendRow {
     pub external_backends: usize,
     /// The seconds for which a client's endpoint is remembered; None without session affinity.
     pub affinity_seconds: Option<u32>,
+    /// How an endpoint is chosen: `random`, or `source IP`.
+    pub balance: String,
     /// Whether the kernel has it: not yet for a moment after a change, not at all if a map is full.
     pub in_force: bool,
     pub counts: Counts,
@@ -219,6 +223,7 @@ fn service_row(entry: &ServiceEntry, counts: &CountsByFrontend) -> ServiceRow {
         backends: frontend.backends.len(),
         external_backends: frontend.external_backends.len(),
         affinity_seconds: frontend.affinity.map(NonZeroU32::get),
+        balance: frontend.balance.to_string(),
         in_force: counts.contains_key(&frontend.at),
         counts: total(counts, &frontend.at),
     });
@@ -227,6 +232,7 @@ fn service_row(entry: &ServiceEntry, counts: &CountsByFrontend) -> ServiceRow {
         name: entry.service.name.name.to_string(),
         kind: kind.to_owned(),
         frontends: frontends.collect(),
+        destination_rule: entry.rule.as_ref().map(|rule| rule.name.to_string()),
         notes: entry.notes.iter().map(ToString::to_string).collect(),
     }
 }
