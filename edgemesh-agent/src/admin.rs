@@ -7,8 +7,10 @@
 //! | `/readyz` | both | 200, or 503 with what is waited for |
 //! | `/metrics` | both | OpenMetrics text |
 //! | `/v1/status`, `/v1/services`, `/v1/backends/NS/NAME` | unix socket | JSON, see [`crate::status`] |
+//! | `/v1/trace?to=TARGET&from=CLIENT` | unix socket | JSON, see [`crate::status::TraceReport`] |
 
 mod client;
+mod trace;
 
 use std::{
     convert::Infallible,
@@ -38,13 +40,13 @@ pub use client::{ClientError, get};
 
 use crate::{
     conditions::Conditions,
-    dataplane,
+    dataplane::{self, Count, Room},
     kube::SourceState,
     lifecycle::{Readiness, Tasks},
     metrics,
     model::{NamespacedName, ServiceTable},
     net::{Device, sock_diag},
-    status::{self, CountsByFrontend, DataplaneStatus, Status},
+    status::{self, DataplaneStatus, Status},
 };
 
 /// How long a client may take for its request head.
@@ -67,6 +69,10 @@ pub struct Sight {
     pub source: SourceState,
     pub dataplane: Option<DataplaneSight>,
     pub device: Option<Device>,
+    /// How many backends may have series of their own in the metrics.
+    pub max_backend_series: u32,
+    /// Held while an answer is rendered whose size grows with the cluster: one at a time, for the memory it takes.
+    pub rendering: Arc<Semaphore>,
 }
 
 /// The data plane as far as answers need it.
@@ -109,14 +115,38 @@ impl Sight {
     }
 
     /// None where there is no data plane, or where it could not be read: said in the log, and never fatal.
-    async fn counts(&self) -> Option<CountsByFrontend> {
+    async fn counts(&self) -> Option<Vec<Count>> {
         match self.dataplane.as_ref()?.handle.counters().await {
-            Ok(counts) => Some(status::by_frontend(&counts)),
+            Ok(counts) => Some(counts),
             Err(error) => {
                 warn!("counters are missing from an answer: {error}");
                 None
             }
         }
+    }
+
+    async fn rooms(&self) -> Vec<Room> {
+        match &self.dataplane {
+            Some(dataplane) => dataplane.handle.rooms().await.unwrap_or_default(),
+            None => Vec::new(),
+        }
+    }
+
+    /// Has `render` make an answer away from the agent's one thread, which the API and the builder wait for.
+    async fn rendered<F>(&self, render: F) -> Response<Full<Bytes>>
+    where
+        F: FnOnce() -> Response<Full<Bytes>> + Send + 'static,
+    {
+        let Ok(slot) = Arc::clone(&self.rendering).acquire_owned().await else {
+            return text(StatusCode::SERVICE_UNAVAILABLE, "the agent is stopping\n");
+        };
+        let rendered = tokio::task::spawn_blocking(move || {
+            let _slot = slot;
+            render()
+        });
+        rendered.await.unwrap_or_else(|error| {
+            text(StatusCode::INTERNAL_SERVER_ERROR, format!("cannot render the answer: {error}\n"))
+        })
     }
 }
 
@@ -256,26 +286,32 @@ async fn answer(request: &Request<Incoming>, door: Door, sight: &Sight) -> Respo
             [] => text(StatusCode::OK, "ready\n"),
             waiting => text(StatusCode::SERVICE_UNAVAILABLE, format!("waiting for {}\n", waiting.join(", "))),
         },
-        (_, "/metrics") => {
-            let counts = sight.counts().await;
-            let table = Arc::clone(&sight.tables.borrow());
-            match metrics::render(&sight.status(Instant::now()), &table, counts.as_ref()) {
-                Ok(body) => {
-                    let kind = "application/openmetrics-text; version=1.0.0; charset=utf-8";
-                    respond(StatusCode::OK, kind, body)
-                }
-                Err(error) => text(StatusCode::INTERNAL_SERVER_ERROR, format!("cannot render the metrics: {error}\n")),
-            }
-        }
+        (_, "/metrics") => metrics(sight).await,
         (Door::Socket, "/v1/status") => json(&sight.status(Instant::now())),
         (Door::Socket, "/v1/services") => {
             let counts = sight.counts().await.unwrap_or_default();
             let table = Arc::clone(&sight.tables.borrow());
-            json(&status::services(&table, &counts))
+            sight.rendered(move || json(&status::services(&table, &status::by_frontend(&counts)))).await
         }
+        (Door::Socket, "/v1/trace") => trace::answer(request.uri().query(), sight).await,
         (Door::Socket, _) if path.starts_with("/v1/backends/") => backends(path, sight).await,
         _ => text(StatusCode::NOT_FOUND, "nothing here; see /healthz, /readyz, /metrics\n"),
     }
+}
+
+async fn metrics(sight: &Sight) -> Response<Full<Bytes>> {
+    let (counts, rooms) = (sight.counts().await, sight.rooms().await);
+    let (status, table) = (sight.status(Instant::now()), Arc::clone(&sight.tables.borrow()));
+    let max_backends = sight.max_backend_series;
+    let render = move || {
+        let counts = counts.map(|counts| status::by_frontend(&counts));
+        let readings = counts.as_ref().map(|counts| metrics::Readings { counts, rooms: &rooms, max_backends });
+        match metrics::render(&status, &table, readings.as_ref()) {
+            Ok(body) => respond(StatusCode::OK, "application/openmetrics-text; version=1.0.0; charset=utf-8", body),
+            Err(error) => text(StatusCode::INTERNAL_SERVER_ERROR, format!("cannot render the metrics: {error}\n")),
+        }
+    };
+    sight.rendered(render).await
 }
 
 async fn backends(path: &str, sight: &Sight) -> Response<Full<Bytes>> {
@@ -285,7 +321,10 @@ async fn backends(path: &str, sight: &Sight) -> Response<Full<Bytes>> {
     };
     let table = Arc::clone(&sight.tables.borrow());
     match table.get(&name) {
-        Some(entry) => json(&status::backends(entry, &sight.counts().await.unwrap_or_default())),
+        Some(entry) => {
+            let counts = sight.counts().await.unwrap_or_default();
+            json(&status::backends(entry, &status::by_frontend(&counts)))
+        }
         None => text(StatusCode::NOT_FOUND, format!("no Service {name} is known; see `edgemesh-agent services`\n")),
     }
 }

@@ -13,7 +13,7 @@ use std::{
 
 use tokio::{
     net::{TcpListener, UnixListener},
-    sync::{mpsc, watch},
+    sync::{Semaphore, mpsc, watch},
 };
 use tracing::{debug, info, warn};
 
@@ -130,6 +130,8 @@ async fn build_on(
         source,
         dataplane,
         device,
+        max_backend_series: config.common.max_backend_series,
+        rendering: Arc::new(Semaphore::new(1)),
     };
     tasks.spawn(admin::serve_socket(socket, sight.clone(), tasks.clone()));
     let mut admin_address = None;

@@ -63,6 +63,8 @@ pub struct CommonConfig {
     pub admin_address: Option<SocketAddr>,
     /// Default /run/edgemesh/agent.sock.
     pub control_socket: PathBuf,
+    /// How many backends may have series of their own in /metrics; default 1000, 0 for none.
+    pub max_backend_series: u32,
 }
 
 impl Default for CommonConfig {
@@ -72,6 +74,7 @@ impl Default for CommonConfig {
             bridge_device_ip: IpAddr::V4(Ipv4Addr::new(169, 254, 96, 16)),
             admin_address: Some(SocketAddr::from((Ipv4Addr::LOCALHOST, 20008))),
             control_socket: PathBuf::from("/run/edgemesh/agent.sock"),
+            max_backend_series: 1000,
         }
     }
 }

@@ -3,7 +3,10 @@
 pub mod ebpf;
 mod run;
 
-use std::{net::SocketAddr, time::Instant};
+use std::{
+    net::SocketAddr,
+    time::{Duration, Instant},
+};
 
 pub use run::{Handle, spawn, supervise};
 
@@ -39,6 +42,41 @@ pub trait Dataplane: Send {
     ///
     /// The kernel refuses to be read.
     fn counters(&mut self) -> Result<Vec<Count>, Error>;
+
+    /// How full the maps are whose lack of room is [`Error::Full`].
+    fn rooms(&self) -> Vec<Room>;
+
+    /// Reads back what the kernel does with connections to an address now; those of the network namespace with this
+    /// cookie, or of nobody in particular.
+    ///
+    /// # Errors
+    ///
+    /// The kernel refuses to be read.
+    fn inspect(&mut self, at: &FrontendAddr, netns: Option<u64>) -> Result<InForce, Error>;
+}
+
+/// The entries of one map.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+pub struct Room {
+    /// As in [`Error::Full`].
+    pub map: &'static str,
+    pub used: usize,
+    pub capacity: u32,
+}
+
+/// What the kernel holds of an address, whatever the tables say.
+#[derive(Clone, Debug, PartialEq)]
+pub enum InForce {
+    /// A frontend; without backends, connections are refused.
+    Frontend {
+        shares: Vec<Share>,
+        /// What is in store for the client that was asked for; None where it is left to chance.
+        choice: Option<Choice>,
+    },
+    /// No frontend, but an address that belongs to a Service: connections are refused.
+    ServiceAddress,
+    /// Nothing: connections are left alone.
+    Nothing,
 }
 
 /// The counters of one (frontend, backend).
@@ -63,4 +101,28 @@ pub enum Error {
     /// A system call failed.
     #[error("cannot {attempt}: {error}")]
     Kernel { attempt: String, error: String },
+}
+
+/// A backend in force.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Share {
+    pub backend: SocketAddr,
+    /// How likely it is taken for a client of which nothing is known, from 0 to 1.
+    pub chance: f64,
+}
+
+/// The backend that a client's next connection gets.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+pub struct Choice {
+    pub backend: SocketAddr,
+    pub by: ChosenBy,
+}
+
+/// Why it gets that one.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+pub enum ChosenBy {
+    /// By who it is.
+    Hash,
+    /// It was there last, and is kept there for this long if it does not connect again.
+    Affinity { left: Duration },
 }

@@ -11,6 +11,7 @@ use edgemesh_agent::{
     admin, app, cleanup,
     config::{self, Environment, Leniency, Loaded},
     dataplane::ebpf,
+    net::client::Who,
     show::{self, Output},
     status, telemetry,
 };
@@ -21,7 +22,8 @@ Exit codes (sysexits.h):
   0   success
   1   an error with no code of its own
   64  wrong use of the command line
-  69  the agent is not running, does not answer, or knows no such Service; or, for cleanup, is running
+  68  trace: a connection would not go to a backend, but be refused or left alone
+  69  the agent is not running, does not answer, or knows no such Service or client; or, for cleanup, is running
   71  this system lacks something: cgroup2, bpf(2), a bpffs, the control socket
   77  no permission: run as root, see the message for the capability
   78  the configuration, NODE_NAME, the kubeconfig or the manifest directory is wrong";
@@ -66,6 +68,19 @@ enum Command {
         #[command(flatten)]
         ask: Ask,
     },
+    /// What becomes of a connection to an address, and why: frontend, policy, endpoints, what the kernel holds
+    ///
+    /// Exits with 0 if it would go to a backend, with 68 if it would be refused or left alone.
+    Trace {
+        /// ADDRESS:PORT[/tcp|/udp], or NAMESPACE/NAME[:PORT][/tcp|/udp]
+        #[arg(value_name = "ADDRESS:PORT")]
+        target: status::Target,
+        /// Who connects: a process id, a pod's IP, or a pod's name without its namespace
+        #[arg(long, value_name = "POD")]
+        from_pod: Option<Who>,
+        #[command(flatten)]
+        ask: Ask,
+    },
     /// Remove everything the agent made on this node: eBPF links and maps, the device, the control socket
     Cleanup {
         /// Even while an agent is running
@@ -100,6 +115,7 @@ struct Failure {
 }
 
 const USAGE: u8 = 64;
+const NO_BACKEND: u8 = 68;
 const UNAVAILABLE: u8 = 69;
 const OS: u8 = 71;
 const NO_PERMISSION: u8 = 77;
@@ -116,7 +132,7 @@ fn main() -> ExitCode {
         }
     };
     match dispatch(&cli) {
-        Ok(()) => ExitCode::SUCCESS,
+        Ok(code) => code,
         Err(failure) => {
             let _ = writeln!(io::stderr(), "error: {}", failure.message);
             failure.code.into()
@@ -124,49 +140,52 @@ fn main() -> ExitCode {
     }
 }
 
-fn dispatch(cli: &Cli) -> Result<(), Failure> {
+fn dispatch(cli: &Cli) -> Result<ExitCode, Failure> {
     match &cli.command {
-        None => run(cli),
+        None => run(cli)?,
         Some(Command::CheckConfig) => {
             let loaded = load(cli)?;
             for note in &loaded.notes {
                 print(&format!("note: {note}\n"));
             }
             print(&format!("{} is good\n", cli.config_file.display()));
-            Ok(())
         }
-        Some(Command::Config { what }) => {
-            match what {
-                Print::Default => print(&config::default_yaml()),
-                Print::Min => print(&config::minimal_yaml()),
-                Print::Schema => print(&format!("{:#}\n", config::schema())),
-            }
-            Ok(())
-        }
+        Some(Command::Config { what }) => match what {
+            Print::Default => print(&config::default_yaml()),
+            Print::Min => print(&config::minimal_yaml()),
+            Print::Schema => print(&format!("{:#}\n", config::schema())),
+        },
         Some(Command::Status(ask)) => {
             let answer = fetch(ask, "/v1/status")?;
             print(&render(ask, &answer, || show::status(&answer))?);
-            Ok(())
         }
         Some(Command::Services(ask)) => {
             let answer = fetch(ask, "/v1/services")?;
             let rows: Vec<status::ServiceRow> = serde_json::from_value(answer.clone()).map_err(other_version)?;
             print(&render(ask, &answer, || show::services(&rows))?);
-            Ok(())
         }
         Some(Command::Backends { service, ask }) => {
             let answer = fetch(ask, &format!("/v1/backends/{service}"))?;
             let report: status::BackendsReport = serde_json::from_value(answer.clone()).map_err(other_version)?;
             print(&render(ask, &answer, || show::backends(&report))?);
-            Ok(())
         }
-        Some(Command::Cleanup { force }) => clean_up(cli, *force),
+        Some(Command::Trace { target, from_pod, ask }) => {
+            let from = from_pod.as_ref().map_or_else(String::new, |who| format!("&from={who}"));
+            let answer = fetch(ask, &format!("/v1/trace?to={target}{from}"))?;
+            let report: status::TraceReport = serde_json::from_value(answer.clone()).map_err(other_version)?;
+            print(&render(ask, &answer, || show::trace(&report))?);
+            match report.outcome {
+                status::Outcome::Forwarded => {}
+                status::Outcome::Refused | status::Outcome::Untouched => return Ok(NO_BACKEND.into()),
+            }
+        }
+        Some(Command::Cleanup { force }) => clean_up(cli, *force)?,
         Some(Command::Version) => {
             let programs = if ebpf::is_built_in() { "built in" } else { "not in this build (cargo xtask build-ebpf)" };
             print(&format!("edgemesh-agent {}\neBPF programs: {programs}\n", status::VERSION));
-            Ok(())
         }
     }
+    Ok(ExitCode::SUCCESS)
 }
 
 fn run(cli: &Cli) -> Result<(), Failure> {
@@ -235,9 +254,19 @@ fn clean_up(cli: &Cli, force: bool) -> Result<(), Failure> {
 }
 
 fn fetch(ask: &Ask, path: &str) -> Result<serde_json::Value, Failure> {
-    let body = block_on(admin::get(&ask.socket, path))?
-        .map_err(|error| Failure { code: UNAVAILABLE, message: error.to_string() })?;
+    let body = block_on(admin::get(&ask.socket, path))?.map_err(|error| client_failure(&error))?;
     serde_json::from_slice(&body).map_err(other_version)
+}
+
+fn client_failure(error: &admin::ClientError) -> Failure {
+    let code = match error {
+        admin::ClientError::Question(_) => USAGE,
+        admin::ClientError::Unreachable { .. }
+        | admin::ClientError::Silent { .. }
+        | admin::ClientError::Broken { .. }
+        | admin::ClientError::Refused(_) => UNAVAILABLE,
+    };
+    Failure { code, message: error.to_string() }
 }
 
 fn other_version(error: serde_json::Error) -> Failure {

@@ -1,6 +1,6 @@
 //! `/metrics` in OpenMetrics text; docs/metrics.md names and explains each family.
 
-use std::collections::BTreeMap;
+use std::{collections::BTreeMap, net::SocketAddr};
 
 use prometheus_client::{
     encoding::{EncodeLabelSet, text::encode},
@@ -9,7 +9,8 @@ use prometheus_client::{
 };
 
 use crate::{
-    model::ServiceTable,
+    dataplane::Room,
+    model::{ServiceEntry, ServiceTable},
     status::{Counts, CountsByFrontend, Status, total},
 };
 
@@ -27,7 +28,31 @@ struct PortLabels {
     protocol: String,
 }
 
-/// Renders everything as of now.
+#[derive(Clone, Debug, EncodeLabelSet, Eq, Hash, PartialEq)]
+struct BackendLabels {
+    namespace: String,
+    service: String,
+    port: u16,
+    protocol: String,
+    backend: String,
+}
+
+#[derive(Clone, Debug, EncodeLabelSet, Eq, Hash, PartialEq)]
+struct MapLabels {
+    map: &'static str,
+}
+
+/// What the kernel tells for the metrics.
+#[derive(Debug)]
+pub struct Readings<'a> {
+    pub counts: &'a CountsByFrontend,
+    pub rooms: &'a [Room],
+    /// How many backends may have series of their own.
+    pub max_backends: u32,
+}
+
+/// Renders everything as of now. With 100,000 series it takes a good part of a second: not for a thread that has other
+/// things to do.
 ///
 /// # Errors
 ///
@@ -35,7 +60,7 @@ struct PortLabels {
 pub fn render(
     status: &Status,
     table: &ServiceTable,
-    counts: Option<&CountsByFrontend>,
+    readings: Option<&Readings<'_>>,
 ) -> Result<String, std::fmt::Error> {
     let mut registry = Registry::with_prefix("edgemesh");
     registry.register("build", "The version of the agent", Info::new([("version", status.version)]));
@@ -64,16 +89,32 @@ pub fn render(
     }
     registry.register("condition", "1 for each condition that holds", conditions);
 
-    if let Some(counts) = counts {
-        let ports = by_port(table, counts);
+    if let Some(readings) = readings {
+        add_rooms(&mut registry, readings.rooms);
+        let ports = by_port(table, readings.counts);
         let mut family = |name, help, value: fn(&Counts) -> u64| {
             let rows =
                 ports.iter().map(|(labels, counts)| (labels.clone(), ConstCounter::new(value(counts)))).collect();
             registry.register_collector(Box::new(Rows { name, help, rows }));
         };
-        family("connects", "connect() calls sent to a backend, TCP and UDP", |counts| counts.connects);
-        family("datagrams", "Datagrams of unconnected UDP sockets sent to a backend", |counts| counts.datagrams);
-        family("refused", "Calls refused because no endpoint was eligible", |counts| counts.refused);
+        family("service_connects", "connect() calls sent to a backend, TCP and UDP", |counts| counts.connects);
+        family("service_datagrams", "Datagrams of unconnected UDP sockets sent to a backend", |counts| {
+            counts.datagrams
+        });
+        family("service_refused", "Calls refused because no endpoint was eligible", |counts| counts.refused);
+
+        let (backends, omitted) = by_backend(table, readings);
+        let mut family = |name, help, value: fn(&Counts) -> u64| {
+            let counted = backends.iter().filter(|(_, counts)| value(counts) > 0);
+            let rows = counted.map(|(labels, counts)| (labels.clone(), ConstCounter::new(value(counts)))).collect();
+            registry.register_collector(Box::new(Rows { name, help, rows }));
+        };
+        family("backend_connects", "connect() calls sent to this backend, TCP and UDP", |counts| counts.connects);
+        family("backend_datagrams", "Datagrams of unconnected UDP sockets sent to this backend", |counts| {
+            counts.datagrams
+        });
+        let help = "Backends that have counted something and have no series of their own, as there are too many";
+        gauge(&mut registry, "backend_series_omitted", help, whole(omitted));
     }
     let mut text = String::new();
     encode(&mut text, &registry)?;
@@ -102,19 +143,72 @@ fn by_port(table: &ServiceTable, counts: &CountsByFrontend) -> BTreeMap<PortLabe
     ports
 }
 
-/// A counter family whose values come from the kernel.
-#[derive(Debug)]
-struct Rows {
-    name: &'static str,
-    help: &'static str,
-    rows: Vec<(PortLabels, ConstCounter<u64>)>,
+/// The backends in use that have counted anything, in order of Service, port and address; and how many are left out.
+fn by_backend(table: &ServiceTable, readings: &Readings<'_>) -> (Vec<(BackendLabels, Counts)>, usize) {
+    let max = usize::try_from(readings.max_backends).unwrap_or(usize::MAX);
+    let (mut rows, mut omitted) = (Vec::new(), 0);
+    for entry in &table.services {
+        for ((port, backend), counts) in backends_of(entry, readings.counts) {
+            let Some(served) = entry.ports.get(port) else { continue };
+            if rows.len() >= max {
+                omitted += 1;
+                continue;
+            }
+            let labels = BackendLabels {
+                namespace: entry.service.name.namespace.to_string(),
+                service: entry.service.name.name.to_string(),
+                port: served.port.port.get(),
+                protocol: served.port.protocol.to_string(),
+                backend: backend.to_string(),
+            };
+            rows.push((labels, counts));
+        }
+    }
+    (rows, omitted)
 }
 
-impl prometheus_client::collector::Collector for Rows {
+/// What each backend of one Service has counted, by index of the port; those without a count are left out.
+fn backends_of(entry: &ServiceEntry, counts: &CountsByFrontend) -> BTreeMap<(usize, SocketAddr), Counts> {
+    let mut backends: BTreeMap<(usize, SocketAddr), Counts> = BTreeMap::new();
+    for frontend in &entry.frontends {
+        for (backend, part) in counts.get(&frontend.at).into_iter().flatten() {
+            let Some(backend) = backend else { continue };
+            if part.connects > 0 || part.datagrams > 0 {
+                let sum = backends.entry((frontend.port, *backend)).or_default();
+                sum.connects += part.connects;
+                sum.datagrams += part.datagrams;
+            }
+        }
+    }
+    backends
+}
+
+fn add_rooms(registry: &mut Registry, rooms: &[Room]) {
+    let (used, limit) = (Family::<MapLabels, Gauge>::default(), Family::<MapLabels, Gauge>::default());
+    for room in rooms {
+        let labels = MapLabels { map: room.map };
+        used.get_or_create(&labels).set(whole(room.used));
+        limit.get_or_create(&labels).set(room.capacity.into());
+    }
+    registry.register("dataplane_entries", "Entries in a map of the kernel whose capacity is configured", used);
+    registry.register("dataplane_entries_limit", "How many entries the map can have", limit);
+}
+
+/// A counter family whose values come from the kernel.
+#[derive(Debug)]
+struct Rows<L> {
+    name: &'static str,
+    help: &'static str,
+    rows: Vec<(L, ConstCounter<u64>)>,
+}
+
+impl<L> prometheus_client::collector::Collector for Rows<L>
+where
+    L: EncodeLabelSet + std::fmt::Debug + Send + Sync + 'static,
+{
     fn encode(&self, mut encoder: prometheus_client::encoding::DescriptorEncoder<'_>) -> Result<(), std::fmt::Error> {
         use prometheus_client::{encoding::EncodeMetric, metrics::MetricType};
-        let name = format!("service_{}", self.name);
-        let mut family = encoder.encode_descriptor(&name, self.help, None, MetricType::Counter)?;
+        let mut family = encoder.encode_descriptor(self.name, self.help, None, MetricType::Counter)?;
         for (labels, value) in &self.rows {
             value.encode(family.encode_family(labels)?)?;
         }

@@ -1,7 +1,9 @@
-//! What the agent does to the node's network beside translating: its device and address, and ending the UDP sockets of
+//! The node's network beside translating: the device and its address, the clients in it, and ending the UDP sockets of
 //! backends that are gone.
 
+pub mod client;
 mod device;
 pub mod sock_diag;
 
+pub use client::netns_cookie;
 pub use device::{Device, DeviceError, DeviceKind, ensure_device, remove_device};

@@ -1,8 +1,12 @@
 //! How answers look on a terminal.
 
+mod trace;
+
 use std::fmt::Write;
 
 use serde_json::Value;
+
+pub use trace::trace;
 
 use crate::status::{BackendsReport, Counts, EndpointRow, ServiceRow, VerdictRow};
 
@@ -237,7 +241,8 @@ fn duration(value: &Value) -> String {
     seconds(value.as_u64().unwrap_or(0))
 }
 
-fn seconds(seconds: u64) -> String {
+/// A duration of so many seconds as people say it: `1m5s`.
+pub(crate) fn seconds(seconds: u64) -> String {
     match seconds {
         0..60 => format!("{seconds}s"),
         60..3600 => format!("{}m{}s", seconds / 60, seconds % 60),

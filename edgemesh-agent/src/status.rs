@@ -1,15 +1,22 @@
 //! What the agent says of itself: the answers behind `status`, `services` and `backends`, as they go over the control
 //! socket in JSON.
 
+mod trace;
+
 use std::{collections::BTreeMap, net::SocketAddr, num::NonZeroU32};
 
 use serde::{Deserialize, Serialize};
+
+pub use trace::{
+    ClientRow, Facts, KernelRow, KernelState, Outcome, ParseTargetError, PolicyRow, PortRef, Target, TraceReport,
+    TracedEndpoint, TracedFrontend, Unresolved, trace,
+};
 
 use crate::{
     conditions::Condition,
     dataplane::Count,
     kube::SourceStatus,
-    model::{FrontendAddr, FrontendKind, ServiceEntry, ServiceKind, ServiceTable, Verdict},
+    model::{FrontendAddr, FrontendKind, Service, ServiceEntry, ServiceKind, ServiceTable, Verdict},
     net::Device,
 };
 
@@ -210,13 +217,6 @@ pub fn backends(entry: &ServiceEntry, counts: &CountsByFrontend) -> BackendsRepo
 }
 
 fn service_row(entry: &ServiceEntry, counts: &CountsByFrontend) -> ServiceRow {
-    let kind = match entry.service.kind {
-        ServiceKind::ClusterIp => "ClusterIP",
-        ServiceKind::Headless => "Headless",
-        ServiceKind::NodePort => "NodePort",
-        ServiceKind::LoadBalancer => "LoadBalancer",
-        ServiceKind::ExternalName => "ExternalName",
-    };
     let frontends = entry.frontends.iter().map(|frontend| FrontendRow {
         address: frontend.at.to_string(),
         kind: frontend.kind.to_string(),
@@ -230,9 +230,19 @@ fn service_row(entry: &ServiceEntry, counts: &CountsByFrontend) -> ServiceRow {
     ServiceRow {
         namespace: entry.service.name.namespace.to_string(),
         name: entry.service.name.name.to_string(),
-        kind: kind.to_owned(),
+        kind: kind_of(&entry.service).to_owned(),
         frontends: frontends.collect(),
         destination_rule: entry.rule.as_ref().map(|rule| rule.name.to_string()),
         notes: entry.notes.iter().map(ToString::to_string).collect(),
+    }
+}
+
+fn kind_of(service: &Service) -> &'static str {
+    match service.kind {
+        ServiceKind::ClusterIp => "ClusterIP",
+        ServiceKind::Headless => "Headless",
+        ServiceKind::NodePort => "NodePort",
+        ServiceKind::LoadBalancer => "LoadBalancer",
+        ServiceKind::ExternalName => "ExternalName",
     }
 }

@@ -29,6 +29,9 @@ pub enum ClientError {
     Silent { path: PathBuf },
     #[error("the agent on {} broke off: {error}", path.display())]
     Broken { path: PathBuf, error: String },
+    /// The question is wrong or of two meanings, in the agent's own words.
+    #[error("{0}")]
+    Question(String),
     /// The agent's own words.
     #[error("{0}")]
     Refused(String),
@@ -45,7 +48,12 @@ pub async fn get(socket: &Path, path: &str) -> Result<Bytes, ClientError> {
     if status == StatusCode::OK {
         return Ok(body);
     }
-    Err(ClientError::Refused(String::from_utf8_lossy(&body).trim_end().to_owned()))
+    Err(refusal(status, &body))
+}
+
+fn refusal(status: StatusCode, body: &[u8]) -> ClientError {
+    let words = String::from_utf8_lossy(body).trim_end().to_owned();
+    if status == StatusCode::BAD_REQUEST { ClientError::Question(words) } else { ClientError::Refused(words) }
 }
 
 async fn exchange(socket: &Path, path: &str) -> Result<(StatusCode, Bytes), ClientError> {

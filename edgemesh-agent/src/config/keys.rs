@@ -42,6 +42,8 @@ pub(super) enum Slot {
     Bool(fn(&mut Draft) -> &mut bool),
     /// 1 or more.
     Count(fn(&mut Draft) -> &mut u32),
+    /// 0 or more.
+    Limit(fn(&mut Draft) -> &mut u32),
     Interface(fn(&mut Draft) -> &mut String),
     Ip(fn(&mut Draft) -> &mut IpAddr),
     /// IP:PORT, or empty.
@@ -189,6 +191,11 @@ const COMMON: &[Key] = &[
         "controlSocket",
         "The unix socket that `edgemesh-agent status` and its like talk to.",
         Slot::UnixSocket(|d| &mut d.common.control_socket),
+    ),
+    used(
+        "maxBackendSeries",
+        "How many backends may have series of their own in /metrics, two for each; those beyond are left out. 0: none.",
+        Slot::Limit(|d| &mut d.common.max_backend_series),
     ),
     section("pprofConfig", "Go's profiler.", PPROF),
 ];

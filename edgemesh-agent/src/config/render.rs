@@ -82,7 +82,7 @@ fn scalar(value: &Value) -> String {
 fn current(slot: &Slot, draft: &mut Draft) -> Value {
     match slot {
         Slot::Bool(at) => json!(*at(draft)),
-        Slot::Count(at) => json!(*at(draft)),
+        Slot::Count(at) | Slot::Limit(at) => json!(*at(draft)),
         Slot::Interface(at) => json!(*at(draft)),
         Slot::Ip(at) => json!(at(draft).to_string()),
         Slot::Listen(at) => json!(at(draft).map(|address| address.to_string()).unwrap_or_default()),
@@ -129,6 +129,7 @@ fn used(slot: &Slot) -> Value {
     match slot {
         Slot::Bool(_) => json!({ "type": ["boolean", "null"] }),
         Slot::Count(_) => json!({ "type": ["integer", "null"], "minimum": 1, "maximum": u32::MAX }),
+        Slot::Limit(_) => json!({ "type": ["integer", "null"], "minimum": 0, "maximum": u32::MAX }),
         Slot::Interface(_) => {
             json!({ "type": text, "minLength": 1, "maxLength": MAX_INTERFACE, "pattern": "^[^/:%\\s]*$" })
         }

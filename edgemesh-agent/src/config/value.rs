@@ -43,6 +43,7 @@ pub(super) fn store(node: &Node, slot: &Slot, draft: &mut Draft) -> Result<(), R
     match slot {
         Slot::Bool(at) => *at(draft) = truth(node).ok_or_else(|| given(node, "true or false"))?,
         Slot::Count(at) => *at(draft) = count(node)?,
+        Slot::Limit(at) => *at(draft) = limit(node)?,
         Slot::Interface(at) => *at(draft) = interface(node)?,
         Slot::Ip(at) => *at(draft) = ip(node)?,
         Slot::Listen(at) => *at(draft) = listen(node)?,
@@ -187,6 +188,11 @@ fn count(node: &Node) -> Result<u32, Refusal> {
         .and_then(|v| u32::try_from(v).ok())
         .filter(|v| *v > 0)
         .ok_or_else(|| given(node, "a whole number from 1 to 4294967295"))
+}
+
+fn limit(node: &Node) -> Result<u32, Refusal> {
+    let limit = whole(node).and_then(|v| u32::try_from(v).ok());
+    limit.ok_or_else(|| given(node, "a whole number from 0 to 4294967295"))
 }
 
 /// What `dev_valid_name` of the kernel takes, less '%', which the kernel would replace by a number.

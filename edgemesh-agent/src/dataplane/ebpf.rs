@@ -5,6 +5,8 @@
 //! running program can hold it.
 
 mod adopt;
+mod counters;
+mod inspect;
 mod log;
 mod mounts;
 mod open;
@@ -42,11 +44,11 @@ pub fn is_built_in() -> bool {
     open::OBJECT.is_some()
 }
 
-use super::{Count, Dataplane, Error};
+use super::{Count, Dataplane, Error, InForce, Room};
 use crate::{
     conditions::Conditions,
     config::EbpfConfig,
-    model::{Change, ServiceEntry, ServiceTable},
+    model::{Change, FrontendAddr, ServiceEntry, ServiceTable},
     net::sock_diag,
 };
 
@@ -402,27 +404,15 @@ impl Dataplane for Ebpf {
     }
 
     fn counters(&mut self) -> Result<Vec<Count>, Error> {
-        let mut counts: BTreeMap<(FrontendKey, Option<SocketAddr>), Counters> = BTreeMap::new();
-        for (key, installed) in &self.installed {
-            counts.insert((*key, None), installed.retired);
-        }
-        for item in self.opened.counters.iter() {
-            let (key, values) = item.map_err(|error| kernel("read the counters", &error))?;
-            let Some(frontend) = self.services.get(&key.service) else { continue };
-            let Some(installed) = self.installed.get(frontend) else { continue };
-            // A backend that has just gone counts with its frontend, as it will once it is retired.
-            let backend = installed.set.backends.iter().find(|backend| backend.id == key.backend).map(socket_addr);
-            let known = counts.entry((*frontend, backend)).or_default();
-            *known = values.iter().fold(*known, sum);
-        }
-        let count = |((frontend, backend), counters): ((FrontendKey, _), Counters)| Count {
-            frontend: addr_of(&frontend),
-            backend,
-            connects: counters.connects,
-            datagrams: counters.datagrams,
-            refused: counters.refused,
-        };
-        Ok(counts.into_iter().map(count).collect())
+        self.read_counters()
+    }
+
+    fn rooms(&self) -> Vec<Room> {
+        self.count_rooms()
+    }
+
+    fn inspect(&mut self, at: &FrontendAddr, netns: Option<u64>) -> Result<InForce, Error> {
+        self.read_back(at, netns)
     }
 }
 

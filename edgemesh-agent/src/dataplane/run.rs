@@ -11,19 +11,19 @@ use tokio::sync::{mpsc, oneshot, watch};
 use tokio_util::sync::CancellationToken;
 use tracing::debug;
 
-use super::{Count, Dataplane, Error};
+use super::{Count, Dataplane, Error, InForce, Room};
 use crate::{
     conditions::Conditions,
     lifecycle::{Blocker, Readiness},
-    model::{ServiceTable, changes},
+    model::{FrontendAddr, ServiceTable, changes},
 };
 
 /// How often put-off work is looked at.
 const MAINTENANCE: Duration = Duration::from_secs(1);
 const FIRST_RETRY: Duration = Duration::from_millis(500);
 const LAST_RETRY: Duration = Duration::from_secs(30);
-/// How long a reader waits for counters before it goes without.
-const COUNTERS_DEADLINE: Duration = Duration::from_secs(2);
+/// How long a reader waits for an answer before it goes without.
+const ANSWER_DEADLINE: Duration = Duration::from_secs(2);
 
 /// The conditions a data plane raises.
 const FULL: &str = "DataplaneFull";
@@ -34,8 +34,16 @@ const ENDED: &str = "DataplaneEnded";
 #[derive(Clone, Debug)]
 pub struct Handle {
     name: &'static str,
-    questions: mpsc::Sender<oneshot::Sender<Result<Vec<Count>, Error>>>,
+    questions: mpsc::Sender<Question>,
     applied: watch::Receiver<u64>,
+}
+
+/// What readers ask of the thread, each with where the answer goes.
+#[derive(Debug)]
+enum Question {
+    Counters(oneshot::Sender<Result<Vec<Count>, Error>>),
+    Rooms(oneshot::Sender<Result<Vec<Room>, Error>>),
+    Inspect(FrontendAddr, Option<u64>, oneshot::Sender<Result<InForce, Error>>),
 }
 
 impl Handle {
@@ -55,13 +63,39 @@ impl Handle {
     ///
     /// The kernel refuses, or the thread is too busy to answer within two seconds.
     pub async fn counters(&self) -> Result<Vec<Count>, Error> {
-        let late = |error: &str| Error::Kernel { attempt: "read the counters".to_owned(), error: error.to_owned() };
+        self.ask("read the counters", Question::Counters).await
+    }
+
+    /// How full the maps are.
+    ///
+    /// # Errors
+    ///
+    /// The thread is too busy to answer within two seconds.
+    pub async fn rooms(&self) -> Result<Vec<Room>, Error> {
+        self.ask("count the entries of the maps", Question::Rooms).await
+    }
+
+    /// Reads back what the kernel does with connections to an address, see [`Dataplane::inspect`].
+    ///
+    /// # Errors
+    ///
+    /// The kernel refuses, or the thread is too busy to answer within two seconds.
+    pub async fn inspect(&self, at: FrontendAddr, netns: Option<u64>) -> Result<InForce, Error> {
+        self.ask("read a frontend back", |reply| Question::Inspect(at, netns, reply)).await
+    }
+
+    async fn ask<T>(
+        &self,
+        attempt: &str,
+        question: impl FnOnce(oneshot::Sender<Result<T, Error>>) -> Question,
+    ) -> Result<T, Error> {
+        let late = |error: &str| Error::Kernel { attempt: attempt.to_owned(), error: error.to_owned() };
         let (reply, answer) = oneshot::channel();
         let exchange = async {
-            self.questions.send(reply).await.map_err(|_| late("the data plane has stopped"))?;
+            self.questions.send(question(reply)).await.map_err(|_| late("the data plane has stopped"))?;
             answer.await.map_err(|_| late("the data plane has stopped"))?
         };
-        tokio::time::timeout(COUNTERS_DEADLINE, exchange).await.unwrap_or_else(|_| Err(late("it is busy")))
+        tokio::time::timeout(ANSWER_DEADLINE, exchange).await.unwrap_or_else(|_| Err(late("it is busy")))
     }
 }
 
@@ -124,7 +158,7 @@ impl Worker {
     async fn run(
         mut self,
         mut tables: watch::Receiver<Arc<ServiceTable>>,
-        mut asked: mpsc::Receiver<oneshot::Sender<Result<Vec<Count>, Error>>>,
+        mut asked: mpsc::Receiver<Question>,
         stop: CancellationToken,
     ) {
         let mut maintenance = tokio::time::interval(MAINTENANCE);
@@ -151,15 +185,21 @@ impl Worker {
                     }
                     Err(_) => return,
                 },
-                Some(reply) = asked.recv() => {
-                    // A reader that gave up needs no answer.
-                    let _ = reply.send(self.dataplane.counters());
-                }
+                Some(question) = asked.recv() => self.answer(question),
                 () = retry => {
                     let table = Arc::clone(&tables.borrow());
                     self.take(&table);
                 }
             }
+        }
+    }
+
+    /// A reader that gave up needs no answer.
+    fn answer(&mut self, question: Question) {
+        match question {
+            Question::Counters(reply) => drop(reply.send(self.dataplane.counters())),
+            Question::Rooms(reply) => drop(reply.send(Ok(self.dataplane.rooms()))),
+            Question::Inspect(at, netns, reply) => drop(reply.send(self.dataplane.inspect(&at, netns))),
         }
     }
 
@@ -260,6 +300,12 @@ mod tests {
         }
         fn counters(&mut self) -> Result<Vec<Count>, Error> {
             Ok(Vec::new())
+        }
+        fn rooms(&self) -> Vec<Room> {
+            Vec::new()
+        }
+        fn inspect(&mut self, _: &FrontendAddr, _: Option<u64>) -> Result<InForce, Error> {
+            Ok(InForce::Nothing)
         }
     }
 

@@ -23,7 +23,7 @@ impl Ebpf {
                 service: value.service,
                 generation: value.generation,
                 flags: value.flags,
-                backends: self.backends_of(&value)?,
+                backends: self.backends_of(&value).map_err(|error| map_error("BACKENDS", &error))?,
                 ring: None,
             };
             self.last_service = self.last_service.max(value.service);
@@ -48,14 +48,14 @@ impl Ebpf {
 
     /// A set too large for its frontend and with a place missing comes back shorter, and one whose ring is missing empty,
     /// so that the first table writes it anew.
-    fn backends_of(&self, frontend: &Frontend) -> Result<Vec<Backend>, OpenError> {
+    pub(super) fn backends_of(&self, frontend: &Frontend) -> Result<Vec<Backend>, MapError> {
         let count = frontend.count as usize;
         if frontend.flags & HASH_CLIENT != 0 {
             let key = RingKey { service: frontend.service, generation: frontend.generation };
             match self.opened.rings.get(&key, 0) {
                 Ok(_) => {}
                 Err(MapError::KeyNotFound) => return Ok(Vec::new()),
-                Err(error) => return Err(map_error("RINGS", &error)),
+                Err(error) => return Err(error),
             }
         }
         if count <= INLINE_BACKENDS {
@@ -67,7 +67,7 @@ impl Ebpf {
             match self.opened.backends.get(&place, 0) {
                 Ok(backend) => backends.push(backend),
                 Err(MapError::KeyNotFound) => {}
-                Err(error) => return Err(map_error("BACKENDS", &error)),
+                Err(error) => return Err(error),
             }
         }
         Ok(backends)

@@ -3,7 +3,7 @@
 use std::{
     fs::{self, File},
     io,
-    os::fd::AsFd,
+    os::fd::{AsFd, OwnedFd},
     path::PathBuf,
 };
 
@@ -16,13 +16,14 @@ use aya::{
 use edgemesh_common::{
     Addr,
     layout::{
-        Backend, BackendKey, CounterKey, Counters, Frontend, FrontendKey, Member, MemberKey, Ring, RingKey, UdpSocket,
+        Affinity, AffinityKey, Backend, BackendKey, CounterKey, Counters, Frontend, FrontendKey, Member, MemberKey,
+        Ring, RingKey, UdpSocket,
     },
 };
 use tracing::{debug, info};
 
-use super::{mounts, pins::Pins, sys};
-use crate::config::EbpfConfig;
+use super::{mounts, pins::Pins};
+use crate::{config::EbpfConfig, net};
 
 /// The compiled eBPF object, absent from builds made before `cargo xtask build-ebpf`.
 #[cfg(bpf_object)]
@@ -108,7 +109,10 @@ pub(super) struct Opened {
     pub(super) service_addrs: HashMap<MapData, Addr, u32>,
     pub(super) rings: HashMap<MapData, RingKey, Ring>,
     pub(super) members: HashMap<MapData, MemberKey, Member>,
+    pub(super) affinity: HashMap<MapData, AffinityKey, Affinity>,
     pub(super) counters: PerCpuHashMap<MapData, CounterKey, Counters>,
+    /// The same map, for what aya does not offer.
+    pub(super) counters_fd: OwnedFd,
     /// None once it was handed to the thread that looks sockets up in it.
     pub(super) udp_sockets: Option<HashMap<MapData, u64, UdpSocket>>,
     /// What the maps really hold, which for adopted ones may differ from the configuration.
@@ -158,7 +162,7 @@ pub(super) fn open(config: &EbpfConfig) -> Result<Opened, OpenError> {
 
     let has_set_retval =
         u32::from(is_helper_supported(ProgramType::CgroupSockAddr, BpfHelper::BPF_FUNC_set_retval).unwrap_or(false));
-    let host_netns = sys::netns_cookie().unwrap_or(0);
+    let host_netns = net::netns_cookie().ok().flatten().unwrap_or(0);
     let mut loader = EbpfLoader::new();
     loader
         .override_global("HAS_SET_RETVAL", &has_set_retval, true)
@@ -185,14 +189,17 @@ pub(super) fn open(config: &EbpfConfig) -> Result<Opened, OpenError> {
     let max_frontends = capacity(&frontends, "FRONTENDS", config.max_frontends);
     let backends = map(&mut object, "BACKENDS")?;
     let max_backends = capacity(&backends, "BACKENDS", config.max_backends);
+    let counters = map(&mut object, "COUNTERS")?;
+    let counters_fd = descriptor(&counters, "COUNTERS")?;
     let mut opened = Opened {
         frontends: HashMap::try_from(frontends).map_err(|error| map_error("FRONTENDS", &error))?,
         backends: HashMap::try_from(backends).map_err(|error| map_error("BACKENDS", &error))?,
         service_addrs: hash_map(&mut object, "SERVICE_ADDRS")?,
         rings: hash_map(&mut object, "RINGS")?,
         members: hash_map(&mut object, "MEMBERS")?,
-        counters: PerCpuHashMap::try_from(map(&mut object, "COUNTERS")?)
-            .map_err(|error| map_error("COUNTERS", &error))?,
+        counters: PerCpuHashMap::try_from(counters).map_err(|error| map_error("COUNTERS", &error))?,
+        counters_fd,
+        affinity: hash_map(&mut object, "AFFINITY")?,
         udp_sockets: Some(hash_map(&mut object, "UDP_SOCKETS")?),
         max_frontends,
         max_backends,
@@ -294,6 +301,13 @@ fn in_one_line(error: &ProgramError) -> String {
 
 fn map(object: &mut Object, name: &'static str) -> Result<aya::maps::Map, OpenError> {
     object.take_map(name).ok_or(OpenError::Foreign { kind: "map", name })
+}
+
+/// Another descriptor of a map.
+fn descriptor(map: &aya::maps::Map, name: &'static str) -> Result<OwnedFd, OpenError> {
+    let aya::maps::Map::PerCpuHashMap(data) = map else { return Err(OpenError::Foreign { kind: "per-CPU map", name }) };
+    let copy = data.fd().as_fd().try_clone_to_owned();
+    copy.map_err(|error| OpenError::Map { name, error: error.to_string() })
 }
 
 fn map_error(name: &'static str, error: &MapError) -> OpenError {

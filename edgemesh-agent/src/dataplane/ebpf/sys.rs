@@ -17,6 +17,7 @@ use aya::programs::CgroupSockAddrAttachType;
 const BPF_OBJ_PIN: libc::c_long = 6;
 const BPF_OBJ_GET: libc::c_long = 7;
 const BPF_OBJ_GET_INFO_BY_FD: libc::c_long = 15;
+const BPF_MAP_LOOKUP_BATCH: libc::c_long = 24;
 const BPF_LINK_CREATE: libc::c_long = 28;
 const BPF_LINK_UPDATE: libc::c_long = 29;
 
@@ -103,6 +104,66 @@ pub(super) fn open_pin(path: &Path) -> io::Result<OwnedFd> {
     bpf_fd(BPF_OBJ_GET, &PathAttr { pathname: path.as_ptr() as u64, bpf_fd: 0, file_flags: 0 })
 }
 
+/// One step through a map: how many elements came, and whether those were the last.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+pub(super) struct Batch {
+    pub(super) count: usize,
+    pub(super) last: bool,
+}
+
+/// Reads as many elements of a hash map as find room, from `position` on, which is moved; None begins at the beginning.
+/// Kernel 5.6. Of a map that changes meanwhile, elements may be missed or come twice, as with any iteration.
+///
+/// `keys` and `values` are as the kernel lays them out: each value, for a per-CPU map one for each possible CPU, filled
+/// up to 8 bytes.
+///
+/// # Errors
+///
+/// ENOSPC where a single bucket holds more elements than find room.
+pub(super) fn lookup_batch<K: aya::Pod, V: aya::Pod>(
+    map: BorrowedFd<'_>,
+    position: &mut Option<u32>,
+    keys: &mut [K],
+    values: &mut [V],
+    per_key: usize,
+) -> io::Result<Batch> {
+    #[repr(C)]
+    struct Attr {
+        in_batch: u64,
+        out_batch: u64,
+        keys: u64,
+        values: u64,
+        count: u32,
+        map_fd: RawFd,
+        elem_flags: u64,
+        flags: u64,
+    }
+    const { assert!(size_of::<V>().is_multiple_of(8), "the kernel would put padding between the values") };
+    let count = keys.len().min(values.len() / per_key.max(1));
+    // A hash map's position is the number of a bucket.
+    let (before, mut after) = (position.unwrap_or(0), 0u32);
+    let attr = Attr {
+        in_batch: if position.is_some() { std::ptr::from_ref(&before) as u64 } else { 0 },
+        out_batch: std::ptr::from_mut(&mut after) as u64,
+        keys: keys.as_mut_ptr() as u64,
+        values: values.as_mut_ptr() as u64,
+        count: u32::try_from(count).unwrap_or(u32::MAX),
+        map_fd: map.as_raw_fd(),
+        elem_flags: 0,
+        flags: 0,
+    };
+    // The kernel writes the number of elements back into the attributes.
+    let attr = std::cell::UnsafeCell::new(attr);
+    let result = bpf(BPF_MAP_LOOKUP_BATCH, &attr);
+    let count = attr.into_inner().count as usize;
+    *position = Some(after);
+    match result {
+        Ok(_) => Ok(Batch { count, last: false }),
+        Err(error) if error.raw_os_error() == Some(libc::ENOENT) => Ok(Batch { count, last: true }),
+        Err(error) => Err(error),
+    }
+}
+
 #[repr(C)]
 struct PathAttr {
     pathname: u64,
@@ -129,20 +190,10 @@ pub(super) fn cgroup_id(directory: impl AsFd) -> io::Result<u64> {
     Ok(nix::sys::stat::fstat(directory)?.st_ino)
 }
 
-/// The cookie of this thread's network namespace, as programs see it (`SO_NETNS_COOKIE`, Linux 5.14).
-pub(super) fn netns_cookie() -> io::Result<u64> {
-    let socket = std::net::UdpSocket::bind((std::net::Ipv4Addr::UNSPECIFIED, 0))?;
-    let mut cookie = 0_u64;
-    let mut length = size_of::<u64>() as libc::socklen_t;
-    // SAFETY: the kernel writes at most `length` bytes to `cookie`, which has as many.
-    let result = unsafe {
-        libc::getsockopt(
-            socket.as_raw_fd(),
-            libc::SOL_SOCKET,
-            libc::SO_NETNS_COOKIE,
-            std::ptr::from_mut(&mut cookie).cast(),
-            &raw mut length,
-        )
-    };
-    if result < 0 { Err(io::Error::last_os_error()) } else { Ok(cookie) }
+/// CLOCK_MONOTONIC in nanoseconds, which is what programs are told by `bpf_ktime_get_ns`.
+pub(super) fn monotonic() -> u64 {
+    let mut now = libc::timespec { tv_sec: 0, tv_nsec: 0 };
+    // SAFETY: the kernel writes to `now`, which outlives the call. This clock is always there.
+    unsafe { libc::clock_gettime(libc::CLOCK_MONOTONIC, &raw mut now) };
+    now.tv_sec.cast_unsigned() * 1_000_000_000 + now.tv_nsec.cast_unsigned()
 }
