@@ -370,6 +370,8 @@ mod tests {
             source: kube::start(&config, events, Conditions::default(), tasks).unwrap(),
             dataplane: None,
             device: None,
+            max_backend_series: 0,
+            rendering: Arc::new(Semaphore::new(1)),
         }
     }
 

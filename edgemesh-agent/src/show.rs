@@ -283,9 +283,11 @@ mod tests {
                     backends: 1,
                     external_backends: 0,
                     affinity_seconds: Some(60),
+                    balance: "random".to_owned(),
                     in_force: true,
                     counts: Counts::default(),
                 }],
+                destination_rule: None,
                 notes: Vec::new(),
             },
             ports: vec![PortRow {

@@ -123,6 +123,7 @@ modules:
             bridge_device_ip: "fd00::53".parse().unwrap(),
             admin_address: Some("[::1]:0".parse().unwrap()),
             control_socket: PathBuf::from("/tmp/agent.sock"),
+            ..CommonConfig::default()
         },
         proxy: ProxyConfig {
             enable: true,

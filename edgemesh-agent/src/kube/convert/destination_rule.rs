@@ -158,7 +158,7 @@ impl Reader {
         let fields: Option<&Map<String, Value>> = match value {
             Value::Object(fields) => Some(fields),
             Value::Null => None,
-            other => {
+            other @ (Value::Bool(_) | Value::Number(_) | Value::String(_) | Value::Array(_)) => {
                 self.fault(path, || expected("an object", other));
                 None
             }
@@ -170,7 +170,7 @@ impl Reader {
         match value {
             Value::Array(items) => items,
             Value::Null => &[],
-            other => {
+            other @ (Value::Bool(_) | Value::Number(_) | Value::String(_) | Value::Object(_)) => {
                 self.fault(path, || expected("a list", other));
                 &[]
             }
@@ -181,7 +181,7 @@ impl Reader {
         match value {
             Value::String(text) => text,
             Value::Null => "",
-            other => {
+            other @ (Value::Bool(_) | Value::Number(_) | Value::Array(_) | Value::Object(_)) => {
                 self.fault(path, || expected("a string", other));
                 ""
             }
@@ -192,7 +192,7 @@ impl Reader {
         match value {
             Value::Bool(flag) => *flag,
             Value::Null => false,
-            other => {
+            other @ (Value::Number(_) | Value::String(_) | Value::Array(_) | Value::Object(_)) => {
                 self.fault(path, || expected("true or false", other));
                 false
             }

@@ -5,7 +5,7 @@ use std::{
     collections::{BTreeSet, HashMap},
     fs::File,
     io,
-    net::{IpAddr, Ipv4Addr, Ipv6Addr},
+    net::IpAddr,
     os::fd::{AsRawFd as _, OwnedFd},
     thread,
 };
@@ -120,8 +120,8 @@ pub fn netns_cookie() -> io::Result<Option<u64>> {
 fn own_addresses() -> io::Result<Vec<IpAddr>> {
     let addresses = getifaddrs()?.filter_map(|device| {
         let address = device.address?;
-        let v4 = address.as_sockaddr_in().map(|a| IpAddr::V4(Ipv4Addr::from(a.ip())));
-        v4.or_else(|| address.as_sockaddr_in6().map(|a| IpAddr::V6(Ipv6Addr::from(a.ip()))))
+        let v4 = address.as_sockaddr_in().map(|a| IpAddr::V4(a.ip()));
+        v4.or_else(|| address.as_sockaddr_in6().map(|a| IpAddr::V6(a.ip())))
     });
     Ok(addresses.collect())
 }
