@@ -40,7 +40,8 @@ pub use client::{ClientError, get};
 
 use crate::{
     conditions::Conditions,
-    dataplane::{self, Count, Room},
+    dataplane::{self, Count, Room, ebpf::probe::Standing},
+    health,
     kube::SourceState,
     lifecycle::{Readiness, Tasks},
     metrics,
@@ -81,6 +82,9 @@ pub struct DataplaneSight {
     pub handle: dataplane::Handle,
     pub cgroup: PathBuf,
     pub adopted_frontends: usize,
+    pub standing: Standing,
+    /// None where the canary is switched off.
+    pub canary: Option<health::CanaryState>,
     /// Counts the UDP sockets ended because their backend was gone.
     pub ended_sockets: Option<sock_diag::Ended>,
 }
@@ -102,6 +106,8 @@ impl Sight {
                 kind: dataplane.handle.name(),
                 cgroup: dataplane.cgroup.display().to_string(),
                 adopted_frontends: dataplane.adopted_frontends,
+                standing: dataplane.standing.clone(),
+                canary: dataplane.canary.as_ref().map(health::CanaryState::status),
                 ended_udp_sockets: dataplane.ended_sockets.as_ref().map_or(0, sock_diag::Ended::get),
                 generation: dataplane.handle.generation(),
                 newest_generation: table.generation,
@@ -284,7 +290,7 @@ async fn answer(request: &Request<Incoming>, door: Door, sight: &Sight) -> Respo
         (_, "/healthz") => text(StatusCode::OK, "ok\n"),
         (_, "/readyz") => match &sight.readiness.waiting_for()[..] {
             [] => text(StatusCode::OK, "ready\n"),
-            waiting => text(StatusCode::SERVICE_UNAVAILABLE, format!("waiting for {}\n", waiting.join(", "))),
+            waiting => text(StatusCode::SERVICE_UNAVAILABLE, unready(waiting, &sight.conditions)),
         },
         (_, "/metrics") => metrics(sight).await,
         (Door::Socket, "/v1/status") => json(&sight.status(Instant::now())),
@@ -312,6 +318,16 @@ async fn metrics(sight: &Sight) -> Response<Full<Bytes>> {
         }
     };
     sight.rendered(render).await
+}
+
+/// What is waited for, and in a line each the conditions that take readiness back.
+fn unready(waiting: &[&str], conditions: &Conditions) -> String {
+    let mut body = format!("waiting for {}\n", waiting.join(", "));
+    let reasons = [health::CANARY_FAILED, health::DETACHED];
+    for condition in conditions.list().iter().filter(|condition| reasons.contains(&condition.reason)) {
+        body.push_str(&format!("{}: {}\n", condition.reason, condition.message));
+    }
+    body
 }
 
 async fn backends(path: &str, sight: &Sight) -> Response<Full<Bytes>> {

@@ -24,8 +24,9 @@ use crate::{
     config::{AgentConfig, DataplaneMode},
     dataplane::{
         self,
-        ebpf::{Ebpf, OpenError},
+        ebpf::{Ebpf, OpenError, probe},
     },
+    health::{self, Canary, CanaryState, Watch},
     kube,
     lifecycle::{Blocker, Readiness, Tasks},
     model::{Builder, Event, Note, ServiceTable},
@@ -102,6 +103,11 @@ async fn build_on(
         let (DataplaneMode::Auto | DataplaneMode::Ebpf) = config.proxy.dataplane;
         let mut ebpf = Ebpf::open(&config.proxy.ebpf, &conditions)?;
         ebpf.follow_log(tasks);
+        let standing = probe::run(config.proxy.ebpf.cgroup_root.as_deref()).standing();
+        for loss in &standing.losses {
+            warn!(feature = loss.feature, reason = loss.reason, "{}", loss.cost);
+        }
+        let canary = prepare_canary(&config, &mut ebpf, &conditions).await;
         let (cgroup, adopted_frontends) = (ebpf.cgroup().to_owned(), ebpf.adopted());
         let ended_sockets = ebpf.ended_sockets();
         let unready = readiness.block("the data plane");
@@ -109,7 +115,18 @@ async fn build_on(
             dataplane::spawn(Box::new(ebpf), tables.clone(), conditions.clone(), unready, tasks.stopping())
                 .map_err(StartError::Thread)?;
         tasks.spawn(dataplane::supervise(handle.clone(), conditions.clone(), readiness.clone(), tasks.stopping()));
-        dataplane = Some(DataplaneSight { handle, cgroup, adopted_frontends, ended_sockets });
+        let watch = Watch {
+            cgroup: cgroup.clone(),
+            pins: config.proxy.ebpf.pin_directory.clone(),
+            period: config.proxy.ebpf.canary_period,
+            conditions: conditions.clone(),
+            readiness: readiness.clone(),
+            dataplane: handle.clone(),
+        };
+        let canary = canary.map(|canary| (canary, CanaryState::default()));
+        let state = canary.as_ref().map(|(_, state)| state.clone());
+        watch.start(canary, tasks);
+        dataplane = Some(DataplaneSight { handle, cgroup, adopted_frontends, standing, canary: state, ended_sockets });
         thread = Some(started);
     } else {
         info!("modules.edgeProxy.enable is false: Services are not translated on this node");
@@ -240,6 +257,27 @@ impl SightOfNode {
             self.name
         );
         self.conditions.raise(NODE_UNKNOWN, self.name.clone(), message, now);
+    }
+}
+
+/// Its lack is a condition: Services are served all the same. None where it is switched off, too.
+async fn prepare_canary(config: &AgentConfig, ebpf: &mut Ebpf, conditions: &Conditions) -> Option<Canary> {
+    if config.proxy.ebpf.canary_period.is_zero() {
+        return None;
+    }
+    let bound = Canary::bind(config.common.bridge_device_ip, ebpf.cgroup()).await;
+    let placed = bound.and_then(|canary| Ok((canary.backends()?, canary))).map_err(|error| error.to_string()).and_then(
+        |((tcp, udp), canary)| {
+            let put = ebpf.put_canary(canary.frontend(), tcp, udp, Instant::now());
+            put.map(|()| canary).map_err(|error| error.to_string())
+        },
+    );
+    match placed {
+        Ok(canary) => Some(canary),
+        Err(error) => {
+            health::raise_not_run(conditions, &error);
+            None
+        }
     }
 }
 

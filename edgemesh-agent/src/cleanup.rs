@@ -13,7 +13,7 @@ pub struct CleanupError {
     pub permission: bool,
 }
 
-/// Removes links and maps, the device and its address, and the control socket; goes on after an error and reports all
+/// Removes links and maps, the cgroups of the canary and of probes, the device and its address, and the control socket; goes on after an error and reports all
 /// of them. Returns what was removed, for people to read.
 ///
 /// # Errors
@@ -27,6 +27,13 @@ pub async fn cleanup(config: &AgentConfig) -> (Vec<String>, Result<(), CleanupEr
         Err(error) => {
             permission |= error.kind() == io::ErrorKind::PermissionDenied;
             messages.push(format!("cannot remove the pins in {}: {error}; run as root", pins.display()));
+        }
+    }
+    match ebpf::remove_scratch(config.proxy.ebpf.cgroup_root.as_deref()) {
+        Ok(names) => removed.extend(names),
+        Err(error) => {
+            permission |= error.kind() == io::ErrorKind::PermissionDenied;
+            messages.push(format!("cannot remove the agent's own cgroups: {error}; run as root"));
         }
     }
     match net::remove_device(&config.common.bridge_device_name, config.common.bridge_device_ip).await {

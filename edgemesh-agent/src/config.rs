@@ -19,6 +19,7 @@ use std::{
     io::{self, Read},
     net::{IpAddr, Ipv4Addr, SocketAddr},
     path::{Path, PathBuf},
+    time::Duration,
 };
 
 pub use self::render::{default_yaml, minimal_yaml, schema};
@@ -119,6 +120,8 @@ pub struct EbpfConfig {
     pub max_frontends: u32,
     /// Capacity of sets larger than 8; default 200000.
     pub max_backends: u32,
+    /// From one canary connection to the next; default 30 s. Zero switches it off.
+    pub canary_period: Duration,
 }
 
 impl Default for EbpfConfig {
@@ -128,6 +131,7 @@ impl Default for EbpfConfig {
             pin_directory: PathBuf::from("/sys/fs/bpf/edgemesh"),
             max_frontends: 20_000,
             max_backends: 200_000,
+            canary_period: Duration::from_secs(30),
         }
     }
 }

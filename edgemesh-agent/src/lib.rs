@@ -10,6 +10,7 @@ pub mod cleanup;
 pub mod conditions;
 pub mod config;
 pub mod dataplane;
+pub mod health;
 pub mod kube;
 pub mod lifecycle;
 pub mod metrics;

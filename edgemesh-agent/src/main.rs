@@ -2,6 +2,7 @@
 
 use std::{
     io::{self, Write},
+    net::SocketAddr,
     path::PathBuf,
     process::ExitCode,
 };
@@ -10,7 +11,8 @@ use clap::{Parser, Subcommand};
 use edgemesh_agent::{
     admin, app, cleanup,
     config::{self, Environment, Leniency, Loaded},
-    dataplane::ebpf,
+    dataplane::ebpf::{self, probe},
+    health::canary,
     net::client::Who,
     show::{self, Output},
     status, telemetry,
@@ -80,6 +82,22 @@ enum Command {
         from_pod: Option<Who>,
         #[command(flatten)]
         ask: Ask,
+    },
+    /// What this kernel offers to the eBPF data plane, tried out without an agent; 0 if it is enough
+    Probe {
+        /// The form of the answer
+        #[arg(short, long, value_enum, default_value = "table")]
+        output: Output,
+    },
+    /// What the agent runs in a cgroup of its own to prove that translation works
+    #[command(hide = true)]
+    Canary {
+        #[arg(long)]
+        cgroup: PathBuf,
+        #[arg(long)]
+        frontend: SocketAddr,
+        #[arg(long, value_parser = canary::parse_nonce)]
+        nonce: canary::Nonce,
     },
     /// Remove everything the agent made on this node: eBPF links and maps, the device, the control socket
     Cleanup {
@@ -157,27 +175,34 @@ fn dispatch(cli: &Cli) -> Result<ExitCode, Failure> {
         },
         Some(Command::Status(ask)) => {
             let answer = fetch(ask, "/v1/status")?;
-            print(&render(ask, &answer, || show::status(&answer))?);
+            print(&render(ask.output, &answer, || show::status(&answer))?);
         }
         Some(Command::Services(ask)) => {
             let answer = fetch(ask, "/v1/services")?;
             let rows: Vec<status::ServiceRow> = serde_json::from_value(answer.clone()).map_err(other_version)?;
-            print(&render(ask, &answer, || show::services(&rows))?);
+            print(&render(ask.output, &answer, || show::services(&rows))?);
         }
         Some(Command::Backends { service, ask }) => {
             let answer = fetch(ask, &format!("/v1/backends/{service}"))?;
             let report: status::BackendsReport = serde_json::from_value(answer.clone()).map_err(other_version)?;
-            print(&render(ask, &answer, || show::backends(&report))?);
+            print(&render(ask.output, &answer, || show::backends(&report))?);
         }
         Some(Command::Trace { target, from_pod, ask }) => {
             let from = from_pod.as_ref().map_or_else(String::new, |who| format!("&from={who}"));
             let answer = fetch(ask, &format!("/v1/trace?to={target}{from}"))?;
             let report: status::TraceReport = serde_json::from_value(answer.clone()).map_err(other_version)?;
-            print(&render(ask, &answer, || show::trace(&report))?);
+            print(&render(ask.output, &answer, || show::trace(&report))?);
             match report.outcome {
                 status::Outcome::Forwarded => {}
                 status::Outcome::Refused | status::Outcome::Untouched => return Ok(NO_BACKEND.into()),
             }
+        }
+        Some(Command::Probe { output }) => probe(cli, *output)?,
+        Some(Command::Canary { cgroup, frontend, nonce }) => {
+            let report = canary::child::run(cgroup, *frontend, *nonce);
+            let report = serde_json::to_string(&report)
+                .map_err(|error| Failure { code: 1, message: format!("cannot write the report: {error}") })?;
+            print(&report);
         }
         Some(Command::Cleanup { force }) => clean_up(cli, *force)?,
         Some(Command::Version) => {
@@ -230,6 +255,25 @@ fn load(cli: &Cli) -> Result<Loaded, Failure> {
         .map_err(|error| Failure { code: CONFIG, message: error.to_string() })
 }
 
+/// Before an installation there is no configuration yet; then the defaults are tried.
+fn probe(cli: &Cli, output: Output) -> Result<(), Failure> {
+    let cgroup_root = if cli.config_file.exists() { load(cli)?.config.proxy.ebpf.cgroup_root } else { None };
+    let report = probe::run(cgroup_root.as_deref());
+    let answer = report.answer();
+    let json = serde_json::to_value(&answer)
+        .map_err(|error| Failure { code: 1, message: format!("cannot print the answer: {error}") })?;
+    print(&render(output, &json, || show::probe(&answer))?);
+    match answer.standing.tier {
+        probe::Tier::Full | probe::Tier::Reduced => Ok(()),
+        probe::Tier::None => {
+            let missing: Vec<&str> = answer.standing.losses.iter().map(|loss| loss.feature.as_str()).collect();
+            let code = if report.lacks_permission() { NO_PERMISSION } else { OS };
+            let message = format!("the eBPF data plane cannot run here; missing: {}", missing.join(", "));
+            Err(Failure { code, message })
+        }
+    }
+}
+
 fn clean_up(cli: &Cli, force: bool) -> Result<(), Failure> {
     let config = load(cli)?.config;
     let socket = &config.common.control_socket;
@@ -274,9 +318,9 @@ fn other_version(error: serde_json::Error) -> Failure {
     Failure { code: UNAVAILABLE, message }
 }
 
-fn render(ask: &Ask, answer: &serde_json::Value, table: impl FnOnce() -> String) -> Result<String, Failure> {
+fn render(output: Output, answer: &serde_json::Value, table: impl FnOnce() -> String) -> Result<String, Failure> {
     let failure = |error: String| Failure { code: 1, message: format!("cannot print the answer: {error}") };
-    match ask.output {
+    match output {
         Output::Table => Ok(table()),
         Output::Json => Ok(format!("{answer:#}\n")),
         Output::Yaml => serde_yaml::to_string(answer).map_err(|error| failure(error.to_string())),

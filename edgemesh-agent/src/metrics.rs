@@ -82,6 +82,11 @@ pub fn render(
         registry.register("stale_udp_sockets_ended", about, ended);
         gauge(&mut registry, "dataplane_tables_behind", help, i64::try_from(behind).unwrap_or(i64::MAX));
     }
+    if let Some(canary) = status.dataplane.as_ref().and_then(|dataplane| dataplane.canary.as_ref()) {
+        registry.register("canary_runs", "Canary connections that were made", ConstCounter::new(canary.runs));
+        let about = "Canary connections that failed, which two in a row of make the node unready";
+        registry.register("canary_failures", about, ConstCounter::new(canary.failed_runs));
+    }
     let conditions = Family::<ConditionLabels, Gauge>::default();
     for condition in &status.conditions {
         let labels = ConditionLabels { reason: condition.reason, subject: condition.subject.clone() };

@@ -8,6 +8,7 @@ use serde_json::Value;
 
 pub use trace::trace;
 
+use crate::dataplane::ebpf::probe::Answer;
 use crate::status::{BackendsReport, Counts, EndpointRow, ServiceRow, VerdictRow};
 
 /// The form of an answer.
@@ -51,6 +52,8 @@ pub fn status(status: &Value) -> String {
             "Data plane",
             format!("{} on cgroup {}{adopted}", word(&dataplane["kind"]), word(&dataplane["cgroup"])),
         ));
+        rows.extend(tier(&dataplane["standing"]).into_iter().map(|line| ("", line)));
+        rows.extend(canary(&dataplane["canary"]).map(|line| ("", line)));
         let (now, newest) = (dataplane["generation"].as_u64(), dataplane["newest_generation"].as_u64());
         if now != newest {
             rows.push((
@@ -189,6 +192,46 @@ pub fn backends(report: &BackendsReport) -> String {
         text.push_str(&columns(&rows));
     }
     text
+}
+
+/// `probe` as a table, a row for each feature, and what is missing below it.
+pub fn probe(answer: &Answer) -> String {
+    let mut rows = vec![["FEATURE", "FOUND", "SINCE", "WHY NOT"].map(str::to_owned).to_vec()];
+    for row in &answer.features {
+        let found = if row.available { "yes" } else { "NO" };
+        let why = row.reason.clone().unwrap_or_default();
+        rows.push(vec![row.feature.clone(), found.to_owned(), row.since.to_owned(), why]);
+    }
+    let mut text = columns(&rows);
+    let _ = writeln!(text, "\nTier: {}", answer.standing.tier);
+    for loss in &answer.standing.losses {
+        let _ = writeln!(text, "  without {}: {}", loss.feature, loss.cost);
+    }
+    text
+}
+
+/// The tier on one line, and a line for everything that is missing.
+fn tier(standing: &Value) -> Vec<String> {
+    let losses = standing["losses"].as_array().map_or(&[][..], Vec::as_slice);
+    let first = format!("tier {}", word(&standing["tier"]));
+    let loss = |loss: &Value| {
+        let (feature, cost) = (word(&loss["feature"]), word(&loss["cost"]));
+        format!("without {feature}: {cost}; {} ({})", word(&loss["reason"]), word(&loss["since"]))
+    };
+    std::iter::once(first).chain(losses.iter().map(loss)).collect()
+}
+
+fn canary(canary: &Value) -> Option<String> {
+    let passed = canary["passed_at"].as_u64();
+    let line = match canary["failures"].as_u64()? {
+        0 if passed.is_none() => "canary: no run yet".to_owned(),
+        0 => format!("canary: passed {} ago", age(&canary["passed_at"])),
+        failures => match passed {
+            Some(_) => format!("canary: FAILED {failures} times, passed last {} ago", age(&canary["passed_at"])),
+            None => format!("canary: FAILED {failures} times, never passed"),
+        },
+    };
+    Some(line)
 }
 
 fn verdict(verdict: &Option<VerdictRow>) -> String {

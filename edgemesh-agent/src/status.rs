@@ -14,7 +14,8 @@ pub use trace::{
 
 use crate::{
     conditions::Condition,
-    dataplane::Count,
+    dataplane::{Count, ebpf::probe::Standing},
+    health::CanaryStatus,
     kube::SourceStatus,
     model::{FrontendAddr, FrontendKind, Service, ServiceEntry, ServiceKind, ServiceTable, Verdict},
     net::Device,
@@ -49,6 +50,10 @@ pub struct DataplaneStatus {
     pub kind: &'static str,
     /// The cgroup whose processes are served.
     pub cgroup: String,
+    /// The tier, and what keeps it from a higher one.
+    pub standing: Standing,
+    /// None where the canary is switched off.
+    pub canary: Option<CanaryStatus>,
     /// Frontends that an earlier agent left in force and this one took over.
     pub adopted_frontends: usize,
     /// Connected UDP sockets that were ended because their backend was gone.

@@ -20,6 +20,7 @@
 //! owner drops the [`Lab`] or ends in any way, SIGKILL included; the namespaces go with their last process.
 
 pub mod agent;
+pub mod hooks;
 mod inspect;
 pub mod manifest;
 mod netns;

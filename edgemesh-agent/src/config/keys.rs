@@ -3,6 +3,7 @@
 use std::{
     net::{IpAddr, SocketAddr},
     path::PathBuf,
+    time::Duration,
 };
 
 use super::{CommonConfig, DataplaneMode, ProxyConfig, ServiceFilter};
@@ -44,6 +45,8 @@ pub(super) enum Slot {
     Count(fn(&mut Draft) -> &mut u32),
     /// 0 or more.
     Limit(fn(&mut Draft) -> &mut u32),
+    /// Whole seconds, 0 to switch it off.
+    Period(fn(&mut Draft) -> &mut Duration),
     Interface(fn(&mut Draft) -> &mut String),
     Ip(fn(&mut Draft) -> &mut IpAddr),
     /// IP:PORT, or empty.
@@ -268,6 +271,11 @@ const EBPF: &[Key] = &[
         "maxBackends",
         "How many endpoints there may be in all in sets of more than 8.",
         Slot::Count(|d| &mut d.proxy.ebpf.max_backends),
+    ),
+    used(
+        "canaryPeriod",
+        "Seconds from one canary connection, which proves that translation works, to the next. 0: none.",
+        Slot::Period(|d| &mut d.proxy.ebpf.canary_period),
     ),
 ];
 

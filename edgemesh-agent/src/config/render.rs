@@ -4,7 +4,7 @@ use serde_json::{Map, Value, json};
 
 use super::{
     keys::{API_VERSION, Draft, KEYS, Key, Kind, Plain, Slot},
-    value::{DATAPLANES, FILTERS, MAX_INTERFACE, MAX_SOCKET_PATH},
+    value::{DATAPLANES, FILTERS, MAX_INTERFACE, MAX_PERIOD, MAX_SOCKET_PATH},
 };
 
 /// The default configuration with every key this agent acts on, each under a comment of what it does.
@@ -83,6 +83,7 @@ fn current(slot: &Slot, draft: &mut Draft) -> Value {
     match slot {
         Slot::Bool(at) => json!(*at(draft)),
         Slot::Count(at) | Slot::Limit(at) => json!(*at(draft)),
+        Slot::Period(at) => json!(at(draft).as_secs()),
         Slot::Interface(at) => json!(*at(draft)),
         Slot::Ip(at) => json!(at(draft).to_string()),
         Slot::Listen(at) => json!(at(draft).map(|address| address.to_string()).unwrap_or_default()),
@@ -130,6 +131,7 @@ fn used(slot: &Slot) -> Value {
         Slot::Bool(_) => json!({ "type": ["boolean", "null"] }),
         Slot::Count(_) => json!({ "type": ["integer", "null"], "minimum": 1, "maximum": u32::MAX }),
         Slot::Limit(_) => json!({ "type": ["integer", "null"], "minimum": 0, "maximum": u32::MAX }),
+        Slot::Period(_) => json!({ "type": ["integer", "null"], "minimum": 0, "maximum": MAX_PERIOD }),
         Slot::Interface(_) => {
             json!({ "type": text, "minLength": 1, "maxLength": MAX_INTERFACE, "pattern": "^[^/:%\\s]*$" })
         }

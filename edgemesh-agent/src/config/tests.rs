@@ -86,6 +86,7 @@ fn documents_the_defaults() {
     assert_eq!(config.proxy.ebpf.cgroup_root, None);
     assert_eq!(config.proxy.ebpf.pin_directory, Path::new("/sys/fs/bpf/edgemesh"));
     assert_eq!((config.proxy.ebpf.max_frontends, config.proxy.ebpf.max_backends), (20_000, 200_000));
+    assert_eq!(config.proxy.ebpf.canary_period.as_secs(), 30);
 }
 
 #[test]
@@ -112,6 +113,7 @@ modules:
       pinDirectory: /sys/fs/bpf/x
       maxFrontends: 7
       maxBackends: 8
+      canaryPeriod: 0
 ",
     );
     assert_eq!(notes(&loaded), [""; 0]);
@@ -134,6 +136,7 @@ modules:
                 pin_directory: PathBuf::from("/sys/fs/bpf/x"),
                 max_frontends: 7,
                 max_backends: 8,
+                canary_period: Duration::ZERO,
             },
         },
     };

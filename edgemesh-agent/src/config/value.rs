@@ -4,6 +4,7 @@ use std::{
     borrow::Cow,
     net::{IpAddr, SocketAddr},
     path::{Path, PathBuf},
+    time::Duration,
 };
 
 use hyper::Uri;
@@ -16,6 +17,8 @@ use super::{
 
 /// `sun_path` of Linux holds 108 bytes, the last of them NUL.
 pub(super) const MAX_SOCKET_PATH: usize = 107;
+/// A day in seconds; what happens less often might as well not.
+pub(super) const MAX_PERIOD: u64 = 86_400;
 /// IFNAMSIZ less the NUL.
 pub(super) const MAX_INTERFACE: usize = 15;
 /// The modes that a file may ask for, as it spells them.
@@ -44,6 +47,7 @@ pub(super) fn store(node: &Node, slot: &Slot, draft: &mut Draft) -> Result<(), R
         Slot::Bool(at) => *at(draft) = truth(node).ok_or_else(|| given(node, "true or false"))?,
         Slot::Count(at) => *at(draft) = count(node)?,
         Slot::Limit(at) => *at(draft) = limit(node)?,
+        Slot::Period(at) => *at(draft) = period(node)?,
         Slot::Interface(at) => *at(draft) = interface(node)?,
         Slot::Ip(at) => *at(draft) = ip(node)?,
         Slot::Listen(at) => *at(draft) = listen(node)?,
@@ -193,6 +197,14 @@ fn count(node: &Node) -> Result<u32, Refusal> {
 fn limit(node: &Node) -> Result<u32, Refusal> {
     let limit = whole(node).and_then(|v| u32::try_from(v).ok());
     limit.ok_or_else(|| given(node, "a whole number from 0 to 4294967295"))
+}
+
+fn period(node: &Node) -> Result<Duration, Refusal> {
+    whole(node)
+        .and_then(|v| u64::try_from(v).ok())
+        .filter(|v| *v <= MAX_PERIOD)
+        .map(Duration::from_secs)
+        .ok_or_else(|| given(node, "a whole number of seconds from 0, which switches it off, to 86400"))
 }
 
 /// What `dev_valid_name` of the kernel takes, less '%', which the kernel would replace by a number.

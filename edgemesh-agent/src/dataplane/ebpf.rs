@@ -6,11 +6,13 @@
 
 mod adopt;
 mod counters;
+pub mod hooks;
 mod inspect;
 mod log;
 mod mounts;
 mod open;
 mod pins;
+pub mod probe;
 mod remove;
 mod ring;
 mod sets;
@@ -28,7 +30,7 @@ use std::{
 use aya::maps::MapError;
 use edgemesh_common::{
     Addr,
-    layout::{Backend, CounterKey, Counters, Frontend, FrontendKey, INLINE_BACKENDS, SCOPE_HOST, UDP},
+    layout::{Backend, CounterKey, Counters, Frontend, FrontendKey, INLINE_BACKENDS, SCOPE_HOST, TCP, UDP},
 };
 use tracing::warn;
 
@@ -37,7 +39,7 @@ use self::{
     wanted::{Wanted, addr_of, keys, same, socket_addr, wanted},
 };
 pub use open::OpenError;
-pub use remove::{is_pinned, remove_all};
+pub use remove::{CANARY_CGROUP, is_pinned, remove_all, remove_scratch};
 
 /// Whether this build has the eBPF programs in it.
 pub fn is_built_in() -> bool {
@@ -75,6 +77,9 @@ pub struct Ebpf {
     last_generation: u32,
     /// None where the system refused its thread, which is a condition.
     stale: Option<stale::StaleSockets>,
+    /// Frontends of the agent itself, which are no Service's.
+    reserved: BTreeSet<FrontendKey>,
+    keeper: hooks::Keeper,
     /// What to delete, and from when on; in order of time.
     abandoned: VecDeque<(Instant, Abandoned)>,
 }
@@ -146,6 +151,8 @@ impl Ebpf {
             stale,
             last_service: 0,
             last_generation: SystemTime::now().duration_since(UNIX_EPOCH).map_or(1, |since| since.as_secs() as u32),
+            reserved: BTreeSet::new(),
+            keeper: hooks::Keeper::default(),
             abandoned: VecDeque::new(),
         };
         this.adopt()?;
@@ -158,12 +165,37 @@ impl Ebpf {
         &self.opened.cgroup
     }
 
+    /// Puts the canary's frontend in force, TCP and UDP, each with its one backend. From then on it is no Service's: tables
+    /// neither change it nor take it away.
+    ///
+    /// # Errors
+    ///
+    /// The map is full, or a system call failed.
+    pub fn put_canary(
+        &mut self,
+        frontend: SocketAddr,
+        tcp: SocketAddr,
+        udp: SocketAddr,
+        now: Instant,
+    ) -> Result<(), Error> {
+        for (proto, backend) in [(TCP, tcp), (UDP, udp)] {
+            let key = FrontendKey::new(frontend.ip().into(), frontend.port().to_be_bytes(), proto);
+            let adopted = self.installed.contains_key(&key);
+            let backends = &[backend];
+            let wanted = Wanted { backends, owns_address: false, affinity: 0, affinity_seconds: 0, flags: 0 };
+            self.put(key, wanted, now)?;
+            self.reserved.insert(key);
+            self.adopted -= usize::from(adopted);
+        }
+        Ok(())
+    }
+
     /// Counts the UDP sockets that were ended because their backend was gone.
     pub fn ended_sockets(&self) -> Option<sock_diag::Ended> {
         self.stale.as_ref().map(stale::StaleSockets::ended)
     }
 
-    /// How many frontends an earlier agent left in force.
+    /// How many frontends an earlier agent left in force, less those of the agent itself.
     pub fn adopted(&self) -> usize {
         if self.opened.adopted_links == 0 { 0 } else { self.adopted }
     }
@@ -177,11 +209,17 @@ impl Ebpf {
     ) -> Result<(), Error> {
         let mut failures = Failures::default();
         for (key, wanted) in &wanted {
+            if self.reserved.contains(key) {
+                continue;
+            }
             if let Err(error) = self.put(*key, *wanted, now) {
                 failures.add(error);
             }
         }
         for key in unwanted.iter().filter(|key| !wanted.contains_key(key)) {
+            if self.reserved.contains(key) {
+                continue;
+            }
             if let Err(error) = self.take(key, now) {
                 failures.add(error);
             }
@@ -386,6 +424,7 @@ impl Dataplane for Ebpf {
         if let Some(stale) = &mut self.stale {
             stale.maintain(now);
         }
+        self.opened.keep_attached(&mut self.keeper);
         while self.abandoned.front().is_some_and(|(due, _)| *due <= now) {
             let Some((_, what)) = self.abandoned.pop_front() else { return };
             match what {

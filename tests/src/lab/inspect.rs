@@ -12,14 +12,19 @@ use super::{DEADLINE, Node, place};
 impl Node {
     /// Runs `ip` with these arguments in the node and returns what it printed.
     pub fn ip(&self, arguments: &[&str]) -> Result<String> {
-        let mut command = Command::new("ip");
+        self.tool("ip", arguments).context("is iproute2 installed?")
+    }
+
+    /// Runs a tool of the machine with these arguments in the node and returns what it printed.
+    pub fn tool(&self, program: &str, arguments: &[&str]) -> Result<String> {
+        let mut command = Command::new(program);
         command.args(arguments).stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
         place::enter(&mut command, &self.place())?;
-        let child = command.spawn().context("could not run `ip`; install iproute2")?;
+        let child = command.spawn().with_context(|| format!("could not run `{program}`"))?;
         let output = place::output(child, DEADLINE)?;
         let said = String::from_utf8_lossy(&output.stderr);
-        ensure!(output.status.success(), "`ip {}` on {} failed: {said}", arguments.join(" "), self.name());
-        String::from_utf8(output.stdout).context("`ip` printed something that is no text")
+        ensure!(output.status.success(), "`{program} {}` on {} failed: {said}", arguments.join(" "), self.name());
+        String::from_utf8(output.stdout).with_context(|| format!("`{program}` printed something that is no text"))
     }
 
     /// The ids of the programs attached to the node's cgroup itself, hook by hook.

@@ -68,6 +68,16 @@ fn says_what_a_value_has_to_look_like() {
         ("kubeAPIConfig.burst", "'5'", "given a text in quotes \"5\"; expected a whole number from 1 to 4294967295"),
         ("kubeAPIConfig.burst", "010", "given a number \"010\"; expected a whole number from 1 to 4294967295"),
         (
+            "modules.edgeProxy.ebpf.canaryPeriod",
+            "30s",
+            "given a text \"30s\"; expected a whole number of seconds from 0, which switches it off, to 86400",
+        ),
+        (
+            "modules.edgeProxy.ebpf.canaryPeriod",
+            "-1",
+            "given a number \"-1\"; expected a whole number of seconds from 0, which switches it off, to 86400",
+        ),
+        (
             "modules.edgeProxy.ebpf.maxFrontends",
             "many",
             "given a text \"many\"; expected a whole number from 1 to 4294967295",

@@ -31,7 +31,11 @@ impl Ebpf {
         });
         let sets = self.installed.values().map(|installed| &installed.set).chain(abandoned);
         vec![
-            Room { map: "FRONTENDS", used: self.installed.len(), capacity: self.opened.max_frontends },
+            Room {
+                map: "FRONTENDS",
+                used: self.installed.len() - self.reserved.len(),
+                capacity: self.opened.max_frontends,
+            },
             Room {
                 map: "BACKENDS",
                 used: sets.map(|set| set.backends.len()).filter(larger).sum(),

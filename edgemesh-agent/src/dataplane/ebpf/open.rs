@@ -22,7 +22,7 @@ use edgemesh_common::{
 };
 use tracing::{debug, info};
 
-use super::{mounts, pins::Pins};
+use super::{hooks, mounts, pins::Pins};
 use crate::{config::EbpfConfig, net};
 
 /// The compiled eBPF object, absent from builds made before `cargo xtask build-ebpf`.
@@ -33,7 +33,7 @@ pub(super) const OBJECT: Option<&[u8]> = None;
 
 /// The programs in the order they are attached. The way back first: a socket must never be translated by a new
 /// `connect` before a `getpeername` and `recvmsg` that know its state are there.
-const PROGRAMS: [(&str, Hook); 8] = [
+pub(super) const PROGRAMS: [(&str, Hook); 8] = [
     ("getpeername4", Hook::GetPeerName4),
     ("getpeername6", Hook::GetPeerName6),
     ("recvmsg4", Hook::UDPRecvMsg4),
@@ -43,6 +43,9 @@ const PROGRAMS: [(&str, Hook); 8] = [
     ("connect4", Hook::Connect4),
     ("connect6", Hook::Connect6),
 ];
+
+/// The frontends of the agent itself, which take no room from Services: those of the canary.
+const RESERVED: u32 = 2;
 
 /// Pinned with the version of the tables.
 const TABLES: [&str; 9] =
@@ -133,6 +136,16 @@ pub(super) struct Opened {
 }
 
 impl Opened {
+    /// Attaches again what somebody has detached.
+    pub(super) fn keep_attached(&self, keeper: &mut hooks::Keeper) {
+        if self.attached {
+            keeper.attach_again(&self.pins, &self.cgroup_directory, |name| {
+                let program: &CgroupSockAddr = self.object.program(name)?.try_into().ok()?;
+                Some(program.fd().ok()?.as_fd())
+            });
+        }
+    }
+
     /// Puts the programs in force, in the place of those of an earlier agent.
     pub(super) fn attach(&mut self) -> Result<(), OpenError> {
         for (name, hook) in PROGRAMS {
@@ -167,7 +180,7 @@ pub(super) fn open(config: &EbpfConfig) -> Result<Opened, OpenError> {
     loader
         .override_global("HAS_SET_RETVAL", &has_set_retval, true)
         .override_global("HOST_NETNS", &host_netns, true)
-        .map_max_entries("FRONTENDS", config.max_frontends)
+        .map_max_entries("FRONTENDS", config.max_frontends.saturating_add(RESERVED))
         .map_max_entries("SERVICE_ADDRS", config.max_frontends)
         .map_max_entries("RINGS", config.max_frontends)
         .map_max_entries("BACKENDS", config.max_backends)
@@ -186,7 +199,8 @@ pub(super) fn open(config: &EbpfConfig) -> Result<Opened, OpenError> {
     debug!(has_set_retval, host_netns, "eBPF programs are loaded");
 
     let frontends = map(&mut object, "FRONTENDS")?;
-    let max_frontends = capacity(&frontends, "FRONTENDS", config.max_frontends);
+    let max_frontends = config.max_frontends.saturating_add(RESERVED);
+    let max_frontends = capacity(&frontends, "FRONTENDS", max_frontends).saturating_sub(RESERVED);
     let backends = map(&mut object, "BACKENDS")?;
     let max_backends = capacity(&backends, "BACKENDS", config.max_backends);
     let counters = map(&mut object, "COUNTERS")?;
@@ -240,7 +254,7 @@ fn probe_permission() -> Result<(), OpenError> {
     }
 }
 
-fn io_error<'a>(error: &'a (dyn std::error::Error + 'static)) -> Option<&'a io::Error> {
+pub(super) fn io_error<'a>(error: &'a (dyn std::error::Error + 'static)) -> Option<&'a io::Error> {
     std::iter::successors(Some(error), |error| error.source()).find_map(|error| error.downcast_ref::<io::Error>())
 }
 
@@ -274,7 +288,7 @@ fn lacking(missing: &[&str]) -> String {
 
 /// Which of the needed capabilities this process does not have; none where it cannot be told. CAP_SYS_ADMIN stands for
 /// CAP_BPF and CAP_PERFMON (capabilities(7)).
-fn missing_capabilities() -> Vec<&'static str> {
+pub(super) fn missing_capabilities() -> Vec<&'static str> {
     let status = fs::read_to_string("/proc/self/status").unwrap_or_default();
     let effective = status.lines().find_map(|line| line.strip_prefix("CapEff:"));
     let Some(effective) = effective.and_then(|mask| u64::from_str_radix(mask.trim(), 16).ok()) else {

@@ -15,7 +15,7 @@ use aya::programs::CgroupSockAddrAttachType as Hook;
 use edgemesh_common::layout;
 use tracing::debug;
 
-use super::sys;
+use super::sys::{self, LinkInfo};
 
 /// The pins of this agent's layouts below one directory.
 #[derive(Debug)]
@@ -66,6 +66,13 @@ impl Pins {
         Ok(false)
     }
 
+    /// The link of a program, of this layout or of another that is still to be taken over.
+    pub(super) fn link_info(&self, program: &str) -> Option<LinkInfo> {
+        let info = |pin: &Path| sys::open_pin(pin).and_then(|link| sys::link_info(link.as_fd())).ok();
+        let others = || self.others().iter().find_map(|other| info(&other.join(format!("link_{program}"))));
+        info(&self.link(program)).or_else(others)
+    }
+
     /// Removes what other layouts have left; call it once every link is this layout's.
     pub(super) fn drop_others(&self) -> io::Result<()> {
         for directory in self.others() {
@@ -110,7 +117,7 @@ fn has_links(directory: &Path) -> bool {
 /// Puts a program into a pinned link. None where there is none to this cgroup; a pin to another one is removed.
 fn take_over(pin: &Path, program: BorrowedFd<'_>, cgroup: &File) -> io::Result<Option<OwnedFd>> {
     let Ok(link) = sys::open_pin(pin) else { return Ok(None) };
-    if sys::link_cgroup(link.as_fd())? == sys::cgroup_id(cgroup)? {
+    if sys::link_info(link.as_fd())?.cgroup == sys::cgroup_id(cgroup)? {
         match sys::link_update(link.as_fd(), program) {
             Ok(()) => return Ok(Some(link)),
             Err(error) if error.raw_os_error() == Some(libc::ENOLINK) => {}

@@ -1,4 +1,5 @@
-//! The few bpf(2) commands that aya does not offer: pinned links, their update in place, what they are attached to.
+//! The few bpf(2) commands that aya does not offer: pinned links, their update in place, what is attached where, and
+//! programs of two instructions for probing.
 
 use std::{
     ffi::CString,
@@ -12,11 +13,14 @@ use std::{
 };
 
 use aya::programs::CgroupSockAddrAttachType;
+use aya_obj::generated::{bpf_attach_type, bpf_prog_type};
 
 // Commands of `enum bpf_cmd`, include/uapi/linux/bpf.h.
+const BPF_PROG_LOAD: libc::c_long = 5;
 const BPF_OBJ_PIN: libc::c_long = 6;
 const BPF_OBJ_GET: libc::c_long = 7;
 const BPF_OBJ_GET_INFO_BY_FD: libc::c_long = 15;
+const BPF_PROG_QUERY: libc::c_long = 16;
 const BPF_MAP_LOOKUP_BATCH: libc::c_long = 24;
 const BPF_LINK_CREATE: libc::c_long = 28;
 const BPF_LINK_UPDATE: libc::c_long = 29;
@@ -33,16 +37,27 @@ pub(super) fn link_create(
     cgroup: BorrowedFd<'_>,
     hook: CgroupSockAddrAttachType,
 ) -> io::Result<OwnedFd> {
-    #[repr(C)]
-    struct Attr {
-        prog_fd: RawFd,
-        target_fd: RawFd,
-        attach_type: u32,
-        flags: u32,
+    bpf_fd(BPF_LINK_CREATE, &LinkCreate::new(program, cgroup.as_raw_fd() as u32, hook.into()))
+}
+
+/// Attaches a program to packets coming in on a device of this network namespace, likewise. Kernel 6.6.
+pub(super) fn link_create_tcx(program: BorrowedFd<'_>, interface: u32) -> io::Result<OwnedFd> {
+    bpf_fd(BPF_LINK_CREATE, &LinkCreate::new(program, interface, bpf_attach_type::BPF_TCX_INGRESS))
+}
+
+#[repr(C)]
+struct LinkCreate {
+    prog_fd: RawFd,
+    /// A descriptor or the index of a device, as the attach type has it.
+    target: u32,
+    attach_type: u32,
+    flags: u32,
+}
+
+impl LinkCreate {
+    fn new(program: BorrowedFd<'_>, target: u32, hook: bpf_attach_type) -> Self {
+        Self { prog_fd: program.as_raw_fd(), target, attach_type: hook as u32, flags: 0 }
     }
-    let hook: aya_obj::generated::bpf_attach_type = hook.into();
-    let attr = Attr { prog_fd: program.as_raw_fd(), target_fd: cgroup.as_raw_fd(), attach_type: hook as u32, flags: 0 };
-    bpf_fd(BPF_LINK_CREATE, &attr)
 }
 
 /// Puts another program into a link: every call sees either the old or the new one. Kernel 5.7.
@@ -62,8 +77,16 @@ pub(super) fn link_update(link: BorrowedFd<'_>, program: BorrowedFd<'_>) -> io::
     bpf(BPF_LINK_UPDATE, &attr).map(drop)
 }
 
-/// The id (inode number) of the cgroup that a cgroup link is attached to; 0 once that cgroup is gone.
-pub(super) fn link_cgroup(link: BorrowedFd<'_>) -> io::Result<u64> {
+/// What a cgroup link holds together.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+pub(super) struct LinkInfo {
+    pub(super) program: u32,
+    /// The id (inode number) of the cgroup; 0 once that is gone, or the link was detached by force.
+    pub(super) cgroup: u64,
+}
+
+/// The program and the cgroup of a cgroup link.
+pub(super) fn link_info(link: BorrowedFd<'_>) -> io::Result<LinkInfo> {
     #[repr(C)]
     #[derive(Default)]
     struct Info {
@@ -88,7 +111,96 @@ pub(super) fn link_cgroup(link: BorrowedFd<'_>) -> io::Result<u64> {
         info: std::ptr::from_mut(&mut info) as u64,
     };
     bpf(BPF_OBJ_GET_INFO_BY_FD, &attr)?;
-    Ok(info.cgroup_id)
+    Ok(LinkInfo { program: info.prog_id, cgroup: info.cgroup_id })
+}
+
+/// Which programs a query is about.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+pub(super) enum Scope {
+    /// Those attached to the cgroup itself.
+    Attached,
+    /// Those that run for the processes in it, with those of the cgroups above, in the order they run.
+    Effective,
+}
+
+/// The ids of the programs on one hook of a cgroup, 256 at most. Kernel 4.15.
+pub(super) fn prog_query(cgroup: BorrowedFd<'_>, hook: CgroupSockAddrAttachType, scope: Scope) -> io::Result<Vec<u32>> {
+    const BPF_F_QUERY_EFFECTIVE: u32 = 1;
+    #[repr(C)]
+    struct Attr {
+        target_fd: RawFd,
+        attach_type: u32,
+        query_flags: u32,
+        attach_flags: u32,
+        prog_ids: u64,
+        prog_cnt: u32,
+        _pad: u32,
+    }
+    let hook: bpf_attach_type = hook.into();
+    let mut ids = vec![0_u32; 256];
+    let mut attr = Attr {
+        target_fd: cgroup.as_raw_fd(),
+        attach_type: hook as u32,
+        query_flags: if scope == Scope::Effective { BPF_F_QUERY_EFFECTIVE } else { 0 },
+        attach_flags: 0,
+        prog_ids: ids.as_mut_ptr() as u64,
+        prog_cnt: ids.len() as u32,
+        _pad: 0,
+    };
+    // SAFETY: `attr` is the `query` part of `union bpf_attr`, as long as said; the kernel writes to it and at most
+    // `prog_cnt` ids to `ids`, both of which outlive the call.
+    let result = unsafe { libc::syscall(libc::SYS_bpf, BPF_PROG_QUERY, &raw mut attr, size_of::<Attr>()) };
+    if result < 0 {
+        return Err(io::Error::last_os_error());
+    }
+    ids.truncate(attr.prog_cnt as usize);
+    Ok(ids)
+}
+
+/// The name that programs of [`load_return`] have in the kernel.
+pub(super) const PROBE_NAME: &str = "edgemesh_probe";
+
+/// Loads a program that does nothing but return `value`.
+///
+/// # Errors
+///
+/// EINVAL where the kernel knows no such type, or not for this hook.
+pub(super) fn load_return(kind: bpf_prog_type, hook: bpf_attach_type, value: i32) -> io::Result<OwnedFd> {
+    #[repr(C)]
+    struct Attr {
+        prog_type: u32,
+        insn_cnt: u32,
+        insns: u64,
+        license: u64,
+        log_level: u32,
+        log_size: u32,
+        log_buf: u64,
+        kern_version: u32,
+        prog_flags: u32,
+        prog_name: [u8; 16],
+        prog_ifindex: u32,
+        expected_attach_type: u32,
+    }
+    let [a, b, c, d] = value.to_le_bytes();
+    // r0 = value; exit
+    let instructions: [[u8; 8]; 2] = [[0xb7, 0, 0, 0, a, b, c, d], [0x95, 0, 0, 0, 0, 0, 0, 0]];
+    let mut prog_name = [0; 16];
+    prog_name[..PROBE_NAME.len()].copy_from_slice(PROBE_NAME.as_bytes());
+    let attr = Attr {
+        prog_type: kind as u32,
+        insn_cnt: instructions.len() as u32,
+        insns: instructions.as_ptr() as u64,
+        license: c"GPL".as_ptr() as u64,
+        log_level: 0,
+        log_size: 0,
+        log_buf: 0,
+        kern_version: 0,
+        prog_flags: 0,
+        prog_name,
+        prog_ifindex: 0,
+        expected_attach_type: hook as u32,
+    };
+    bpf_fd(BPF_PROG_LOAD, &attr)
 }
 
 /// Gives an object a name on a bpffs, which keeps it alive.
@@ -185,7 +297,7 @@ fn bpf_fd<Attr>(command: libc::c_long, attr: &Attr) -> io::Result<OwnedFd> {
     Ok(unsafe { OwnedFd::from_raw_fd(fd) })
 }
 
-/// The id of a cgroup directory, as [`link_cgroup`] reports it.
+/// The id of a cgroup directory, as [`link_info`] reports it.
 pub(super) fn cgroup_id(directory: impl AsFd) -> io::Result<u64> {
     Ok(nix::sys::stat::fstat(directory)?.st_ino)
 }
