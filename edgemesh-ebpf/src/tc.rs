@@ -18,12 +18,13 @@ use aya_ebpf::{
     helpers::bpf_ktime_get_ns,
 };
 use edgemesh_common::{
-    layout::{FrontendKey, TCP},
+    layout::{ELSEWHERE, FrontendKey, HAS_SOURCE_RANGES, SCOPE_OUTSIDE, SCOPE_SOCKETS, TCP},
     nat::{
-        self, ACK, ANSWERS, CLOSING, DROP_NO_PORT, DROP_NO_ROUTE, DROP_UNWRITABLE, GUEST_EGRESS, GUEST_INGRESS,
-        NO_LINK_HEADER, Nat, Next, REDIRECT, REPLIED, SYN, UPLINK, UPLINK_EGRESS, UPLINK_INGRESS,
+        self, ACK, ANSWERS, CLOSING, DROP_NO_PORT, DROP_NO_ROUTE, DROP_SOURCE, DROP_UNWRITABLE, DROP_WRONG_NODE,
+        GUEST_EGRESS, GUEST_INGRESS, NO_LINK_HEADER, Nat, Next, REDIRECT, REPLIED, SYN, Tuple, UPLINK, UPLINK_EGRESS,
+        UPLINK_INGRESS,
     },
-    select::{Earlier, Verdict, select_sticky},
+    select::{self, Earlier, Verdict, select_sticky},
 };
 
 use self::{
@@ -123,7 +124,6 @@ fn read(skb: *mut __sk_buff, hook: u8) -> Option<&'static mut Scratch> {
 /// Finds a backend for the first packet of a connection, or for one whose entry is to be confirmed, and translates it.
 #[inline(always)]
 fn connect(skb: *mut __sk_buff, s: &mut Scratch, earlier: Option<&mut Nat>, now: u64) -> i32 {
-    let outside = s.packet.tuple.hook == UPLINK_INGRESS;
     s.opening.now = now;
     match choose(s, earlier.is_some()) {
         Choice::Untouched => {
@@ -133,11 +133,9 @@ fn connect(skb: *mut __sk_buff, s: &mut Scratch, earlier: Option<&mut Nat>, now:
             }
             PASS
         }
-        // What else listens on a node's address is no business of Services, and ClusterIPs are not for the outside.
-        Choice::Refuse if outside && s.opening.service == 0 => PASS,
         Choice::Refuse => {
             count(s.opening.service, 0, |c| c.refused += 1);
-            refuse::refuse(skb, s)
+            if has(s, ELSEWHERE) { drop_for(DROP_WRONG_NODE) } else { refuse::refuse(skb, s) }
         }
         Choice::Forward => {
             let chosen = &s.opening;
@@ -151,6 +149,9 @@ fn connect(skb: *mut __sk_buff, s: &mut Scratch, earlier: Option<&mut Nat>, now:
                 touch(s, nat, now);
                 return translate(skb, s);
             }
+            if has(s, HAS_SOURCE_RANGES) && !maps::is_admitted(s.opening.service, &s.packet.tuple.src) {
+                return drop_for(DROP_SOURCE);
+            }
             open(skb, s)
         }
     }
@@ -163,16 +164,25 @@ enum Choice {
     Forward,
 }
 
+/// The frontend that the packet is for.
+#[inline(always)]
+fn key_of(tuple: &Tuple) -> FrontendKey {
+    let scope = if tuple.hook == UPLINK_INGRESS { SCOPE_OUTSIDE } else { SCOPE_SOCKETS };
+    FrontendKey::new(tuple.dst, tuple.dst_port, tuple.proto).in_scope(scope)
+}
+
+/// Whether the packet's frontend has one of these flags.
+#[inline(never)]
+fn has(s: &Scratch, flags: u32) -> bool {
+    select::flags(&Maps, &key_of(&s.packet.tuple)) & flags != 0
+}
+
 /// Asks where the packet goes; to the backend of `s.nat` if `earlier` and that is still eligible.
 #[inline(never)]
 fn choose(s: &mut Scratch, earlier: bool) -> Choice {
     let tuple = &s.packet.tuple;
-    let key = FrontendKey {
-        addr: tuple.dst,
-        port: tuple.dst_port,
-        proto: tuple.proto,
-        pad: u8::from(tuple.hook == UPLINK_INGRESS),
-    };
+    let key = key_of(tuple);
+    let outside = key.scope == SCOPE_OUTSIDE;
     let nat = &s.nat;
     let known = || {
         if !earlier {
@@ -180,11 +190,12 @@ fn choose(s: &mut Scratch, earlier: bool) -> Choice {
         }
         Some(Earlier { service: nat.service, generation: nat.generation, backend: nat.chosen() })
     };
-    match select_sticky(&Maps, &key, known) {
+    match select_sticky(&Maps, &key, || tuple.src, known) {
         Verdict::Untouched => Choice::Untouched,
         Verdict::Refuse { service } => {
             s.opening.service = service;
-            Choice::Refuse
+            // What else listens on a node's address is no business of Services, and ClusterIPs are not for the outside.
+            if outside && service == 0 { Choice::Untouched } else { Choice::Refuse }
         }
         Verdict::Forward { service, generation, backend } => {
             s.opening.service = service;

@@ -9,9 +9,10 @@ use aya_ebpf::{
     },
     helpers::{bpf_get_prandom_u32, bpf_sk_lookup_udp, bpf_sk_release, bpf_skc_lookup_tcp},
     macros::map,
-    maps::{HashMap, LpmTrie, LruHashMap, PerCpuArray},
+    maps::{HashMap, LpmTrie, LruHashMap, PerCpuArray, lpm_trie::Key},
 };
 use edgemesh_common::{
+    Addr,
     layout::TCP,
     nat::{Connections, DROP_REASONS, FragmentKey, Interface, Nat, Opening, SourceRange, Tuple},
 };
@@ -78,6 +79,13 @@ pub(super) fn ports() -> (u16, u16) {
 pub(super) fn scratch() -> Option<&'static mut Scratch> {
     // SAFETY: see `TC_SCRATCH`; zeroes, which it begins with, are a value of its type.
     TC_SCRATCH.get_ptr_mut(0).map(|s| unsafe { &mut *s })
+}
+
+/// Whether a client may use the frontend of `service`, which has source ranges.
+#[inline(never)]
+pub(super) fn is_admitted(service: u32, client: &Addr) -> bool {
+    let range = SourceRange { service: service.to_be_bytes(), addr: *client };
+    SOURCE_RANGES.get(Key::new(size_of::<SourceRange>() as u32 * 8, range)).is_some()
 }
 
 /// Drops the packet and counts it.
