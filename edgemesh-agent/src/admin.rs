@@ -38,7 +38,7 @@ pub use client::{ClientError, get};
 
 use crate::{
     conditions::Conditions,
-    dataplane,
+    dataplane::{self, ebpf::TrafficSight},
     kube::SourceState,
     lifecycle::{Readiness, Tasks},
     metrics,
@@ -77,6 +77,8 @@ pub struct DataplaneSight {
     pub adopted_frontends: usize,
     /// Counts the UDP sockets ended because their backend was gone.
     pub ended_sockets: Option<sock_diag::Ended>,
+    /// What is attached to interfaces.
+    pub traffic: Option<TrafficSight>,
 }
 
 impl Sight {
@@ -97,6 +99,8 @@ impl Sight {
                 cgroup: dataplane.cgroup.display().to_string(),
                 adopted_frontends: dataplane.adopted_frontends,
                 ended_udp_sockets: dataplane.ended_sockets.as_ref().map_or(0, sock_diag::Ended::get),
+                interfaces: dataplane.traffic.as_ref().map(TrafficSight::interfaces).unwrap_or_default(),
+                dropped_packets: dataplane.traffic.as_ref().map(TrafficSight::drops).unwrap_or_default(),
                 generation: dataplane.handle.generation(),
                 newest_generation: table.generation,
             }),

@@ -100,12 +100,13 @@ async fn build_on(
         ebpf.follow_log(tasks);
         let (cgroup, adopted_frontends) = (ebpf.cgroup().to_owned(), ebpf.adopted());
         let ended_sockets = ebpf.ended_sockets();
+        let traffic = ebpf.follow_interfaces(tables.clone(), &conditions, tasks).map_err(StartError::Thread)?;
         let unready = readiness.block("the data plane");
         let (handle, started) =
             dataplane::spawn(Box::new(ebpf), tables.clone(), conditions.clone(), unready, tasks.stopping())
                 .map_err(StartError::Thread)?;
         tasks.spawn(dataplane::supervise(handle.clone(), conditions.clone(), readiness.clone(), tasks.stopping()));
-        dataplane = Some(DataplaneSight { handle, cgroup, adopted_frontends, ended_sockets });
+        dataplane = Some(DataplaneSight { handle, cgroup, adopted_frontends, ended_sockets, traffic });
         thread = Some(started);
     } else {
         info!("modules.edgeProxy.enable is false: Services are not translated on this node");

@@ -116,6 +116,14 @@ pub struct EbpfConfig {
     pub max_frontends: u32,
     /// Capacity of sets larger than 8; default 200000.
     pub max_backends: u32,
+    /// How many connections are translated packet by packet at a time; default 32768.
+    pub max_connections: u32,
+    /// Patterns of the interfaces where traffic from outside is served; empty: found from addresses and routes.
+    pub uplinks: Vec<String>,
+    /// Patterns of the interfaces to guests whose sockets are not this kernel's.
+    pub guest_interfaces: Vec<String>,
+    /// Whether tcx is used where the kernel has it; default true.
+    pub tcx: bool,
 }
 
 impl Default for EbpfConfig {
@@ -125,6 +133,10 @@ impl Default for EbpfConfig {
             pin_directory: PathBuf::from("/sys/fs/bpf/edgemesh"),
             max_frontends: 20_000,
             max_backends: 200_000,
+            max_connections: 32_768,
+            uplinks: Vec::new(),
+            guest_interfaces: Vec::new(),
+            tcx: true,
         }
     }
 }

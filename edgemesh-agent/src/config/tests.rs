@@ -112,6 +112,10 @@ modules:
       pinDirectory: /sys/fs/bpf/x
       maxFrontends: 7
       maxBackends: 8
+      maxConnections: 9
+      uplinks: [eth0, 'bond*']
+      guestInterfaces: ['tap*']
+      tcx: false
 ",
     );
     assert_eq!(notes(&loaded), [""; 0]);
@@ -133,6 +137,10 @@ modules:
                 pin_directory: PathBuf::from("/sys/fs/bpf/x"),
                 max_frontends: 7,
                 max_backends: 8,
+                max_connections: 9,
+                uplinks: vec!["eth0".to_owned(), "bond*".to_owned()],
+                guest_interfaces: vec!["tap*".to_owned()],
+                tcx: false,
             },
         },
     };

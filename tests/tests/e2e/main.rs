@@ -5,6 +5,7 @@ mod bad_input;
 mod change;
 mod churn;
 mod cleanup;
+mod outside;
 mod policy;
 mod restart;
 mod translation;

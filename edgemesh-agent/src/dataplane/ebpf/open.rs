@@ -9,7 +9,7 @@ use std::{
 
 use aya::{
     Ebpf as Object, EbpfError, EbpfLoader, Pod,
-    maps::{HashMap, MapData, MapError, PerCpuHashMap},
+    maps::{HashMap, LpmTrie, MapData, MapError, PerCpuHashMap},
     programs::{CgroupSockAddr, CgroupSockAddrAttachType as Hook, ProgramError, ProgramType},
     sys::{BpfHelper, is_helper_supported},
 };
@@ -18,10 +18,11 @@ use edgemesh_common::{
     layout::{
         Backend, BackendKey, CounterKey, Counters, Frontend, FrontendKey, Member, MemberKey, Ring, RingKey, UdpSocket,
     },
+    nat::SourceRange,
 };
 use tracing::{debug, info};
 
-use super::{mounts, pins::Pins, sys};
+use super::{mounts, pins::Pins, sys, tc};
 use crate::config::EbpfConfig;
 
 /// The compiled eBPF object, absent from builds made before `cargo xtask build-ebpf`.
@@ -44,8 +45,22 @@ const PROGRAMS: [(&str, Hook); 8] = [
 ];
 
 /// Pinned with the version of the tables.
-const TABLES: [&str; 9] =
-    ["FRONTENDS", "BACKENDS", "SERVICE_ADDRS", "RINGS", "MEMBERS", "COUNTERS", "AFFINITY", "SETTINGS", "EVENTS"];
+const TABLES: [&str; 14] = [
+    "FRONTENDS",
+    "BACKENDS",
+    "SERVICE_ADDRS",
+    "RINGS",
+    "MEMBERS",
+    "COUNTERS",
+    "AFFINITY",
+    "SETTINGS",
+    "EVENTS",
+    "NAT",
+    "FRAGMENTS",
+    "INTERFACES",
+    "SOURCE_RANGES",
+    "TC_DROPS",
+];
 /// Pinned with the version of what sockets remember.
 const SOCKET_MAPS: [&str; 3] = ["CONNECTED", "DATAGRAMS", "UDP_SOCKETS"];
 
@@ -108,6 +123,8 @@ pub(super) struct Opened {
     pub(super) service_addrs: HashMap<MapData, Addr, u32>,
     pub(super) rings: HashMap<MapData, RingKey, Ring>,
     pub(super) members: HashMap<MapData, MemberKey, Member>,
+    /// The value is not used.
+    pub(super) source_ranges: LpmTrie<MapData, SourceRange, u32>,
     pub(super) counters: PerCpuHashMap<MapData, CounterKey, Counters>,
     /// None once it was handed to the thread that looks sockets up in it.
     pub(super) udp_sockets: Option<HashMap<MapData, u64, UdpSocket>>,
@@ -124,6 +141,8 @@ pub(super) struct Opened {
     pub(super) attached: bool,
     /// How many links were found and updated, rather than made.
     pub(super) adopted_links: usize,
+    /// None once it was handed to what attaches it to interfaces.
+    pub(super) traffic: Option<tc::Traffic>,
     /// Whether programs can tell the host's sockets from those of pods.
     pub(super) knows_host: bool,
 }
@@ -159,15 +178,19 @@ pub(super) fn open(config: &EbpfConfig) -> Result<Opened, OpenError> {
     let has_set_retval =
         u32::from(is_helper_supported(ProgramType::CgroupSockAddr, BpfHelper::BPF_FUNC_set_retval).unwrap_or(false));
     let host_netns = sys::netns_cookie().unwrap_or(0);
+    let nat_ports = tc::ports();
     let mut loader = EbpfLoader::new();
     loader
         .override_global("HAS_SET_RETVAL", &has_set_retval, true)
         .override_global("HOST_NETNS", &host_netns, true)
+        .override_global("NAT_PORTS", &nat_ports, true)
         .map_max_entries("FRONTENDS", config.max_frontends)
         .map_max_entries("SERVICE_ADDRS", config.max_frontends)
         .map_max_entries("RINGS", config.max_frontends)
         .map_max_entries("BACKENDS", config.max_backends)
         .map_max_entries("MEMBERS", config.max_backends)
+        .map_max_entries("SOURCE_RANGES", config.max_frontends)
+        .map_max_entries("NAT", config.max_connections.saturating_mul(2))
         .map_max_entries("COUNTERS", config.max_backends.saturating_add(config.max_frontends));
     for name in TABLES {
         loader.map_pin_path(name, pins.tables.join(name));
@@ -179,6 +202,7 @@ pub(super) fn open(config: &EbpfConfig) -> Result<Opened, OpenError> {
     for (name, _) in PROGRAMS {
         program(&mut object, name)?.load().map_err(|error| program_error(name, &error))?;
     }
+    let traffic = tc::Traffic::load(&mut object, &pins, config)?;
     debug!(has_set_retval, host_netns, "eBPF programs are loaded");
 
     let frontends = map(&mut object, "FRONTENDS")?;
@@ -191,6 +215,8 @@ pub(super) fn open(config: &EbpfConfig) -> Result<Opened, OpenError> {
         service_addrs: hash_map(&mut object, "SERVICE_ADDRS")?,
         rings: hash_map(&mut object, "RINGS")?,
         members: hash_map(&mut object, "MEMBERS")?,
+        source_ranges: LpmTrie::try_from(map(&mut object, "SOURCE_RANGES")?)
+            .map_err(|error| map_error("SOURCE_RANGES", &error))?,
         counters: PerCpuHashMap::try_from(map(&mut object, "COUNTERS")?)
             .map_err(|error| map_error("COUNTERS", &error))?,
         udp_sockets: Some(hash_map(&mut object, "UDP_SOCKETS")?),
@@ -202,6 +228,7 @@ pub(super) fn open(config: &EbpfConfig) -> Result<Opened, OpenError> {
         pins,
         attached: false,
         adopted_links: 0,
+        traffic: Some(traffic),
         knows_host: host_netns != 0,
     };
     if opened.pins.awaits_switch() {
@@ -217,7 +244,7 @@ fn program<'a>(object: &'a mut Object, name: &'static str) -> Result<&'a mut Cgr
     program.ok_or(OpenError::Foreign { kind: "program", name })
 }
 
-fn hash_map<K: Pod, V: Pod>(object: &mut Object, name: &'static str) -> Result<HashMap<MapData, K, V>, OpenError> {
+pub(super) fn hash_map<K: Pod, V: Pod>(object: &mut Object, name: &'static str) -> Result<HashMap<MapData, K, V>, OpenError> {
     HashMap::try_from(map(object, name)?).map_err(|error| map_error(name, &error))
 }
 
@@ -282,7 +309,7 @@ fn missing_capabilities() -> Vec<&'static str> {
 }
 
 /// A verifier log has hundreds of lines, of which the last says what is wrong; all of it goes to the debug log.
-fn in_one_line(error: &ProgramError) -> String {
+pub(super) fn in_one_line(error: &ProgramError) -> String {
     if let ProgramError::LoadError { io_error, verifier_log } = error {
         let log = verifier_log.to_string();
         debug!("{log}");
@@ -292,11 +319,11 @@ fn in_one_line(error: &ProgramError) -> String {
     error.to_string()
 }
 
-fn map(object: &mut Object, name: &'static str) -> Result<aya::maps::Map, OpenError> {
+pub(super) fn map(object: &mut Object, name: &'static str) -> Result<aya::maps::Map, OpenError> {
     object.take_map(name).ok_or(OpenError::Foreign { kind: "map", name })
 }
 
-fn map_error(name: &'static str, error: &MapError) -> OpenError {
+pub(super) fn map_error(name: &'static str, error: &MapError) -> OpenError {
     OpenError::Map { name, error: error.to_string() }
 }
 

@@ -12,6 +12,7 @@ use std::{
 };
 
 use aya::programs::CgroupSockAddrAttachType;
+use aya_obj::generated::bpf_attach_type;
 
 // Commands of `enum bpf_cmd`, include/uapi/linux/bpf.h.
 const BPF_OBJ_PIN: libc::c_long = 6;
@@ -32,16 +33,29 @@ pub(super) fn link_create(
     cgroup: BorrowedFd<'_>,
     hook: CgroupSockAddrAttachType,
 ) -> io::Result<OwnedFd> {
-    #[repr(C)]
-    struct Attr {
-        prog_fd: RawFd,
-        target_fd: RawFd,
-        attach_type: u32,
-        flags: u32,
-    }
-    let hook: aya_obj::generated::bpf_attach_type = hook.into();
-    let attr = Attr { prog_fd: program.as_raw_fd(), target_fd: cgroup.as_raw_fd(), attach_type: hook as u32, flags: 0 };
+    let hook: bpf_attach_type = hook.into();
+    let target = cgroup.as_raw_fd().cast_unsigned();
+    bpf_fd(BPF_LINK_CREATE, &LinkAttr { program: program.as_raw_fd(), target, attach_type: hook as u32, flags: 0 })
+}
+
+/// Attaches a program to an interface after those that are there, by a link as [`link_create`]'s. Linux 6.6.
+///
+/// # Errors
+///
+/// EINVAL where the kernel has no tcx.
+pub(super) fn tcx_create(program: BorrowedFd<'_>, interface: u32, egress: bool) -> io::Result<OwnedFd> {
+    let hook = if egress { bpf_attach_type::BPF_TCX_EGRESS } else { bpf_attach_type::BPF_TCX_INGRESS };
+    let attr = LinkAttr { program: program.as_raw_fd(), target: interface, attach_type: hook as u32, flags: 0 };
     bpf_fd(BPF_LINK_CREATE, &attr)
+}
+
+#[repr(C)]
+struct LinkAttr {
+    program: RawFd,
+    /// A file descriptor, or the index of an interface.
+    target: u32,
+    attach_type: u32,
+    flags: u32,
 }
 
 /// Puts another program into a link: every call sees either the old or the new one. Kernel 5.7.
@@ -59,6 +73,12 @@ pub(super) fn link_update(link: BorrowedFd<'_>, program: BorrowedFd<'_>) -> io::
     }
     let attr = Attr { link_fd: link.as_raw_fd(), new_prog_fd: program.as_raw_fd(), flags: 0, old_prog_fd: 0 };
     bpf(BPF_LINK_UPDATE, &attr).map(drop)
+}
+
+/// The index of the interface that a tcx link is attached to; 0 once that interface is gone.
+pub(super) fn link_interface(link: BorrowedFd<'_>) -> io::Result<u32> {
+    // Both are at the beginning of what is particular to the kind of link, the index in four bytes of it.
+    Ok(link_cgroup(link)? as u32)
 }
 
 /// The id (inode number) of the cgroup that a cgroup link is attached to; 0 once that cgroup is gone.
