@@ -233,7 +233,8 @@ impl Nat {
 
 /// The NAT map and what is needed to choose ports: maps and helpers in the kernel, a `HashMap` in the tests.
 pub trait Connections {
-    fn find(&self, key: &Tuple) -> Option<Nat>;
+    /// Looks at an entry where it stands: a program has no room for many copies.
+    fn look<R>(&self, key: &Tuple, at: impl FnOnce(&Nat) -> R) -> Option<R>;
     /// Makes the entry; false if there is one already.
     fn create(&self, key: &Tuple, nat: &Nat) -> bool;
     /// Makes or replaces the entry.
@@ -261,15 +262,15 @@ pub struct Opening {
     pub now: u64,
 }
 
-/// Makes the two entries of a connection whose first packet is `packet`, and returns the one for its direction; None if
-/// there is no port left to tell its answers from those of others.
+/// Makes the two entries of a connection whose first packet is `packet`, and puts the one for its direction into
+/// `forward`; false if there is no port left to tell its answers from those of others.
 ///
 /// The client's own port is kept where its address is, unless another connection to the same backend has it: such are
 /// two connections of one client port to two frontends with a backend in common.
 #[inline(always)]
-pub fn open<C: Connections>(connections: &C, packet: &Tuple, opening: &Opening) -> Option<Nat> {
+pub fn open<C: Connections>(connections: &C, packet: &Tuple, opening: &Opening, forward: &mut Nat) -> bool {
     let redirect = if opening.masquerade { REDIRECT } else { 0 };
-    let mut forward = Nat {
+    *forward = Nat {
         src: opening.source,
         dst: opening.backend.addr,
         src_port: packet.src_port,
@@ -287,7 +288,7 @@ pub fn open<C: Connections>(connections: &C, packet: &Tuple, opening: &Opening) 
         src_port: packet.dst_port,
         dst_port: packet.src_port,
         state: redirect | ANSWERS,
-        ..forward
+        ..*forward
     };
     let mut key = Tuple {
         src: opening.backend.addr,
@@ -308,24 +309,27 @@ pub fn open<C: Connections>(connections: &C, packet: &Tuple, opening: &Opening) 
             continue;
         }
         let mut mine = connections.create(&key, &answer);
-        if !mine && let Some(other) = connections.find(&key) {
+        if !mine {
             // The same client and frontend: an earlier connection of this one, or another CPU with the same packet.
-            let same = other.dst.same(&answer.dst)
-                && other.src.same(&answer.src)
-                && other.dst_port == answer.dst_port
-                && other.src_port == answer.src_port;
-            if same || other.is_over(packet.proto, opening.now) {
+            let free = connections.look(&key, |other| {
+                let same = other.dst.same(&answer.dst)
+                    && other.src.same(&answer.src)
+                    && other.dst_port == answer.dst_port
+                    && other.src_port == answer.src_port;
+                same || other.is_over(packet.proto, opening.now)
+            });
+            if free == Some(true) {
                 connections.put(&key, &answer);
                 mine = true;
             }
         }
         if mine {
             forward.src_port = key.dst_port;
-            connections.put(packet, &forward);
-            return Some(forward);
+            connections.put(packet, forward);
+            return true;
         }
     }
-    None
+    false
 }
 
 #[cfg(feature = "user")]

@@ -152,7 +152,8 @@ fn connect(skb: *mut __sk_buff, s: &mut Scratch, earlier: Option<&mut Nat>, now:
             if has(s, HAS_SOURCE_RANGES) && !maps::is_admitted(s.opening.service, &s.packet.tuple.src) {
                 return drop_for(DROP_SOURCE);
             }
-            open(skb, s)
+            // A call of its own and not the last of `open`, which would keep its stack.
+            if let Err(reason) = open(skb, s) { drop_for(reason) } else { translate(skb, s) }
         }
     }
 }
@@ -206,9 +207,9 @@ fn choose(s: &mut Scratch, earlier: bool) -> Choice {
     }
 }
 
-/// Makes the entries of a connection to `s.opening.backend` and translates its first packet.
+/// Makes the entries of a connection to `s.opening.backend`; `s.nat` is that of the packet. Fails with a reason to drop it.
 #[inline(never)]
-fn open(skb: *mut __sk_buff, s: &mut Scratch) -> i32 {
+fn open(skb: *mut __sk_buff, s: &mut Scratch) -> Result<(), u32> {
     let packet = &s.packet;
     let opening = &mut s.opening;
     let outside = packet.tuple.hook == UPLINK_INGRESS;
@@ -223,7 +224,7 @@ fn open(skb: *mut __sk_buff, s: &mut Scratch) -> i32 {
         if let Some(interface) = route.interface()
             && interface.flags & UPLINK != 0
         {
-            let Some(source) = interface.source_for(&opening.backend.addr) else { return drop_for(DROP_NO_ROUTE) };
+            let Some(source) = interface.source_for(&opening.backend.addr) else { return Err(DROP_NO_ROUTE) };
             opening.source = source;
             opening.masquerade = true;
             opening.answers_at = UPLINK_INGRESS;
@@ -233,18 +234,19 @@ fn open(skb: *mut __sk_buff, s: &mut Scratch) -> i32 {
         // SAFETY: see `read`.
         let interface = unsafe { INTERFACES.get((*skb).ifindex) };
         let Some(source) = interface.and_then(|interface| interface.source_for(&packet.tuple.src)) else {
-            return drop_for(DROP_NO_ROUTE);
+            return Err(DROP_NO_ROUTE);
         };
         opening.source = source;
         opening.masquerade = true;
         opening.answers_at = GUEST_INGRESS;
     }
     let table = Table { skb };
-    let Some(nat) = nat::open(&table, &packet.tuple, opening) else { return drop_for(DROP_NO_PORT) };
-    s.nat = nat;
+    if !nat::open(&table, &packet.tuple, opening, &mut s.nat) {
+        return Err(DROP_NO_PORT);
+    }
     let (service, backend) = (opening.service, opening.backend.id);
     count(service, backend, |c| c.connects += 1);
-    translate(skb, s)
+    Ok(())
 }
 
 /// Writes down that a packet of `nat` has passed, of which `s.nat` is a copy.

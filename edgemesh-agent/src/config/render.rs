@@ -139,7 +139,8 @@ fn used(slot: &Slot) -> Value {
         Slot::UnixSocket(_) => json!({ "type": text, "maxLength": MAX_SOCKET_PATH, "pattern": "^/.*[^/]$" }),
         Slot::OptionalPath(_) => json!({ "type": text, "pattern": "^(/.*)?$" }),
         Slot::Interfaces(_) => {
-            let name = json!({ "type": "string", "minLength": 1, "maxLength": MAX_INTERFACE, "pattern": "^[^/:%\\s]*$" });
+            let name =
+                json!({ "type": "string", "minLength": 1, "maxLength": MAX_INTERFACE, "pattern": "^[^/:%\\s]*$" });
             json!({ "type": ["array", "null"], "items": name })
         }
         Slot::Url(_) => json!({ "type": text, "pattern": "^(https?://[^@?]+)?$" }),

@@ -17,8 +17,8 @@ struct World {
 }
 
 impl Connections for World {
-    fn find(&self, key: &Tuple) -> Option<Nat> {
-        self.nat.borrow().get(key).copied()
+    fn look<R>(&self, key: &Tuple, at: impl FnOnce(&Nat) -> R) -> Option<R> {
+        self.nat.borrow().get(key).map(at)
     }
     fn create(&self, key: &Tuple, nat: &Nat) -> bool {
         let mut map = self.nat.borrow_mut();
@@ -37,6 +37,17 @@ impl Connections for World {
         self.random.set(self.random.get().wrapping_mul(1_664_525).wrapping_add(1_013_904_223));
         self.random.get()
     }
+}
+
+impl World {
+    fn find(&self, key: &Tuple) -> Option<Nat> {
+        self.look(key, |nat| *nat)
+    }
+}
+
+fn open(world: &World, packet: &Tuple, opening: &Opening) -> Option<Nat> {
+    let mut forward = Nat::default();
+    super::open(world, packet, opening, &mut forward).then_some(forward)
 }
 
 fn addr(text: &str) -> Addr {

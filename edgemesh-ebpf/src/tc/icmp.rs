@@ -10,7 +10,7 @@ use edgemesh_common::{
 use super::{
     PASS,
     maps::{NAT, Scratch, drop_for},
-    packet::{adjust_l4, difference, load, store},
+    packet::{addresses, adjust_l4, difference, load, store, translated},
     route::{self, Route},
 };
 
@@ -45,17 +45,18 @@ pub(super) fn translate(skb: *mut __sk_buff, s: &mut Scratch) -> i32 {
     let Some(nat) = (unsafe { NAT.get(s.quote.answer) }) else { return PASS };
     s.nat = *nat;
     // A router speaks for itself, the backend as the frontend.
-    let src = if s.packet.tuple.src.same(&s.quote.answer.src) { s.nat.src } else { s.packet.tuple.src };
-    let dst = s.nat.dst;
+    let speaks_for_backend = s.packet.tuple.src.same(&s.quote.answer.src);
+    s.outer[0] = if speaks_for_backend { s.nat.src } else { s.packet.tuple.src };
+    s.outer[1] = s.nat.dst;
     if s.nat.state & REDIRECT == 0 {
-        return if rewrite(skb, s, &src, &dst) { PASS } else { drop_for(DROP_UNWRITABLE) };
+        return if rewrite(skb, s) { PASS } else { drop_for(DROP_UNWRITABLE) };
     }
     if s.packet.ttl <= 1 {
         return drop_for(DROP_EXPIRED);
     }
     let mut route = Route::default();
-    route::find(skb, &s.packet, &src, &dst, &mut route);
-    if !rewrite(skb, s, &src, &dst) || !s.packet.decrement_ttl(skb) {
+    route::find(skb, &s.packet, &s.outer[0], &s.outer[1], &mut route);
+    if !rewrite(skb, s) || !s.packet.decrement_ttl(skb) {
         return drop_for(DROP_UNWRITABLE);
     }
     route.send(skb, &s.packet)
@@ -106,11 +107,11 @@ fn quoted_ports(skb: *mut __sk_buff, quote: &mut Quote, proto: u8) -> bool {
 
 /// Writes the addresses of the error and those in what it quotes, and all checksums there are.
 #[inline(never)]
-fn rewrite(skb: *mut __sk_buff, s: &Scratch, src: &Addr, dst: &Addr) -> bool {
+fn rewrite(skb: *mut __sk_buff, s: &Scratch) -> bool {
     let (packet, quote, nat) = (&s.packet, &s.quote, &s.nat);
     let icmp = packet.l4 + CHECKSUM;
-    // Turned round once more: the quoted packet came from where the answers go.
-    let addresses = difference(&[quote.answer.dst, quote.answer.src], &[nat.dst, nat.src]);
+    // The quoted packet came from where the answers go; a sum does not know the difference.
+    let change = difference(addresses(&quote.answer), translated(nat));
     let to = [nat.dst_port, nat.src_port];
     let ports = difference(&[quote.answer.dst_port, quote.answer.src_port], &to);
 
@@ -118,26 +119,27 @@ fn rewrite(skb: *mut __sk_buff, s: &Scratch, src: &Addr, dst: &Addr) -> bool {
     let mut old = 0_u16;
     // Not all that quote TCP quote as far as to its checksum; zero is "no checksum" in UDP.
     if load(skb, at, &mut old) && (old != 0 || quote.answer.proto == TCP) {
-        let new = checksum::adjust(old, addresses + ports);
-        let change = difference(&[old, 0], &[new, 0]);
-        if !store(skb, at, &new, 0) || !adjust_l4(skb, icmp, change, false, false) {
+        let new = checksum::adjust(old, change + ports);
+        let field = difference(&[old, 0], &[new, 0]);
+        if !store(skb, at, &new, 0) || !adjust_l4(skb, icmp, field, false, false) {
             return false;
         }
     }
     if !adjust_l4(skb, icmp, ports, false, false) || !store(skb, quote.l4, &to, 0) {
         return false;
     }
-    let outer = difference(&[packet.tuple.src, packet.tuple.dst], &[*src, *dst]);
+    let outer = difference(addresses(&packet.tuple), &s.outer);
     let quoted = if packet.v6 {
         // ICMPv6 sums up the addresses of its own packet, too.
-        adjust_l4(skb, icmp, addresses, false, false)
+        adjust_l4(skb, icmp, change, false, false)
             && adjust_l4(skb, icmp, outer, true, false)
-            && store(skb, quote.l3 + 8, &[nat.dst, nat.src], 0)
+            && store(skb, quote.l3 + 8, &nat.dst, 0)
+            && store(skb, quote.l3 + 24, &nat.src, 0)
     } else {
         // The header's own checksum balances its addresses.
         // SAFETY: takes the context and numbers.
-        let ok = unsafe { bpf_l3_csum_replace(skb, quote.l3 + 10, 0, addresses, 0) == 0 };
+        let ok = unsafe { bpf_l3_csum_replace(skb, quote.l3 + 10, 0, change, 0) == 0 };
         ok && store(skb, quote.l3 + 12, &[nat.dst.v4_word(), nat.src.v4_word()], 0)
     };
-    quoted && packet.store_addresses(skb, src, dst, outer)
+    quoted && packet.store_addresses(skb, &s.outer, outer)
 }

@@ -58,6 +58,8 @@ pub(super) struct Scratch {
     pub(super) nat: Nat,
     pub(super) opening: Opening,
     pub(super) quote: Quote,
+    /// Source and destination that an ICMP error is to have.
+    pub(super) outer: [Addr; 2],
     /// When the next ICMP error of this CPU is due; see [`super::refuse`].
     pub(super) next_error: u64,
     /// Headers to be written.
@@ -105,9 +107,9 @@ pub(super) struct Table {
 
 impl Connections for Table {
     #[inline(always)]
-    fn find(&self, key: &Tuple) -> Option<Nat> {
+    fn look<R>(&self, key: &Tuple, at: impl FnOnce(&Nat) -> R) -> Option<R> {
         // SAFETY: see `NAT`.
-        unsafe { NAT.get(key) }.copied()
+        unsafe { NAT.get(key) }.map(at)
     }
 
     #[inline(always)]

@@ -3,6 +3,8 @@
 //! Everything goes by the helpers that copy from and to a packet: unlike direct access they reach what is not in its
 //! linear part, so no packet has to be pulled together, and they keep the checksums that network devices computed.
 
+use core::mem::offset_of;
+
 use aya_ebpf::{
     bindings::{__sk_buff, BPF_F_MARK_MANGLED_0, BPF_F_PSEUDO_HDR, BPF_F_RECOMPUTE_CSUM},
     helpers::{bpf_csum_diff, bpf_l3_csum_replace, bpf_l4_csum_replace, bpf_skb_load_bytes, bpf_skb_store_bytes},
@@ -102,6 +104,22 @@ pub(super) fn difference<T>(from: &T, to: &T) -> u64 {
             0,
         ) as u64
     }
+}
+
+/// Both addresses of a tuple, where they stand.
+#[inline(always)]
+pub(super) fn addresses(tuple: &Tuple) -> &[Addr; 2] {
+    const { assert!(offset_of!(Tuple, src) == 0 && offset_of!(Tuple, dst) == 16) };
+    // SAFETY: the first two fields of a `repr(C)` struct, without a gap.
+    unsafe { &*core::ptr::from_ref(tuple).cast() }
+}
+
+/// Both addresses that an entry gives to packets, where they stand.
+#[inline(always)]
+pub(super) fn translated(nat: &Nat) -> &[Addr; 2] {
+    const { assert!(offset_of!(Nat, src) == 0 && offset_of!(Nat, dst) == 16) };
+    // SAFETY: as above.
+    unsafe { &*core::ptr::from_ref(nat).cast() }
 }
 
 /// Changes the checksum of a TCP, UDP or ICMP header by `change`; of the addresses if `addresses`.
@@ -293,7 +311,7 @@ impl Packet {
     /// Writes the addresses and ports of `nat`; false if the packet cannot be written to.
     #[inline(never)]
     pub(super) fn rewrite(&self, skb: *mut __sk_buff, nat: &Nat) -> bool {
-        let change = difference(&[self.tuple.src, self.tuple.dst], &[nat.src, nat.dst]);
+        let change = difference(addresses(&self.tuple), translated(nat));
         if self.fragment != LATER_FRAGMENT {
             let udp = self.tuple.proto == UDP;
             let checksum = self.l4 + if udp { UDP_CHECKSUM } else { TCP_CHECKSUM };
@@ -307,17 +325,17 @@ impl Packet {
                 return false;
             }
         }
-        self.store_addresses(skb, &nat.src, &nat.dst, change)
+        self.store_addresses(skb, translated(nat), change)
     }
 
     /// Writes addresses into the IP header, whose difference to those there is `change`.
     #[inline(always)]
-    pub(super) fn store_addresses(&self, skb: *mut __sk_buff, src: &Addr, dst: &Addr, change: u64) -> bool {
+    pub(super) fn store_addresses(&self, skb: *mut __sk_buff, to: &[Addr; 2], change: u64) -> bool {
         if self.v6 {
             // IPv6 has no checksum of its own to balance that of the payload in what a device summed up.
-            return store(skb, self.l3 + 8, &[*src, *dst], BPF_F_RECOMPUTE_CSUM);
+            return store(skb, self.l3 + 8, to, BPF_F_RECOMPUTE_CSUM);
         }
-        let words = [src.v4_word(), dst.v4_word()];
+        let words = [to[0].v4_word(), to[1].v4_word()];
         // SAFETY: takes the context and numbers.
         let ok = unsafe { bpf_l3_csum_replace(skb, self.l3 + IPV4_CHECKSUM, 0, change, 0) == 0 };
         ok && store(skb, self.l3 + 12, &words, 0)

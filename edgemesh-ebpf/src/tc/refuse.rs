@@ -66,7 +66,7 @@ fn reset(skb: *mut __sk_buff, s: &Scratch) -> i32 {
     let written = adjust_l4(skb, packet.l4 + 16, difference(&from, &to), false, false)
         && store(skb, packet.l4, &[tuple.dst_port, tuple.src_port], 0)
         && store(skb, packet.l4 + 4, &to, 0)
-        && packet.store_addresses(skb, &tuple.dst, &tuple.src, 0);
+        && packet.store_addresses(skb, &[tuple.dst, tuple.src], 0);
     if !written || !set_ttl(skb, s) {
         return drop_for(DROP_UNWRITABLE);
     }

@@ -6,7 +6,7 @@ use std::{
     time::Duration,
 };
 
-use anyhow::{Context as _, Result};
+use anyhow::{Context as _, Result, ensure};
 use edgemesh_tests::lab::{
     App, Attempt, Lab, Node, Pod, Transport,
     agent::{Agent, AgentOptions},
@@ -66,10 +66,11 @@ impl World {
         eventually(START, "the agent to serve the Service for the outside", || {
             let status = self.status()?;
             let attached = status["dataplane"]["interfaces"].as_array().is_some_and(|all| !all.is_empty());
+            ensure!(attached, "nothing is attached: {}", status["conditions"]);
             let report = json(&self.edge1, &["backends", "default/web", "-o", "json"])?;
             let endpoints = report["ports"][0]["endpoints"].as_array().context("no endpoints")?;
             let generation = |name: &str| status["dataplane"][name].as_u64();
-            Ok(attached && endpoints.len() == 2 * wanted && generation("generation") == generation("newest_generation"))
+            Ok(endpoints.len() == 2 * wanted && generation("generation") == generation("newest_generation"))
         })
     }
 

@@ -244,7 +244,10 @@ fn program<'a>(object: &'a mut Object, name: &'static str) -> Result<&'a mut Cgr
     program.ok_or(OpenError::Foreign { kind: "program", name })
 }
 
-pub(super) fn hash_map<K: Pod, V: Pod>(object: &mut Object, name: &'static str) -> Result<HashMap<MapData, K, V>, OpenError> {
+pub(super) fn hash_map<K: Pod, V: Pod>(
+    object: &mut Object,
+    name: &'static str,
+) -> Result<HashMap<MapData, K, V>, OpenError> {
     HashMap::try_from(map(object, name)?).map_err(|error| map_error(name, &error))
 }
 

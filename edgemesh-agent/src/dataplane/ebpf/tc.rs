@@ -302,7 +302,9 @@ impl Follower {
                 };
                 demand = Demand::of(&self.tables.borrow_and_update());
                 // Until the tables are whole, what an earlier agent has attached stays as it is.
-                if demand.complete && let Err(error) = self.reconcile(&netlink, &demand, thorough).await {
+                if demand.complete
+                    && let Err(error) = self.reconcile(&netlink, &demand, thorough).await
+                {
                     return error;
                 }
             }
@@ -335,7 +337,8 @@ impl Follower {
         let mut failed = BTreeSet::new();
         for (index, chosen) in &chosen {
             let known = self.attached.get(index).map(|attached| {
-                let interface = Interface { flags: attached.interface.flags & !(BY_FILTER | OWN_QDISC), ..attached.interface };
+                let interface =
+                    Interface { flags: attached.interface.flags & !(BY_FILTER | OWN_QDISC), ..attached.interface };
                 attached.name == chosen.name && interface == chosen.interface
             });
             if known == Some(true) && !thorough {
@@ -344,7 +347,12 @@ impl Follower {
             match self.attacher.attach(netlink, *index, chosen).await {
                 Ok(interface) => {
                     if known.is_none() {
-                        info!(interface = chosen.name, by = attached_by(interface), "serving traffic from {}", role(interface));
+                        info!(
+                            interface = chosen.name,
+                            by = attached_by(interface),
+                            "serving traffic from {}",
+                            role(interface)
+                        );
                     }
                     self.attached.insert(*index, Attached { name: chosen.name.clone(), interface });
                 }
@@ -403,7 +411,8 @@ impl Follower {
 impl Attacher {
     /// Attaches both programs of an interface, or brings them up to date, and returns what the map now says of it.
     async fn attach(&mut self, netlink: &Handle, index: u32, chosen: &Chosen) -> Result<Interface, String> {
-        let programs = self.programs.as_ref().map_err(|why| format!("the kernel does not take the programs ({why})"))?;
+        let programs =
+            self.programs.as_ref().map_err(|why| format!("the kernel does not take the programs ({why})"))?;
         let first = if chosen.interface.flags & GUEST == 0 { 0 } else { 2 };
         let before = self.interfaces.get(&index, 0).map_or(0, |known| known.flags & (BY_FILTER | OWN_QDISC));
         // The programs pass over what they find no entry for, so that comes first.
@@ -418,9 +427,8 @@ impl Attacher {
         if self.tcx {
             let mut attached = Ok(());
             for (way, program) in ways {
-                attached = attached.and_then(|()| {
-                    attach::tcx(program.as_fd(), &attach::pin(&self.pins, index, way), index, way)
-                });
+                attached = attached
+                    .and_then(|()| attach::tcx(program.as_fd(), &attach::pin(&self.pins, index, way), index, way));
             }
             match attached {
                 Ok(()) => {

@@ -5,8 +5,8 @@ use std::net::{IpAddr, SocketAddr};
 use edgemesh_common::{
     Addr,
     layout::{
-        Backend, ELSEWHERE, FrontendKey, HAS_MEMBERS, HAS_SOURCE_RANGES, HASH_CLIENT, INLINE_BACKENDS, SCOPE_HOST, SCOPE_OUTSIDE, SCOPE_SOCKETS, TCP,
-        UDP,
+        Backend, ELSEWHERE, FrontendKey, HAS_MEMBERS, HAS_SOURCE_RANGES, HASH_CLIENT, INLINE_BACKENDS, SCOPE_HOST,
+        SCOPE_OUTSIDE, SCOPE_SOCKETS, TCP, UDP,
     },
 };
 

@@ -12,7 +12,9 @@ use std::{
 use futures::{StreamExt, TryStreamExt};
 use rtnetlink::{
     Error, Handle,
-    packet_core::{DefaultNla, NLM_F_ACK, NLM_F_CREATE, NLM_F_EXCL, NLM_F_REQUEST, NetlinkMessage, NetlinkPayload, Nla},
+    packet_core::{
+        DefaultNla, NLM_F_ACK, NLM_F_CREATE, NLM_F_EXCL, NLM_F_REQUEST, NetlinkMessage, NetlinkPayload, Nla,
+    },
     packet_route::{
         RouteNetlinkMessage,
         tc::{TcAttribute, TcHandle, TcMessage, TcOption},
@@ -171,7 +173,9 @@ pub(super) async fn remove_filters(netlink: &Handle, index: u32, own_qdisc: bool
     let (mut removed, mut others) = (false, false);
     for way in [Way::Ingress, Way::Egress] {
         let found = match filters(netlink, index, way).await {
-            Err(error) if matches!(errno(&error), Some(libc::ENODEV | libc::EINVAL | libc::ENOENT)) => return Ok(false),
+            Err(error) if matches!(errno(&error), Some(libc::ENODEV | libc::EINVAL | libc::ENOENT)) => {
+                return Ok(false);
+            }
             found => found?,
         };
         for (message, name) in found {

@@ -41,9 +41,10 @@ pub(super) async fn take(netlink: &Handle) -> Result<Picture, Error> {
             picture.addresses.push((message.header.index, ip));
         }
     }
-    for mut message in
-        [RouteMessageBuilder::<std::net::Ipv4Addr>::new().build(), RouteMessageBuilder::<std::net::Ipv6Addr>::new().build()]
-    {
+    for mut message in [
+        RouteMessageBuilder::<std::net::Ipv4Addr>::new().build(),
+        RouteMessageBuilder::<std::net::Ipv6Addr>::new().build(),
+    ] {
         message.header.table = 0;
         let mut routes = netlink.route().get(message).execute();
         while let Some(message) = routes.try_next().await? {
@@ -105,10 +106,10 @@ fn add_routes(message: &RouteMessage, routes: &mut Vec<Route>) {
             RouteAttribute::Oif(index) => {
                 routes.push(Route { index: *index, leads_away: default || gateway(&message.attributes) });
             }
-            RouteAttribute::MultiPath(hops) => routes.extend(hops.iter().map(|hop| Route {
-                index: hop.interface_index,
-                leads_away: default || gateway(&hop.attributes),
-            })),
+            RouteAttribute::MultiPath(hops) => routes.extend(
+                hops.iter()
+                    .map(|hop| Route { index: hop.interface_index, leads_away: default || gateway(&hop.attributes) }),
+            ),
             _ => {}
         }
     }
