@@ -40,7 +40,10 @@ pub use client::{ClientError, get};
 
 use crate::{
     conditions::Conditions,
-    dataplane::{self, Count, Room, ebpf::probe::Standing},
+    dataplane::{
+        self, Count, Room,
+        ebpf::{TrafficSight, probe::Standing},
+    },
     health,
     kube::SourceState,
     lifecycle::{Readiness, Tasks},
@@ -87,6 +90,8 @@ pub struct DataplaneSight {
     pub canary: Option<health::CanaryState>,
     /// Counts the UDP sockets ended because their backend was gone.
     pub ended_sockets: Option<sock_diag::Ended>,
+    /// What is attached to interfaces.
+    pub traffic: Option<TrafficSight>,
 }
 
 impl Sight {
@@ -109,6 +114,8 @@ impl Sight {
                 standing: dataplane.standing.clone(),
                 canary: dataplane.canary.as_ref().map(health::CanaryState::status),
                 ended_udp_sockets: dataplane.ended_sockets.as_ref().map_or(0, sock_diag::Ended::get),
+                interfaces: dataplane.traffic.as_ref().map(TrafficSight::interfaces).unwrap_or_default(),
+                dropped_packets: dataplane.traffic.as_ref().map(TrafficSight::drops).unwrap_or_default(),
                 generation: dataplane.handle.generation(),
                 newest_generation: table.generation,
             }),

@@ -110,6 +110,7 @@ async fn build_on(
         let canary = prepare_canary(&config, &mut ebpf, &conditions).await;
         let (cgroup, adopted_frontends) = (ebpf.cgroup().to_owned(), ebpf.adopted());
         let ended_sockets = ebpf.ended_sockets();
+        let traffic = ebpf.follow_interfaces(tables.clone(), &conditions, tasks).map_err(StartError::Thread)?;
         let unready = readiness.block("the data plane");
         let (handle, started) =
             dataplane::spawn(Box::new(ebpf), tables.clone(), conditions.clone(), unready, tasks.stopping())
@@ -126,7 +127,8 @@ async fn build_on(
         let canary = canary.map(|canary| (canary, CanaryState::default()));
         let state = canary.as_ref().map(|(_, state)| state.clone());
         watch.start(canary, tasks);
-        dataplane = Some(DataplaneSight { handle, cgroup, adopted_frontends, standing, canary: state, ended_sockets });
+        dataplane =
+            Some(DataplaneSight { handle, cgroup, adopted_frontends, standing, canary: state, ended_sockets, traffic });
         thread = Some(started);
     } else {
         info!("modules.edgeProxy.enable is false: Services are not translated on this node");

@@ -22,6 +22,14 @@ pub struct CleanupError {
 pub async fn cleanup(config: &AgentConfig) -> (Vec<String>, Result<(), CleanupError>) {
     let (mut removed, mut messages, mut permission) = (Vec::new(), Vec::new(), false);
     let pins = &config.proxy.ebpf.pin_directory;
+    // Before the map goes that says where they are.
+    match ebpf::remove_filters(pins).await {
+        Ok(names) => removed.extend(names),
+        Err(error) => {
+            permission |= error.kind() == io::ErrorKind::PermissionDenied;
+            messages.push(format!("cannot remove the filters of interfaces: {error}; run as root"));
+        }
+    }
     match ebpf::remove_all(pins) {
         Ok(names) => removed.extend(names),
         Err(error) => {

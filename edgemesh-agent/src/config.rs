@@ -122,6 +122,14 @@ pub struct EbpfConfig {
     pub max_backends: u32,
     /// From one canary connection to the next; default 30 s. Zero switches it off.
     pub canary_period: Duration,
+    /// How many connections are translated packet by packet at a time; default 32768.
+    pub max_connections: u32,
+    /// Patterns of the interfaces where traffic from outside is served; empty: found from addresses and routes.
+    pub uplinks: Vec<String>,
+    /// Patterns of the interfaces to guests whose sockets are not this kernel's.
+    pub guest_interfaces: Vec<String>,
+    /// Whether tcx is used where the kernel has it; default true.
+    pub tcx: bool,
 }
 
 impl Default for EbpfConfig {
@@ -132,6 +140,10 @@ impl Default for EbpfConfig {
             max_frontends: 20_000,
             max_backends: 200_000,
             canary_period: Duration::from_secs(30),
+            max_connections: 32_768,
+            uplinks: Vec::new(),
+            guest_interfaces: Vec::new(),
+            tcx: true,
         }
     }
 }

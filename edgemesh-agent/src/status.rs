@@ -14,7 +14,10 @@ pub use trace::{
 
 use crate::{
     conditions::Condition,
-    dataplane::{Count, ebpf::probe::Standing},
+    dataplane::{
+        Count,
+        ebpf::{InterfaceSight, probe::Standing},
+    },
     health::CanaryStatus,
     kube::SourceStatus,
     model::{FrontendAddr, FrontendKind, Service, ServiceEntry, ServiceKind, ServiceTable, Verdict},
@@ -58,6 +61,10 @@ pub struct DataplaneStatus {
     pub adopted_frontends: usize,
     /// Connected UDP sockets that were ended because their backend was gone.
     pub ended_udp_sockets: u64,
+    /// The interfaces where packets are translated.
+    pub interfaces: Vec<InterfaceSight>,
+    /// How many packets were dropped there, by reason.
+    pub dropped_packets: BTreeMap<&'static str, u64>,
     /// The generation of the table in force, and of the newest one.
     pub generation: u64,
     pub newest_generation: u64,

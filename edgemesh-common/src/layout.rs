@@ -89,7 +89,7 @@ pub struct Frontend {
     /// How many backends are eligible. Up to [`INLINE_BACKENDS`] they are in `inline`; a larger set is in `BACKENDS`
     /// under (service, generation, index).
     pub count: u32,
-    /// Any of [`HASH_CLIENT`] and [`HAS_MEMBERS`].
+    /// Any of [`HASH_CLIENT`], [`HAS_MEMBERS`], [`HAS_SOURCE_RANGES`] and [`ELSEWHERE`].
     pub flags: u32,
     /// Names the Service port and family in `AFFINITY`: all of its frontends share what they remember of a client.
     pub affinity: u64,
@@ -109,6 +109,11 @@ pub struct Frontend {
 pub const HASH_CLIENT: u32 = 1;
 /// [`Frontend::flags`]: the backends of this large set can be found by address in `MEMBERS`.
 pub const HAS_MEMBERS: u32 = 2;
+/// [`Frontend::flags`]: only clients in `SOURCE_RANGES` may connect ([`SCOPE_OUTSIDE`] only).
+pub const HAS_SOURCE_RANGES: u32 = 4;
+/// [`Frontend::flags`]: other nodes have backends, so that a packet that finds none here went to the wrong node and is
+/// dropped, not refused ([`SCOPE_OUTSIDE`] only).
+pub const ELSEWHERE: u32 = 8;
 
 /// Places of a [`Ring`].
 pub const RING_PLACES: usize = 8192;

@@ -7,7 +7,9 @@
 #![forbid(unsafe_op_in_unsafe_fn)]
 
 mod addr;
+pub mod checksum;
 pub mod layout;
+pub mod nat;
 pub mod select;
 pub mod sockets;
 

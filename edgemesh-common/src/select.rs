@@ -129,6 +129,19 @@ pub fn select_sticky<T: Tables>(
     Verdict::Refuse { service: 0 }
 }
 
+/// The [`Frontend::flags`] of `key`; 0 where there is no such frontend.
+#[inline(always)]
+pub fn flags<T: Tables>(tables: &T, key: &FrontendKey) -> u32 {
+    for _ in 0..read(&ATTEMPTS) {
+        let Some(frontend) = tables.frontend(key) else { return 0 };
+        let (generation, flags) = (read(&frontend.generation), read(&frontend.flags));
+        if is_key(&frontend.key, key) && read(&frontend.generation_check) == generation {
+            return flags;
+        }
+    }
+    0
+}
+
 /// The place of a client on a [`crate::layout::Ring`].
 #[inline(always)]
 pub const fn ring_place(client: &Addr) -> usize {

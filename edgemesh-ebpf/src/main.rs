@@ -12,8 +12,12 @@
 
 mod maps;
 mod sock_addr;
+mod tc;
 
-use aya_ebpf::{macros::cgroup_sock_addr, programs::SockAddrContext};
+use aya_ebpf::{
+    macros::{cgroup_sock_addr, classifier},
+    programs::{SockAddrContext, TcContext},
+};
 use sock_addr::{V4, V6};
 
 #[cgroup_sock_addr(connect4)]
@@ -54,6 +58,26 @@ fn getpeername4(ctx: SockAddrContext) -> i32 {
 #[cgroup_sock_addr(getpeername6)]
 fn getpeername6(ctx: SockAddrContext) -> i32 {
     sock_addr::getpeername::<V6>(&ctx)
+}
+
+#[classifier]
+fn uplink_ingress(ctx: TcContext) -> i32 {
+    tc::uplink_ingress(ctx.skb.skb)
+}
+
+#[classifier]
+fn uplink_egress(ctx: TcContext) -> i32 {
+    tc::uplink_egress(ctx.skb.skb)
+}
+
+#[classifier]
+fn guest_ingress(ctx: TcContext) -> i32 {
+    tc::guest_ingress(ctx.skb.skb)
+}
+
+#[classifier]
+fn guest_egress(ctx: TcContext) -> i32 {
+    tc::guest_egress(ctx.skb.skb)
 }
 
 /// Helpers such as `bpf_set_retval` are for GPL-compatible programs; Apache-2.0 code may be loaded under both.

@@ -56,6 +56,8 @@ pub(super) enum Slot {
     UnixSocket(fn(&mut Draft) -> &mut PathBuf),
     /// A path, or empty.
     OptionalPath(fn(&mut Draft) -> &mut Option<PathBuf>),
+    /// Names of interfaces, `*` standing for any characters.
+    Interfaces(fn(&mut Draft) -> &mut Vec<String>),
     /// An http or https URL, or empty.
     Url(fn(&mut Draft) -> &mut Option<String>),
     Filter(fn(&mut Draft) -> &mut ServiceFilter),
@@ -276,6 +278,28 @@ const EBPF: &[Key] = &[
         "canaryPeriod",
         "Seconds from one canary connection, which proves that translation works, to the next. 0: none.",
         Slot::Period(|d| &mut d.proxy.ebpf.canary_period),
+    ),
+    used(
+        "maxConnections",
+        "How many connections from outside and from guests are known at a time; the one silent longest gives way.",
+        Slot::Count(|d| &mut d.proxy.ebpf.max_connections),
+    ),
+    used(
+        "uplinks",
+        "The interfaces where traffic from outside is served, such as eth*. Empty: those with the Node's addresses, and \
+         those that routes through a gateway lead to.",
+        Slot::Interfaces(|d| &mut d.proxy.ebpf.uplinks),
+    ),
+    used(
+        "guestInterfaces",
+        "The host's interfaces to guests with a network stack of their own (Kata, gVisor, KubeVirt), such as tap*: what \
+         they send to Services is translated packet by packet.",
+        Slot::Interfaces(|d| &mut d.proxy.ebpf.guest_interfaces),
+    ),
+    used(
+        "tcx",
+        "Whether programs for packets are attached by tcx where the kernel has it (Linux 6.6); else always by clsact.",
+        Slot::Bool(|d| &mut d.proxy.ebpf.tcx),
     ),
 ];
 

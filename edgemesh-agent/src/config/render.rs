@@ -91,6 +91,7 @@ fn current(slot: &Slot, draft: &mut Draft) -> Value {
         Slot::OptionalPath(at) => {
             json!(at(draft).as_ref().map(|path| path.to_string_lossy().into_owned()).unwrap_or_default())
         }
+        Slot::Interfaces(at) => json!(*at(draft)),
         Slot::Url(at) => json!(at(draft).clone().unwrap_or_default()),
         Slot::Filter(at) => json!(word(&FILTERS, *at(draft))),
         Slot::Dataplane(at) => json!(word(&DATAPLANES, *at(draft))),
@@ -140,6 +141,11 @@ fn used(slot: &Slot) -> Value {
         Slot::Path(_) => json!({ "type": text, "pattern": "^/" }),
         Slot::UnixSocket(_) => json!({ "type": text, "maxLength": MAX_SOCKET_PATH, "pattern": "^/.*[^/]$" }),
         Slot::OptionalPath(_) => json!({ "type": text, "pattern": "^(/.*)?$" }),
+        Slot::Interfaces(_) => {
+            let name =
+                json!({ "type": "string", "minLength": 1, "maxLength": MAX_INTERFACE, "pattern": "^[^/:%\\s]*$" });
+            json!({ "type": ["array", "null"], "items": name })
+        }
         Slot::Url(_) => json!({ "type": text, "pattern": "^(https?://[^@?]+)?$" }),
         Slot::Filter(_) => choice(FILTERS.iter().map(|(word, _)| *word)),
         Slot::Dataplane(_) => choice(DATAPLANES.iter().map(|(word, _)| *word)),

@@ -114,6 +114,10 @@ modules:
       maxFrontends: 7
       maxBackends: 8
       canaryPeriod: 0
+      maxConnections: 9
+      uplinks: [eth0, 'bond*']
+      guestInterfaces: ['tap*']
+      tcx: false
 ",
     );
     assert_eq!(notes(&loaded), [""; 0]);
@@ -137,6 +141,10 @@ modules:
                 max_frontends: 7,
                 max_backends: 8,
                 canary_period: Duration::ZERO,
+                max_connections: 9,
+                uplinks: vec!["eth0".to_owned(), "bond*".to_owned()],
+                guest_interfaces: vec!["tap*".to_owned()],
+                tcx: false,
             },
         },
     };

@@ -57,6 +57,7 @@ pub(super) fn store(node: &Node, slot: &Slot, draft: &mut Draft) -> Result<(), R
             let text = text(node, OPTIONAL_PATH)?;
             *at(draft) = if text.is_empty() { None } else { Some(path(text, OPTIONAL_PATH)?) };
         }
+        Slot::Interfaces(at) => *at(draft) = interfaces(node)?,
         Slot::Url(at) => *at(draft) = url(node)?,
         Slot::Filter(at) => *at(draft) = filter(node)?,
         Slot::Dataplane(at) => *at(draft) = dataplane(node)?,
@@ -215,6 +216,14 @@ fn interface(node: &Node) -> Result<String, Refusal> {
         Ok(name.to_owned())
     } else {
         Err(wrong(name, INTERFACE))
+    }
+}
+
+fn interfaces(node: &Node) -> Result<Vec<String>, Refusal> {
+    const EXPECTED: &str = "a list of names of interfaces, such as [eth0, 'tap*']";
+    match &node.value {
+        Value::List(items) => items.iter().map(interface).collect(),
+        Value::Null | Value::Scalar(_) | Value::Map(_) => Err(given(node, EXPECTED)),
     }
 }
 

@@ -13,11 +13,13 @@ mod mounts;
 mod open;
 mod pins;
 pub mod probe;
+mod ranges;
 mod remove;
 mod ring;
 mod sets;
 mod stale;
 mod sys;
+mod tc;
 mod wanted;
 
 use std::{
@@ -40,6 +42,7 @@ use self::{
 };
 pub use open::OpenError;
 pub use remove::{CANARY_CGROUP, is_pinned, remove_all, remove_scratch};
+pub use tc::{InterfaceSight, Sight as TrafficSight, remove_filters};
 
 /// Whether this build has the eBPF programs in it.
 pub fn is_built_in() -> bool {
@@ -92,6 +95,8 @@ struct Installed {
     /// What backends that are gone had counted, so that the frontend's sum never goes down.
     retired: Counters,
     affinity_seconds: u32,
+    /// What is in `SOURCE_RANGES` for it.
+    ranges: BTreeSet<ranges::Range>,
     /// See [`Wanted::owns_address`].
     owns_address: bool,
 }
@@ -101,6 +106,8 @@ impl Installed {
         let backends = &self.set.backends;
         self.set.flags == wanted.flags
             && self.affinity_seconds == wanted.affinity_seconds
+            && (wanted.source_ranges.is_empty() && self.ranges.is_empty()
+                || self.ranges == ranges::ranges(wanted.source_ranges))
             && backends.len() == wanted.backends.len()
             && backends.iter().zip(wanted.backends).all(|(have, want)| same(have, want))
     }
@@ -182,7 +189,14 @@ impl Ebpf {
             let key = FrontendKey::new(frontend.ip().into(), frontend.port().to_be_bytes(), proto);
             let adopted = self.installed.contains_key(&key);
             let backends = &[backend];
-            let wanted = Wanted { backends, owns_address: false, affinity: 0, affinity_seconds: 0, flags: 0 };
+            let wanted = Wanted {
+                backends,
+                owns_address: false,
+                affinity: 0,
+                affinity_seconds: 0,
+                flags: 0,
+                source_ranges: &[],
+            };
             self.put(key, wanted, now)?;
             self.reserved.insert(key);
             self.adopted -= usize::from(adopted);
@@ -275,6 +289,10 @@ impl Ebpf {
         let (generation, flags) = (self.last_generation, wanted.flags);
         let (backends, last_backend) = with_ids(old, wanted.backends);
         let mut set = Set { service, generation, flags, backends, ring: None };
+        let ranges = ranges::ranges(wanted.source_ranges);
+        // A range is admitted with its Service's other ones at worst for the moment until they are written, or for good
+        // if they cannot be, which is tried again.
+        self.admit(service, &ranges)?;
         self.write_set(&mut set, old.map(|old| &old.set))?;
 
         let mut value = Frontend {
@@ -295,8 +313,11 @@ impl Ebpf {
             self.drop_set(&set);
             return Err(self.frontends_error(&error, &key));
         }
+        if let Some(old) = old {
+            self.forget_ranges(service, old.ranges.difference(&ranges).copied());
+        }
         let (retired, owns_address) = old.map_or_else(Default::default, |old| (old.retired, old.owns_address));
-        Ok(Installed { set, last_backend, retired, affinity_seconds: wanted.affinity_seconds, owns_address })
+        Ok(Installed { set, last_backend, retired, affinity_seconds: wanted.affinity_seconds, ranges, owns_address })
     }
 
     /// Has an installed frontend own its whole address, or no more than its port.
@@ -332,6 +353,7 @@ impl Ebpf {
         self.own_address(key, false)?;
         let Some(old) = self.installed.remove(key) else { return Ok(()) };
         let service = old.set.service;
+        self.forget_ranges(service, old.ranges);
         self.abandon_set(*key, old.set, now);
         self.abandon(now, Abandoned::counter(service, 0));
         self.abandon(now, Abandoned::Service(service));

@@ -6,6 +6,7 @@ mod change;
 mod churn;
 mod cleanup;
 mod health;
+mod outside;
 mod policy;
 mod restart;
 mod translation;

@@ -18,6 +18,7 @@ impl Ebpf {
     pub(super) fn adopt(&mut self) -> Result<(), OpenError> {
         let found: Vec<(FrontendKey, Frontend)> =
             self.opened.frontends.iter().collect::<Result<_, _>>().map_err(|error| map_error("FRONTENDS", &error))?;
+        let mut ranges = self.found_ranges()?;
         for (key, value) in found {
             let set = Set {
                 service: value.service,
@@ -39,9 +40,13 @@ impl Ebpf {
                 set,
                 retired: Counters::default(),
                 affinity_seconds: value.affinity_seconds,
+                ranges: ranges.remove(&value.service).unwrap_or_default(),
                 owns_address,
             };
             self.installed.insert(key, installed);
+        }
+        for (service, ranges) in ranges {
+            self.forget_ranges(service, ranges);
         }
         self.sweep()
     }

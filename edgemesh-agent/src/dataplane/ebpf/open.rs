@@ -9,7 +9,7 @@ use std::{
 
 use aya::{
     Ebpf as Object, EbpfError, EbpfLoader, Pod,
-    maps::{HashMap, MapData, MapError, PerCpuHashMap},
+    maps::{HashMap, LpmTrie, MapData, MapError, PerCpuHashMap},
     programs::{CgroupSockAddr, CgroupSockAddrAttachType as Hook, ProgramError, ProgramType},
     sys::{BpfHelper, is_helper_supported},
 };
@@ -19,10 +19,11 @@ use edgemesh_common::{
         Affinity, AffinityKey, Backend, BackendKey, CounterKey, Counters, Frontend, FrontendKey, Member, MemberKey,
         Ring, RingKey, UdpSocket,
     },
+    nat::SourceRange,
 };
 use tracing::{debug, info};
 
-use super::{hooks, mounts, pins::Pins};
+use super::{hooks, mounts, pins::Pins, tc};
 use crate::{config::EbpfConfig, net};
 
 /// The compiled eBPF object, absent from builds made before `cargo xtask build-ebpf`.
@@ -48,8 +49,22 @@ pub(super) const PROGRAMS: [(&str, Hook); 8] = [
 const RESERVED: u32 = 2;
 
 /// Pinned with the version of the tables.
-const TABLES: [&str; 9] =
-    ["FRONTENDS", "BACKENDS", "SERVICE_ADDRS", "RINGS", "MEMBERS", "COUNTERS", "AFFINITY", "SETTINGS", "EVENTS"];
+const TABLES: [&str; 14] = [
+    "FRONTENDS",
+    "BACKENDS",
+    "SERVICE_ADDRS",
+    "RINGS",
+    "MEMBERS",
+    "COUNTERS",
+    "AFFINITY",
+    "SETTINGS",
+    "EVENTS",
+    "NAT",
+    "FRAGMENTS",
+    "INTERFACES",
+    "SOURCE_RANGES",
+    "TC_DROPS",
+];
 /// Pinned with the version of what sockets remember.
 const SOCKET_MAPS: [&str; 3] = ["CONNECTED", "DATAGRAMS", "UDP_SOCKETS"];
 
@@ -113,6 +128,8 @@ pub(super) struct Opened {
     pub(super) rings: HashMap<MapData, RingKey, Ring>,
     pub(super) members: HashMap<MapData, MemberKey, Member>,
     pub(super) affinity: HashMap<MapData, AffinityKey, Affinity>,
+    /// The value is not used.
+    pub(super) source_ranges: LpmTrie<MapData, SourceRange, u32>,
     pub(super) counters: PerCpuHashMap<MapData, CounterKey, Counters>,
     /// The same map, for what aya does not offer.
     pub(super) counters_fd: OwnedFd,
@@ -131,6 +148,8 @@ pub(super) struct Opened {
     pub(super) attached: bool,
     /// How many links were found and updated, rather than made.
     pub(super) adopted_links: usize,
+    /// None once it was handed to what attaches it to interfaces.
+    pub(super) traffic: Option<tc::Traffic>,
     /// Whether programs can tell the host's sockets from those of pods.
     pub(super) knows_host: bool,
 }
@@ -176,15 +195,19 @@ pub(super) fn open(config: &EbpfConfig) -> Result<Opened, OpenError> {
     let has_set_retval =
         u32::from(is_helper_supported(ProgramType::CgroupSockAddr, BpfHelper::BPF_FUNC_set_retval).unwrap_or(false));
     let host_netns = net::netns_cookie().ok().flatten().unwrap_or(0);
+    let nat_ports = tc::ports();
     let mut loader = EbpfLoader::new();
     loader
         .override_global("HAS_SET_RETVAL", &has_set_retval, true)
         .override_global("HOST_NETNS", &host_netns, true)
+        .override_global("NAT_PORTS", &nat_ports, true)
         .map_max_entries("FRONTENDS", config.max_frontends.saturating_add(RESERVED))
         .map_max_entries("SERVICE_ADDRS", config.max_frontends)
         .map_max_entries("RINGS", config.max_frontends)
         .map_max_entries("BACKENDS", config.max_backends)
         .map_max_entries("MEMBERS", config.max_backends)
+        .map_max_entries("SOURCE_RANGES", config.max_frontends)
+        .map_max_entries("NAT", config.max_connections.saturating_mul(2))
         .map_max_entries("COUNTERS", config.max_backends.saturating_add(config.max_frontends));
     for name in TABLES {
         loader.map_pin_path(name, pins.tables.join(name));
@@ -196,6 +219,7 @@ pub(super) fn open(config: &EbpfConfig) -> Result<Opened, OpenError> {
     for (name, _) in PROGRAMS {
         program(&mut object, name)?.load().map_err(|error| program_error(name, &error))?;
     }
+    let traffic = tc::Traffic::load(&mut object, &pins, config)?;
     debug!(has_set_retval, host_netns, "eBPF programs are loaded");
 
     let frontends = map(&mut object, "FRONTENDS")?;
@@ -214,6 +238,8 @@ pub(super) fn open(config: &EbpfConfig) -> Result<Opened, OpenError> {
         counters: PerCpuHashMap::try_from(counters).map_err(|error| map_error("COUNTERS", &error))?,
         counters_fd,
         affinity: hash_map(&mut object, "AFFINITY")?,
+        source_ranges: LpmTrie::try_from(map(&mut object, "SOURCE_RANGES")?)
+            .map_err(|error| map_error("SOURCE_RANGES", &error))?,
         udp_sockets: Some(hash_map(&mut object, "UDP_SOCKETS")?),
         max_frontends,
         max_backends,
@@ -223,6 +249,7 @@ pub(super) fn open(config: &EbpfConfig) -> Result<Opened, OpenError> {
         pins,
         attached: false,
         adopted_links: 0,
+        traffic: Some(traffic),
         knows_host: host_netns != 0,
     };
     if opened.pins.awaits_switch() {
@@ -238,7 +265,10 @@ fn program<'a>(object: &'a mut Object, name: &'static str) -> Result<&'a mut Cgr
     program.ok_or(OpenError::Foreign { kind: "program", name })
 }
 
-fn hash_map<K: Pod, V: Pod>(object: &mut Object, name: &'static str) -> Result<HashMap<MapData, K, V>, OpenError> {
+pub(super) fn hash_map<K: Pod, V: Pod>(
+    object: &mut Object,
+    name: &'static str,
+) -> Result<HashMap<MapData, K, V>, OpenError> {
     HashMap::try_from(map(object, name)?).map_err(|error| map_error(name, &error))
 }
 
@@ -303,7 +333,7 @@ pub(super) fn missing_capabilities() -> Vec<&'static str> {
 }
 
 /// A verifier log has hundreds of lines, of which the last says what is wrong; all of it goes to the debug log.
-fn in_one_line(error: &ProgramError) -> String {
+pub(super) fn in_one_line(error: &ProgramError) -> String {
     if let ProgramError::LoadError { io_error, verifier_log } = error {
         let log = verifier_log.to_string();
         debug!("{log}");
@@ -313,7 +343,7 @@ fn in_one_line(error: &ProgramError) -> String {
     error.to_string()
 }
 
-fn map(object: &mut Object, name: &'static str) -> Result<aya::maps::Map, OpenError> {
+pub(super) fn map(object: &mut Object, name: &'static str) -> Result<aya::maps::Map, OpenError> {
     object.take_map(name).ok_or(OpenError::Foreign { kind: "map", name })
 }
 
@@ -324,7 +354,7 @@ fn descriptor(map: &aya::maps::Map, name: &'static str) -> Result<OwnedFd, OpenE
     copy.map_err(|error| OpenError::Map { name, error: error.to_string() })
 }
 
-fn map_error(name: &'static str, error: &MapError) -> OpenError {
+pub(super) fn map_error(name: &'static str, error: &MapError) -> OpenError {
     OpenError::Map { name, error: error.to_string() }
 }
 

@@ -40,9 +40,14 @@ pub(super) fn link_create(
     bpf_fd(BPF_LINK_CREATE, &LinkCreate::new(program, cgroup.as_raw_fd() as u32, hook.into()))
 }
 
-/// Attaches a program to packets coming in on a device of this network namespace, likewise. Kernel 6.6.
-pub(super) fn link_create_tcx(program: BorrowedFd<'_>, interface: u32) -> io::Result<OwnedFd> {
-    bpf_fd(BPF_LINK_CREATE, &LinkCreate::new(program, interface, bpf_attach_type::BPF_TCX_INGRESS))
+/// Attaches a program to an interface after those that are there, by a link as [`link_create`]'s. Linux 6.6.
+///
+/// # Errors
+///
+/// EINVAL where the kernel has no tcx.
+pub(super) fn tcx_create(program: BorrowedFd<'_>, interface: u32, egress: bool) -> io::Result<OwnedFd> {
+    let hook = if egress { bpf_attach_type::BPF_TCX_EGRESS } else { bpf_attach_type::BPF_TCX_INGRESS };
+    bpf_fd(BPF_LINK_CREATE, &LinkCreate::new(program, interface, hook))
 }
 
 #[repr(C)]
@@ -201,6 +206,12 @@ pub(super) fn load_return(kind: bpf_prog_type, hook: bpf_attach_type, value: i32
         expected_attach_type: hook as u32,
     };
     bpf_fd(BPF_PROG_LOAD, &attr)
+}
+
+/// The index of the interface that a tcx link is attached to; 0 once that interface is gone.
+pub(super) fn link_interface(link: BorrowedFd<'_>) -> io::Result<u32> {
+    // Both are at the beginning of what is particular to the kind of link, the index in four bytes of it.
+    Ok(link_info(link)?.cgroup as u32)
 }
 
 /// Gives an object a name on a bpffs, which keeps it alive.

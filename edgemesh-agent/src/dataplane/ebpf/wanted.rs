@@ -5,13 +5,13 @@ use std::net::{IpAddr, SocketAddr};
 use edgemesh_common::{
     Addr,
     layout::{
-        Backend, FrontendKey, HAS_MEMBERS, HASH_CLIENT, INLINE_BACKENDS, SCOPE_HOST, SCOPE_OUTSIDE, SCOPE_SOCKETS, TCP,
-        UDP,
+        Backend, ELSEWHERE, FrontendKey, HAS_MEMBERS, HAS_SOURCE_RANGES, HASH_CLIENT, INLINE_BACKENDS, SCOPE_HOST,
+        SCOPE_OUTSIDE, SCOPE_SOCKETS, TCP, UDP,
     },
 };
 
 use super::ring;
-use crate::model::{self, Balance, FrontendAddr, FrontendKind, Protocol, ServiceEntry};
+use crate::model::{self, Balance, FrontendAddr, FrontendKind, IpPrefix, Protocol, ServiceEntry};
 
 /// What an entry of `FRONTENDS` is to be.
 #[derive(Clone, Copy, Debug)]
@@ -25,6 +25,8 @@ pub(super) struct Wanted<'a> {
     pub(super) affinity_seconds: u32,
     /// See [`edgemesh_common::layout::Frontend::flags`].
     pub(super) flags: u32,
+    /// Which clients are admitted, where `HAS_SOURCE_RANGES`.
+    pub(super) source_ranges: &'a [IpPrefix],
 }
 
 /// The entries for a frontend: for sockets, and for traffic from outside where it can come from there.
@@ -41,9 +43,22 @@ pub(super) fn wanted<'a>(
         if backends.len() > INLINE_BACKENDS && (key.proto == UDP || affinity_seconds != 0) {
             flags |= HAS_MEMBERS;
         }
+        let mut source_ranges: &[IpPrefix] = &[];
+        if key.scope == SCOPE_OUTSIDE {
+            if backends.is_empty() && !frontend.backends.is_empty() {
+                flags |= ELSEWHERE;
+            }
+            // As kube-proxy: node ports and external IPs are not limited.
+            if frontend.kind == FrontendKind::LoadBalancer
+                && let Some(ranges) = &entry.service.source_ranges
+            {
+                flags |= HAS_SOURCE_RANGES;
+                source_ranges = ranges;
+            }
+        }
         let owns_address = frontend.kind == FrontendKind::ClusterIp;
         let affinity = if affinity_seconds == 0 { 0 } else { affinity_of(entry, frontend) };
-        (key, Wanted { backends, owns_address, affinity, affinity_seconds, flags })
+        (key, Wanted { backends, owns_address, affinity, affinity_seconds, flags, source_ranges })
     };
     keys(frontend).map(move |key| {
         wanted(key, if key.scope == SCOPE_OUTSIDE { &frontend.external_backends } else { &frontend.backends })

@@ -163,7 +163,7 @@ fn tcx(own: bool) -> Outcome {
         Err(error) => return missing(&error, "load a program"),
     };
     let device = if own { LOOPBACK } else { NO_DEVICE };
-    match sys::link_create_tcx(program.as_fd(), device) {
+    match sys::tcx_create(program.as_fd(), device, false) {
         Ok(_) => Outcome::Available,
         // Only a kernel with tcx gets as far as to look for the device.
         Err(error) if !own && error.raw_os_error() == Some(libc::ENODEV) => Outcome::Available,
