@@ -8,6 +8,7 @@ mod cleanup;
 mod health;
 mod policy;
 mod restart;
+mod rules;
 mod translation;
 
 use std::{net::SocketAddr, time::Duration};
