@@ -326,11 +326,11 @@ mod tests {
                     backends: 1,
                     external_backends: 0,
                     affinity_seconds: Some(60),
-                    balance: "random".to_owned(),
+                    balance: "source-ip".to_owned(),
                     in_force: true,
                     counts: Counts::default(),
                 }],
-                destination_rule: None,
+                destination_rule: Some("default/web".to_owned()),
                 notes: Vec::new(),
             },
             ports: vec![PortRow {
@@ -351,8 +351,8 @@ mod tests {
         };
         let shown = backends(&report(verdict(true, "ready"), verdict(false, "not here")));
         let answers = "answers on 192.0.2.1:30080/TCP (NodePort), 1 eligible (0 for traffic from outside), 0 refused, \
-                       clients stay for 60s\n";
-        assert!(shown.contains(answers), "{shown}");
+                       balance: source-ip, clients stay for 60s\n";
+        assert!(shown.contains(answers) && shown.contains("balanced by DestinationRule default/web\n"), "{shown}");
         assert!(shown.contains("FROM OUTSIDE") && shown.contains("no: not here"), "{shown}");
         assert!(!shown.contains("EXTERNAL IPS"), "{shown}");
         let shown = backends(&report(None, None));

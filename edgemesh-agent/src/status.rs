@@ -96,7 +96,7 @@ pub struct FrontendRow {
     pub external_backends: usize,
     /// The seconds for which a client's endpoint is remembered; None without session affinity.
     pub affinity_seconds: Option<u32>,
-    /// How an endpoint is chosen: `random`, or `source IP`.
+    /// How an endpoint is chosen: `random` or `source-ip`.
     pub balance: String,
     /// Whether the kernel has it: not yet for a moment after a change, not at all if a map is full.
     pub in_force: bool,

@@ -138,7 +138,7 @@ impl fmt::Display for Balance {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(match self {
             Self::Random => "random",
-            Self::SourceIp => "source IP",
+            Self::SourceIp => "source-ip",
         })
     }
 }

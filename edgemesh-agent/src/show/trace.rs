@@ -56,7 +56,9 @@ fn policy(policy: &PolicyRow) -> String {
         Some(seconds) => format!("session affinity {seconds}s"),
         None => "no session affinity".to_owned(),
     });
-    parts.push(format!("balance {}", policy.balance));
+    let rule = policy.destination_rule.as_ref();
+    let rule = rule.map_or_else(String::new, |rule| format!(" by DestinationRule {rule}"));
+    parts.push(format!("balance {}{rule}", policy.balance));
     parts.join(", ")
 }
 

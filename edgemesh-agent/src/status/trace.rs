@@ -14,7 +14,7 @@ pub use target::{ParseTargetError, PortRef, Target, Unresolved};
 use crate::{
     dataplane::{Choice, ChosenBy, InForce, Share},
     model::{
-        Balance, Frontend, FrontendAddr, FrontendKind, PortEndpoint, ServedPort, ServiceEntry, ServiceTable,
+        Frontend, FrontendAddr, FrontendKind, PortEndpoint, ServedPort, ServiceEntry, ServiceTable,
         TrafficDistribution, TrafficPolicy, Verdict,
     },
     net::client::{Client, Served},
@@ -87,6 +87,8 @@ pub struct PolicyRow {
     pub affinity_seconds: Option<u32>,
     /// `random` or `source-ip`.
     pub balance: String,
+    /// `NAMESPACE/NAME` of the DestinationRule that says so; None without one.
+    pub destination_rule: Option<String>,
 }
 
 /// What was read back from the kernel.
@@ -364,11 +366,8 @@ impl Found<'_> {
                 topology_keys: service.topology_keys.iter().map(ToString::to_string).collect(),
                 publish_not_ready: service.publish_not_ready,
                 affinity_seconds: self.frontend.affinity.map(NonZeroU32::get),
-                balance: match self.frontend.balance {
-                    Balance::Random => "random",
-                    Balance::SourceIp => "source-ip",
-                }
-                .to_owned(),
+                balance: self.frontend.balance.to_string(),
+                destination_rule: self.entry.rule.as_ref().map(|rule| rule.name.to_string()),
             },
         }
     }

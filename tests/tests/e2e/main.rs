@@ -9,6 +9,7 @@ mod health;
 mod outside;
 mod policy;
 mod restart;
+mod rules;
 mod translation;
 
 use std::{net::SocketAddr, time::Duration};
