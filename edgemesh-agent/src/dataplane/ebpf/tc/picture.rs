@@ -1,5 +1,7 @@
 //! Asking the kernel for links, addresses and routes.
 
+#![expect(clippy::wildcard_enum_match_arm, reason = "the kernel has many kinds of each, of which few matter here")]
+
 use futures::TryStreamExt;
 use rtnetlink::{
     Error, Handle, RouteMessageBuilder,
