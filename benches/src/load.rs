@@ -1,29 +1,34 @@
-//! From start to ready with a full cluster.
+//! A full cluster: from start to ready, one change, and the memory for it.
 
 use std::time::Instant;
 
-use anyhow::Result;
-use edgemesh_tests::lab::Lab;
+use anyhow::{Context as _, Result};
+use edgemesh_tests::lab::{DEADLINE, Lab, agent::Agent, eventually};
 
 use crate::{
     Effort,
     generated::Generated,
     memory::{Memory, mib},
-    report::{Table, millis, say, whole},
+    report::{Table, millis, say, verdict, whole},
     scene::{READY, check, start_agent},
     spread::Spread,
 };
 
 const CLUSTER: Generated = Generated { services: 10_000, endpoints: 10 };
+/// The aims: milliseconds until ready and for one change, MiB resident.
+const LOAD_AIM: f64 = 2000.0;
+const CHANGE_AIM: f64 = 5.0;
+const MEMORY_AIM: f64 = 60.0;
 
 /// Measures agents that start with empty maps.
 pub(crate) fn measure(effort: Effort) -> Result<Vec<Table>> {
-    let repetitions = effort.pick(1, 5);
+    let (repetitions, changes) = effort.pick((1, 5), (5, 20));
     let lab = Lab::new()?;
     let lan = lab.site("lan", &["192.168.10.0/24"])?;
-    CLUSTER.write(&lab.manifests(), &[])?;
-    let (mut took, mut memory) = (Vec::new(), Vec::new());
+    let (mut took, mut changed) = (Vec::new(), Vec::new());
+    let (mut ready, mut after) = (Vec::new(), Vec::new());
     for repetition in 1..=repetitions {
+        CLUSTER.write(&lab.manifests(), &[])?;
         // A node of its own, so that no agent adopts anything of the one before.
         let node = lan.node(&format!("edge{repetition}"), &[&format!("10.244.{repetition}.0/24")])?;
         let begin = Instant::now();
@@ -32,7 +37,11 @@ pub(crate) fn measure(effort: Effort) -> Result<Vec<Table>> {
         let elapsed = begin.elapsed();
         took.push(elapsed.as_secs_f64() * 1e3);
         check(&node, CLUSTER.services, CLUSTER.services * CLUSTER.endpoints)?;
-        memory.push(Memory::of(&agent)?);
+        ready.push(Memory::of(&agent)?);
+        for change in 0..changes {
+            changed.push(time_change(&lab, &agent, change * (CLUSTER.services / changes))?);
+        }
+        after.push(Memory::of(&agent)?);
         agent.stop()?;
         say(&format!("agent {repetition} of {repetitions}: ready after {elapsed:.1?}"));
     }
@@ -40,19 +49,62 @@ pub(crate) fn measure(effort: Effort) -> Result<Vec<Table>> {
         let spread = Spread::of(samples)?;
         Ok(vec![what.to_owned(), unit(spread.median), whole(&spread, unit)])
     };
+    let median = |samples: &[f64]| -> Result<f64> { Ok(Spread::of(samples.iter().copied())?.median) };
+    let resident = |memory: &[Memory]| memory.iter().map(|memory| memory.resident).collect::<Vec<_>>();
+    let findings = vec![
+        verdict("start to ready", median(&took)?, LOAD_AIM, millis),
+        verdict("one change", median(&changed)?, CHANGE_AIM, millis),
+        verdict("resident after the changes", median(&resident(&after))?, MEMORY_AIM, mib),
+    ];
     Ok(vec![Table {
         title: "A full cluster",
         method: format!(
             "{} Services with {} endpoints each from a manifest directory; agents started anew ({repetitions}) on nodes \
-             where nothing was left to adopt. Until /readyz answers 200: everything is in force in the kernel.",
+             where nothing was left to adopt. Until /readyz answers 200: everything is in force in the kernel. Then \
+             {changes} endpoints move, one after the other: from the notification of the changed file, which holds ten \
+             Services, until the change is in force, by the agent's metric `edgemesh_dataplane_change_seconds`.",
             CLUSTER.services, CLUSTER.endpoints
         ),
-        head: vec!["figure", "median", "all agents"],
+        head: vec!["figure", "median", "all"],
         rows: vec![
             row("start to ready", took, millis)?,
-            row("resident when ready (VmRSS)", memory.iter().map(|memory| memory.resident).collect(), mib)?,
-            row("peak (VmHWM)", memory.iter().map(|memory| memory.peak).collect(), mib)?,
+            row("one change", changed, millis)?,
+            row("resident when ready (VmRSS)", resident(&ready), mib)?,
+            row("resident after the changes (VmRSS)", resident(&after), mib)?,
+            row("peak (VmHWM)", after.iter().map(|memory| memory.peak).collect(), mib)?,
         ],
-        findings: Vec::new(),
+        findings,
     }])
+}
+
+/// Moves one endpoint; tells how many milliseconds the agent took, by its own account.
+fn time_change(lab: &Lab, agent: &Agent, service: u32) -> Result<f64> {
+    let before = Changes::of(agent)?;
+    CLUSTER.move_endpoint(&lab.manifests(), service)?;
+    let mut after = before;
+    eventually(DEADLINE, "a change to be in force", || {
+        after = Changes::of(agent)?;
+        Ok(after.count > before.count)
+    })?;
+    Ok((after.seconds - before.seconds) * 1e3 / (after.count - before.count))
+}
+
+/// The changes an agent has made so far.
+#[derive(Clone, Copy, Debug)]
+struct Changes {
+    count: f64,
+    /// All together.
+    seconds: f64,
+}
+
+impl Changes {
+    fn of(agent: &Agent) -> Result<Self> {
+        let text = agent.metrics()?;
+        let value = |name: &str| -> Result<f64> {
+            let name = format!("edgemesh_dataplane_change_seconds_{name} ");
+            let value = text.lines().find_map(|line| line.strip_prefix(&*name)?.parse().ok());
+            value.with_context(|| format!("the metrics have no {name}"))
+        };
+        Ok(Self { count: value("count")?, seconds: value("sum")? })
+    }
 }

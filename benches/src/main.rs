@@ -50,7 +50,7 @@ enum Figure {
     Change,
     /// The agent's memory at 1,000 Services with 5,000 endpoints
     Memory,
-    /// From start to ready at 10,000 Services with 100,000 endpoints
+    /// From start to ready, one change and memory at 10,000 Services with 100,000 endpoints
     Load,
 }
 

@@ -8,8 +8,10 @@
 //! | `/metrics` | both | OpenMetrics text |
 //! | `/v1/status`, `/v1/services`, `/v1/backends/NS/NAME` | unix socket | JSON, see [`crate::status`] |
 //! | `/v1/trace?to=TARGET&from=CLIENT` | unix socket | JSON, see [`crate::status::TraceReport`] |
+//! | `/v1/events?for=SECONDS&service=NS/NAME&from=CLIENT` | unix socket | lines of JSON, see [`crate::status::EventLine`] |
 
 mod client;
+mod events;
 mod trace;
 
 use std::{
@@ -19,13 +21,16 @@ use std::{
     net::SocketAddr,
     os::unix::fs::FileTypeExt,
     path::{Path, PathBuf},
-    sync::Arc,
+    sync::{
+        Arc,
+        atomic::{AtomicU64, Ordering},
+    },
     task::{Context, Poll},
     time::{Duration, Instant},
 };
 
 use bytes::Bytes;
-use http_body_util::Full;
+use http_body_util::{Either, Full};
 use hyper::{Method, Request, Response, StatusCode, body::Incoming, header::CONTENT_TYPE, service::service_fn};
 use hyper_util::rt::{TokioIo, TokioTimer};
 use nix::sys::stat::{Mode, umask};
@@ -36,7 +41,8 @@ use tokio::{
 };
 use tracing::{debug, warn};
 
-pub use client::{ClientError, get};
+pub use client::{ClientError, get, stream};
+pub use events::LONGEST;
 
 use crate::{
     conditions::Conditions,
@@ -90,6 +96,8 @@ pub struct DataplaneSight {
     pub canary: Option<health::CanaryState>,
     /// Counts the UDP sockets ended because their backend was gone.
     pub ended_sockets: Option<sock_diag::Ended>,
+    /// None for a data plane that writes none.
+    pub events: Option<dataplane::events::Events>,
     /// What is attached to interfaces.
     pub traffic: Option<TrafficSight>,
 }
@@ -257,9 +265,18 @@ where
     let stop = tasks.stopping();
     tasks.spawn(async move {
         let _slot = slot;
-        let service = service_fn(move |request| {
-            let sight = sight.clone();
-            async move { Ok::<_, Infallible>(answer(&request, door, &sight).await) }
+        let stay = Stay::default();
+        let (told, stopping) = (stay.clone(), stop.clone());
+        let service = service_fn(move |request: Request<Incoming>| {
+            let (sight, stay, stop) = (sight.clone(), told.clone(), stopping.clone());
+            async move {
+                Ok::<_, Infallible>(match (door, request.uri().path(), request.method()) {
+                    (Door::Socket, "/v1/events", &Method::GET) => {
+                        events::answer(request.uri().query(), &sight, &stay, stop).await
+                    }
+                    _ => answer(&request, door, &sight).await.map(Either::Left),
+                })
+            }
         });
         let connection = hyper::server::conn::http1::Builder::new()
             .timer(TokioTimer::new())
@@ -269,7 +286,7 @@ where
         let result = tokio::select! {
             result = connection.as_mut() => Some(result),
             () = stop.cancelled() => None,
-            () = tokio::time::sleep(CONNECTION_AGE) => None,
+            () = stay.over() => None,
         };
         let result = match result {
             Some(result) => result,
@@ -286,6 +303,26 @@ where
             debug!("an admin connection ended early: {error}");
         }
     });
+}
+
+/// An answer, complete or as it comes.
+type Body = Either<Full<Bytes>, events::Stream>;
+
+/// How long a connection may last. Clones are one.
+#[derive(Clone, Debug, Default)]
+struct Stay(Arc<AtomicU64>);
+
+impl Stay {
+    /// Has the connection last for an answer that takes this long.
+    fn at_least(&self, last: Duration) {
+        self.0.fetch_max(last.as_secs(), Ordering::Relaxed);
+    }
+
+    async fn over(&self) {
+        tokio::time::sleep(CONNECTION_AGE).await;
+        // Asked for within that time.
+        tokio::time::sleep(Duration::from_secs(self.0.load(Ordering::Relaxed))).await;
+    }
 }
 
 async fn answer(request: &Request<Incoming>, door: Door, sight: &Sight) -> Response<Full<Bytes>> {
@@ -316,10 +353,11 @@ async fn metrics(sight: &Sight) -> Response<Full<Bytes>> {
     let (counts, rooms) = (sight.counts().await, sight.rooms().await);
     let (status, table) = (sight.status(Instant::now()), Arc::clone(&sight.tables.borrow()));
     let max_backends = sight.max_backend_series;
+    let latency = sight.dataplane.as_ref().map(|dataplane| dataplane.handle.latency().clone());
     let render = move || {
         let counts = counts.map(|counts| status::by_frontend(&counts));
         let readings = counts.as_ref().map(|counts| metrics::Readings { counts, rooms: &rooms, max_backends });
-        match metrics::render(&status, &table, readings.as_ref()) {
+        match metrics::render(&status, &table, readings.as_ref(), latency.as_ref()) {
             Ok(body) => respond(StatusCode::OK, "application/openmetrics-text; version=1.0.0; charset=utf-8", body),
             Err(error) => text(StatusCode::INTERNAL_SERVER_ERROR, format!("cannot render the metrics: {error}\n")),
         }
@@ -382,7 +420,7 @@ mod tests {
 
     fn sight(directory: &Path, tasks: &Tasks) -> Sight {
         let kind = SourceKind::Static { directory: directory.to_owned() };
-        let (events, _) = tokio::sync::mpsc::channel(8);
+        let (events, _) = kube::Events::channel(8);
         let config = SourceConfig { kind, qps: 1, burst: 1 };
         Sight {
             node: "node".into(),

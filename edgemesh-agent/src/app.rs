@@ -23,13 +23,13 @@ use crate::{
     conditions::Conditions,
     config::{AgentConfig, DataplaneMode},
     dataplane::{
-        self,
+        self, Latency,
         ebpf::{Ebpf, OpenError, probe},
     },
     health::{self, Canary, CanaryState, Watch},
-    kube,
+    kube::{self, Received},
     lifecycle::{Blocker, Readiness, Tasks},
-    model::{Builder, Event, Note, ServiceTable},
+    model::{Builder, Note, ServiceTable},
     net::{self, Device},
 };
 
@@ -49,7 +49,7 @@ pub enum StartError {
     Dataplane(#[from] OpenError),
     #[error("cannot listen on the control socket {}: {error}; stop the other agent, or set commonConfig.controlSocket", path.display())]
     ControlSocket { path: PathBuf, error: io::Error },
-    #[error("cannot start the data plane's thread: {0}")]
+    #[error("cannot start the data plane's threads: {0}")]
     Thread(#[source] io::Error),
 }
 
@@ -89,13 +89,18 @@ async fn build_on(
     readiness: Readiness,
     conditions: Conditions,
 ) -> Result<Bound, StartError> {
-    let (events, received) = mpsc::channel(EVENTS);
+    let (events, received) = kube::Events::channel(EVENTS);
     let (publish, tables) = watch::channel(Arc::<ServiceTable>::default());
     let source = kube::start(&config.source, events, conditions.clone(), tasks)?;
     let builder = Builder::new(config.proxy.filter, node);
-    let sights =
-        (SightOfNode { name: node.to_owned(), conditions: conditions.clone() }, SightOfRules::new(conditions.clone()));
-    tasks.spawn(build_tables(builder, received, publish, sights, readiness.block("the metadata source")));
+    let latency = Latency::default();
+    let publish = Publisher {
+        tables: publish,
+        latency: latency.clone(),
+        sight_of_node: SightOfNode { name: node.to_owned(), conditions: conditions.clone() },
+        sight_of_rules: SightOfRules::new(conditions.clone()),
+    };
+    tasks.spawn(build_tables(builder, received, publish, readiness.block("the metadata source")));
 
     let (mut dataplane, mut thread) = (None, None);
     if config.proxy.enable {
@@ -103,17 +108,23 @@ async fn build_on(
         let (DataplaneMode::Auto | DataplaneMode::Ebpf) = config.proxy.dataplane;
         let mut ebpf = Ebpf::open(&config.proxy.ebpf, &conditions)?;
         ebpf.follow_log(tasks);
-        let standing = probe::run(config.proxy.ebpf.cgroup_root.as_deref()).standing();
+        let cgroup_root = config.proxy.ebpf.cgroup_root.clone();
+        let probed = tokio::task::spawn_blocking(move || probe::run(cgroup_root.as_deref()).standing());
+        let standing = probed.await.map_err(|error| StartError::Thread(io::Error::other(error)))?;
         for loss in &standing.losses {
             warn!(feature = loss.feature, reason = loss.reason, "{}", loss.cost);
         }
         let canary = prepare_canary(&config, &mut ebpf, &conditions).await;
         let (cgroup, adopted_frontends) = (ebpf.cgroup().to_owned(), ebpf.adopted());
         let ended_sockets = ebpf.ended_sockets();
+        let events = ebpf.events().unwrap_or_else(|error| {
+            warn!("`edgemesh-agent events` has nothing to tell: {error}");
+            None
+        });
         let traffic = ebpf.follow_interfaces(tables.clone(), &conditions, tasks).map_err(StartError::Thread)?;
         let unready = readiness.block("the data plane");
         let (handle, started) =
-            dataplane::spawn(Box::new(ebpf), tables.clone(), conditions.clone(), unready, tasks.stopping())
+            dataplane::spawn(Box::new(ebpf), tables.clone(), latency, conditions.clone(), unready, tasks.stopping())
                 .map_err(StartError::Thread)?;
         tasks.spawn(dataplane::supervise(handle.clone(), conditions.clone(), readiness.clone(), tasks.stopping()));
         let watch = Watch {
@@ -127,8 +138,16 @@ async fn build_on(
         let canary = canary.map(|canary| (canary, CanaryState::default()));
         let state = canary.as_ref().map(|(_, state)| state.clone());
         watch.start(canary, tasks);
-        dataplane =
-            Some(DataplaneSight { handle, cgroup, adopted_frontends, standing, canary: state, ended_sockets, traffic });
+        dataplane = Some(DataplaneSight {
+            handle,
+            cgroup,
+            adopted_frontends,
+            standing,
+            canary: state,
+            ended_sockets,
+            events,
+            traffic,
+        });
         thread = Some(started);
     } else {
         info!("modules.edgeProxy.enable is false: Services are not translated on this node");
@@ -212,30 +231,52 @@ fn remove_socket(path: &Path) {
 /// single event is passed on at once.
 async fn build_tables(
     mut builder: Builder,
-    mut received: mpsc::Receiver<Event>,
-    publish: watch::Sender<Arc<ServiceTable>>,
-    (sight_of_node, mut sight_of_rules): (SightOfNode, SightOfRules),
+    mut received: mpsc::Receiver<Received>,
+    mut publish: Publisher,
     unready: Blocker,
 ) {
     let mut unready = Some(unready);
     let mut batch = Vec::with_capacity(EVENTS);
     while received.recv_many(&mut batch, EVENTS).await > 0 {
-        for event in batch.drain(..) {
-            builder.apply(event);
+        let since = batch.iter().map(|received| received.at).min();
+        for received in batch.drain(..) {
+            builder.apply(received.event);
         }
         if let Some(table) = builder.build() {
             if table.complete {
                 unready = None;
-                let now = SystemTime::now();
-                sight_of_node.report(&table, now);
-                sight_of_rules.report(&table.unheeded, now);
             }
-            publish.send_replace(table);
+            publish.publish(table, since);
         }
         // The builder has the thread for as long as it likes; let others have it now and then.
         tokio::task::yield_now().await;
     }
     drop(unready);
+}
+
+/// Where tables go.
+struct Publisher {
+    tables: watch::Sender<Arc<ServiceTable>>,
+    latency: Latency,
+    sight_of_node: SightOfNode,
+    sight_of_rules: SightOfRules,
+}
+
+impl Publisher {
+    fn publish(&mut self, table: Arc<ServiceTable>, since: Option<Instant>) {
+        if table.complete
+            && let Some(since) = since
+        {
+            self.latency.built(table.generation, since);
+        }
+        self.tables.send_replace(Arc::clone(&table));
+        // Afterwards: nobody waits for it.
+        if table.complete {
+            let now = SystemTime::now();
+            self.sight_of_node.report(&table, now);
+            self.sight_of_rules.report(&table.unheeded, now);
+        }
+    }
 }
 
 /// Says so where this node's own object is missing and a Service wants to know something of it.

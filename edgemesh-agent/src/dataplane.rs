@@ -1,6 +1,8 @@
 //! Making the kernel translate: a [`Dataplane`] on a thread of its own, fed with tables.
 
 pub mod ebpf;
+pub mod events;
+mod latency;
 mod run;
 
 use std::{
@@ -8,6 +10,7 @@ use std::{
     time::{Duration, Instant},
 };
 
+pub use latency::Latency;
 pub use run::{Handle, spawn, supervise};
 
 use crate::model::{Change, FrontendAddr, ServiceTable};

@@ -1,11 +1,12 @@
 //! Metadata sources: where Services and endpoints come from.
 //!
-//! A source is a task that sends [`Event`]s into a bounded channel: [`start`] chooses it by the configuration. It says
+//! A source is a task that sends [`Event`](crate::model::Event)s into a bounded channel: [`start`] chooses it by the configuration. It says
 //! what is wrong through [`Conditions`], what it has and since when through [`SourceState`], and never takes anything
 //! away because of an error of its own.
 
 mod client;
 mod convert;
+mod events;
 mod manifest;
 mod state;
 mod static_dir;
@@ -13,14 +14,14 @@ mod watch;
 
 use std::path::PathBuf;
 
-use tokio::sync::mpsc;
-
-pub use self::state::{SourceState, SourceStatus};
+pub use self::{
+    events::{Events, Received},
+    state::{SourceState, SourceStatus},
+};
 use crate::{
     conditions::Conditions,
     config::{SourceConfig, SourceKind},
     lifecycle::Tasks,
-    model::Event,
 };
 
 /// Why a source cannot even begin; everything that may pass by itself is a condition instead.
@@ -55,7 +56,7 @@ pub enum Error {
 
 /// Starts the configured source on `tasks`; must be called within a tokio runtime.
 ///
-/// What it finds goes to `events`: [`Event::Replace`] for each kind, then [`Event::Synced`], then changes. The source
+/// What it finds goes to `events`: `Replace` for each kind, then `Synced`, then changes. The source
 /// ends when the receiver is dropped or the agent stops.
 ///
 /// # Errors
@@ -64,7 +65,7 @@ pub enum Error {
 /// trying and raises `ApiServerUnreachable`.
 pub fn start(
     config: &SourceConfig,
-    events: mpsc::Sender<Event>,
+    events: Events,
     conditions: Conditions,
     tasks: &Tasks,
 ) -> Result<SourceState, Error> {

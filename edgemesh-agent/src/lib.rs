@@ -5,6 +5,7 @@
 //! together.
 
 pub mod admin;
+pub mod allocator;
 pub mod app;
 pub mod cleanup;
 pub mod conditions;

@@ -3,13 +3,15 @@
 use std::{
     io::{self, Write},
     net::SocketAddr,
+    ops::ControlFlow,
     path::PathBuf,
     process::ExitCode,
+    time::Duration,
 };
 
 use clap::{Parser, Subcommand};
 use edgemesh_agent::{
-    admin, app, cleanup,
+    admin, allocator, app, cleanup,
     config::{self, Environment, Leniency, Loaded},
     dataplane::ebpf::{self, probe},
     health::canary,
@@ -83,6 +85,22 @@ enum Command {
         #[command(flatten)]
         ask: Ask,
     },
+    /// Each connect() and datagram to a Service address as it happens: from where, to which backend, or refused
+    ///
+    /// Only while this runs do the eBPF programs report their calls. Ends after --for, or by Ctrl-C.
+    Events {
+        /// Only those of one Service, NAMESPACE/NAME
+        #[arg(long, value_name = "SERVICE")]
+        service: Option<edgemesh_agent::model::NamespacedName>,
+        /// Only those of one client: a process id, a pod's IP, or a pod's name without its namespace
+        #[arg(long, value_name = "POD")]
+        from_pod: Option<Who>,
+        /// How long, such as 30s, 5m or 1h; at most 24h
+        #[arg(long = "for", value_name = "DURATION", default_value = "60s", value_parser = duration)]
+        last: Duration,
+        #[command(flatten)]
+        ask: Ask,
+    },
     /// What this kernel offers to the eBPF data plane, tried out without an agent; 0 if it is enough
     Probe {
         /// The form of the answer
@@ -140,6 +158,7 @@ const NO_PERMISSION: u8 = 77;
 const CONFIG: u8 = 78;
 
 fn main() -> ExitCode {
+    allocator::share_one_heap();
     let cli = match Cli::try_parse() {
         Ok(cli) => cli,
         Err(error) => {
@@ -196,6 +215,11 @@ fn dispatch(cli: &Cli) -> Result<ExitCode, Failure> {
                 status::Outcome::Forwarded => {}
                 status::Outcome::Refused | status::Outcome::Untouched => return Ok(NO_BACKEND.into()),
             }
+        }
+        Some(Command::Events { service, from_pod, last, ask }) => {
+            let service = service.as_ref().map_or_else(String::new, |service| format!("&service={service}"));
+            let from = from_pod.as_ref().map_or_else(String::new, |who| format!("&from={who}"));
+            follow(ask, &format!("/v1/events?for={}{service}{from}", last.as_secs()))?;
         }
         Some(Command::Probe { output }) => probe(cli, *output)?,
         Some(Command::Canary { cgroup, frontend, nonce }) => {
@@ -302,6 +326,55 @@ fn fetch(ask: &Ask, path: &str) -> Result<serde_json::Value, Failure> {
     serde_json::from_slice(&body).map_err(other_version)
 }
 
+/// Prints the lines of a stream as they come, until it ends or the user has enough.
+fn follow(ask: &Ask, path: &str) -> Result<(), Failure> {
+    if ask.output == Output::Table {
+        print(show::EVENTS_HEAD);
+    }
+    let mut failure = None;
+    let mut take = |line: &[u8]| {
+        let text = serde_json::from_slice::<serde_json::Value>(line).map_err(other_version).and_then(|value| {
+            Ok(match ask.output {
+                Output::Table => show::event(&serde_json::from_value(value).map_err(other_version)?),
+                Output::Json => format!("{value}\n"),
+                Output::Yaml => format!("---\n{}", render(ask.output, &value, String::new)?),
+            })
+        });
+        match text {
+            Ok(text) if io::stdout().lock().write_all(text.as_bytes()).is_ok() => ControlFlow::Continue(()),
+            // The reader went away (`| head`).
+            Ok(_) => ControlFlow::Break(()),
+            Err(error) => {
+                failure = Some(error);
+                ControlFlow::Break(())
+            }
+        }
+    };
+    let streamed = block_on(async {
+        tokio::select! {
+            streamed = admin::stream(&ask.socket, path, &mut take) => streamed,
+            _ = tokio::signal::ctrl_c() => Ok(()),
+        }
+    })?;
+    streamed.map_err(|error| client_failure(&error))?;
+    failure.map_or(Ok(()), Err)
+}
+
+/// `90`, `90s`, `5m`, `1h`.
+fn duration(text: &str) -> Result<Duration, String> {
+    let (number, unit) = match text.strip_suffix(['s', 'm', 'h']) {
+        Some(number) if text.ends_with('m') => (number, 60),
+        Some(number) if text.ends_with('h') => (number, 3600),
+        Some(number) => (number, 1),
+        None => (text, 1),
+    };
+    let seconds = number.parse().ok().and_then(|number: u64| number.checked_mul(unit));
+    let duration = seconds
+        .map(Duration::from_secs)
+        .filter(|duration| (1..=admin::LONGEST.as_secs()).contains(&duration.as_secs()));
+    duration.ok_or_else(|| "not a duration from 1s to 24h, such as 30s, 5m or 1h".to_owned())
+}
+
 fn client_failure(error: &admin::ClientError) -> Failure {
     let code = match error {
         admin::ClientError::Question(_) => USAGE,
@@ -334,7 +407,7 @@ fn block_on<T>(future: impl Future<Output = T>) -> Result<T, Failure> {
         runtime.map_err(|error| Failure { code: OS, message: format!("cannot start the runtime: {error}") })?;
     let value = runtime.block_on(future);
     // A blocking call that hangs must not keep the process.
-    runtime.shutdown_timeout(std::time::Duration::from_secs(1));
+    runtime.shutdown_timeout(Duration::from_secs(1));
     Ok(value)
 }
 
@@ -351,6 +424,16 @@ mod tests {
     #[test]
     fn the_command_line_is_well_formed() {
         Cli::command().debug_assert();
+    }
+
+    #[test]
+    fn durations_are_read_as_people_write_them() {
+        for (text, seconds) in [("1", 1), ("90s", 90), ("5m", 300), ("24h", 86_400)] {
+            assert_eq!(duration(text), Ok(Duration::from_secs(seconds)), "{text}");
+        }
+        for wrong in ["", "s", "0", "-1", "1d", "25h", "1.5m", "18446744073709551615h"] {
+            duration(wrong).unwrap_err();
+        }
     }
 
     #[test]

@@ -9,7 +9,7 @@ use prometheus_client::{
 };
 
 use crate::{
-    dataplane::Room,
+    dataplane::{Latency, Room},
     model::{ServiceEntry, ServiceTable},
     status::{Counts, CountsByFrontend, Status, total},
 };
@@ -61,6 +61,7 @@ pub fn render(
     status: &Status,
     table: &ServiceTable,
     readings: Option<&Readings<'_>>,
+    latency: Option<&Latency>,
 ) -> Result<String, std::fmt::Error> {
     let mut registry = Registry::with_prefix("edgemesh");
     registry.register("build", "The version of the agent", Info::new([("version", status.version)]));
@@ -81,6 +82,10 @@ pub fn render(
         let about = "Connected UDP sockets ended because their backend was gone";
         registry.register("stale_udp_sockets_ended", about, ended);
         gauge(&mut registry, "dataplane_tables_behind", help, i64::try_from(behind).unwrap_or(i64::MAX));
+    }
+    if let Some(latency) = latency {
+        let help = "Seconds from a change's arrival at the source until it was in force in the kernel";
+        registry.register("dataplane_change_seconds", help, latency.histogram());
     }
     if let Some(canary) = status.dataplane.as_ref().and_then(|dataplane| dataplane.canary.as_ref()) {
         registry.register("canary_runs", "Canary connections that were made", ConstCounter::new(canary.runs));
@@ -229,4 +234,110 @@ fn gauge(registry: &mut Registry, name: &str, help: &str, value: i64) {
 
 fn whole(count: usize) -> i64 {
     i64::try_from(count).unwrap_or(i64::MAX)
+}
+
+#[cfg(test)]
+mod tests {
+    use std::num::NonZeroU16;
+
+    use super::*;
+    use crate::{
+        dataplane::Count,
+        kube::SourceStatus,
+        model::{Builder, Event, FrontendAddr, NamespacedName, Object, Protocol, Service, ServiceKind, ServicePort},
+        status::by_frontend,
+    };
+
+    /// `default/web` on port 80 of two addresses.
+    fn table() -> std::sync::Arc<ServiceTable> {
+        let port = |number| NonZeroU16::new(number).unwrap();
+        let http = ServicePort { name: "".into(), protocol: Protocol::Tcp, port: port(80), node_port: None };
+        let service = Service {
+            cluster_ips: vec!["10.96.0.1".parse().unwrap()],
+            external_ips: vec!["192.0.2.1".parse().unwrap()],
+            ports: vec![http],
+            ..Service::new(NamespacedName::new("default", "web"), ServiceKind::ClusterIp)
+        };
+        let mut builder = Builder::default();
+        builder.apply(Event::Apply(Object::Service(service.into())));
+        builder.apply(Event::Synced);
+        builder.build().unwrap()
+    }
+
+    fn count(frontend: &str, backend: Option<&str>, connects: u64, refused: u64) -> Count {
+        let frontend = FrontendAddr { addr: frontend.parse().unwrap(), protocol: Protocol::Tcp };
+        Count { frontend, backend: backend.map(|backend| backend.parse().unwrap()), connects, datagrams: 0, refused }
+    }
+
+    fn status() -> Status {
+        Status {
+            version: "1",
+            node: "edge1".to_owned(),
+            uptime_seconds: 1,
+            ready: true,
+            waiting_for: vec![],
+            source: SourceStatus {
+                source: "/manifests".to_owned(),
+                connected: true,
+                since: 0,
+                last_error: None,
+                objects: BTreeMap::new(),
+            },
+            dataplane: None,
+            device: None,
+            services: 1,
+            frontends: 2,
+            backends: 0,
+            conditions: vec![],
+        }
+    }
+
+    fn rendered(max_backends: u32) -> String {
+        let counts = by_frontend(&[
+            count("10.96.0.1:80", None, 4, 1),
+            count("10.96.0.1:80", Some("10.244.1.1:8080"), 5, 0),
+            count("192.0.2.1:80", Some("10.244.1.1:8080"), 2, 0),
+            count("10.96.0.1:80", Some("10.244.1.2:8080"), 3, 0),
+            count("10.96.0.1:80", Some("10.244.1.3:8080"), 0, 0),
+        ]);
+        let rooms = [Room { map: "FRONTENDS", used: 2, capacity: 20_000 }];
+        render(&status(), &table(), Some(&Readings { counts: &counts, rooms: &rooms, max_backends }), None).unwrap()
+    }
+
+    #[test]
+    fn backends_that_have_counted_something_have_series_over_all_addresses_of_their_port() {
+        let text = rendered(10);
+        let series = |backend: &str, count: u64| {
+            let labels = r#"namespace="default",service="web",port="80",protocol="TCP""#;
+            format!("edgemesh_backend_connects_total{{{labels},backend=\"{backend}\"}} {count}\n")
+        };
+        for line in [series("10.244.1.1:8080", 7), series("10.244.1.2:8080", 3)] {
+            assert!(text.contains(&line), "{line} in\n{text}");
+        }
+        assert!(!text.contains("10.244.1.3") && !text.contains("edgemesh_backend_datagrams_total{"), "{text}");
+        assert!(text.contains("edgemesh_backend_series_omitted 0\n"), "{text}");
+        assert!(
+            text.contains(
+                r#"edgemesh_service_connects_total{namespace="default",service="web",port="80",protocol="TCP"} 14"#
+            ),
+            "{text}"
+        );
+    }
+
+    #[test]
+    fn series_of_backends_are_bounded_and_their_lack_is_counted() {
+        let text = rendered(1);
+        assert!(text.contains("10.244.1.1:8080") && !text.contains("10.244.1.2:8080"), "{text}");
+        assert!(text.contains("edgemesh_backend_series_omitted 1\n"), "{text}");
+        let none = rendered(0);
+        assert!(!none.contains("edgemesh_backend_connects_total{"), "{none}");
+        assert!(none.contains("edgemesh_backend_series_omitted 2\n"), "{none}");
+    }
+
+    #[test]
+    fn how_full_a_map_is_stands_beside_how_much_it_holds() {
+        let text = rendered(0);
+        assert!(text.contains("edgemesh_dataplane_entries{map=\"FRONTENDS\"} 2\n"), "{text}");
+        assert!(text.contains("edgemesh_dataplane_entries_limit{map=\"FRONTENDS\"} 20000\n"), "{text}");
+    }
 }

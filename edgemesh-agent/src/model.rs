@@ -21,6 +21,7 @@ pub use object::{
 };
 pub use prefix::{IpPrefix, ParsePrefixError};
 pub use rule::{DestinationRule, Ignored};
+pub(crate) use shared::Shared;
 pub use table::{
     Balance, Frontend, FrontendAddr, FrontendKind, Note, PortEndpoint, ServedPort, ServiceEntry, ServiceTable,
 };

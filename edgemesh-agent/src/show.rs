@@ -1,11 +1,13 @@
 //! How answers look on a terminal.
 
+mod events;
 mod trace;
 
 use std::fmt::Write;
 
 use serde_json::Value;
 
+pub use events::{EVENTS_HEAD, event};
 pub use trace::trace;
 
 use crate::dataplane::ebpf::probe::Answer;

@@ -1,12 +1,14 @@
 //! What the agent says of itself: the answers behind `status`, `services` and `backends`, as they go over the control
 //! socket in JSON.
 
+mod events;
 mod trace;
 
 use std::{collections::BTreeMap, net::SocketAddr, num::NonZeroU32};
 
 use serde::{Deserialize, Serialize};
 
+pub use events::{EventLine, EventRow, Services};
 pub use trace::{
     ClientRow, Facts, KernelRow, KernelState, Outcome, ParseTargetError, PolicyRow, PortRef, Target, TraceReport,
     TracedEndpoint, TracedFrontend, Unresolved, trace,

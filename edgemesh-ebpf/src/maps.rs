@@ -150,16 +150,15 @@ pub(crate) fn write_event(fill: impl FnOnce(*mut Event)) {
 #[inline(never)]
 pub(crate) fn count(service: u32, backend: u32, change: impl Fn(&mut Counters)) {
     let key = CounterKey { service, backend };
+    if COUNTERS.get_ptr_mut(key).is_none() {
+        // Refused where another CPU has made the element meanwhile, which is as good, and where the map is full.
+        let _ = COUNTERS.insert(key, Counters::default(), BPF_NOEXIST.into());
+    }
     if let Some(counters) = COUNTERS.get_ptr_mut(key) {
         // SAFETY: a per-CPU value, valid while the program runs. The kernel keeps the program on its CPU, but another of
         // its kind may preempt it there (PREEMPT_RCU): at worst one event goes uncounted.
         change(unsafe { &mut *counters });
-        return;
     }
-    let mut first = Counters::default();
-    change(&mut first);
-    // Another CPU may have made the element meanwhile, and a full map has no room: at worst one event goes uncounted.
-    let _ = COUNTERS.insert(key, first, BPF_NOEXIST.into());
 }
 
 /// Remembers where a connected UDP socket was sent; None, that it went elsewhere and is not our business any more.

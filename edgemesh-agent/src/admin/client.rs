@@ -2,6 +2,7 @@
 
 use std::{
     io,
+    ops::ControlFlow,
     path::{Path, PathBuf},
     time::Duration,
 };
@@ -16,6 +17,8 @@ use tokio::net::UnixStream;
 const DEADLINE: Duration = Duration::from_secs(5);
 /// More than 10,000 Services with their counters need.
 const MAX_ANSWER: usize = 64 << 20;
+/// More than any line of a stream has.
+const MAX_LINE: usize = 64 << 10;
 
 /// Why there is no answer.
 #[derive(Debug, thiserror::Error)]
@@ -56,28 +59,84 @@ fn refusal(status: StatusCode, body: &[u8]) -> ClientError {
     if status == StatusCode::BAD_REQUEST { ClientError::Question(words) } else { ClientError::Refused(words) }
 }
 
-async fn exchange(socket: &Path, path: &str) -> Result<(StatusCode, Bytes), ClientError> {
+/// Asks the agent at `socket` for `path` and hands over its answer line by line, as it comes, until it ends or `take` has
+/// enough.
+///
+/// # Errors
+///
+/// See [`ClientError`].
+pub async fn stream(
+    socket: &Path,
+    path: &str,
+    mut take: impl FnMut(&[u8]) -> ControlFlow<()>,
+) -> Result<(), ClientError> {
+    let silent = || ClientError::Silent { path: socket.to_owned() };
     let broken = |error: String| ClientError::Broken { path: socket.to_owned(), error };
+    let (mut sender, connection) = tokio::time::timeout(DEADLINE, connect(socket)).await.map_err(|_| silent())??;
+    let answer = async {
+        let response = tokio::time::timeout(DEADLINE, sender.send_request(request(path).map_err(broken)?)).await;
+        let response = response.map_err(|_| silent())?.map_err(|error| broken(error.to_string()))?;
+        let (status, mut body) = (response.status(), response.into_body());
+        if status != StatusCode::OK {
+            let body = Limited::new(body, MAX_ANSWER).collect().await.map_err(|error| broken(error.to_string()))?;
+            return Err(refusal(status, &body.to_bytes()));
+        }
+        let mut rest = Vec::new();
+        while let Some(frame) = body.frame().await {
+            let Ok(data) = frame.map_err(|error| broken(error.to_string()))?.into_data() else { continue };
+            rest.extend_from_slice(&data);
+            let Some(end) = rest.iter().rposition(|byte| *byte == b'\n') else {
+                if rest.len() > MAX_LINE {
+                    return Err(broken("it sent a line without an end".to_owned()));
+                }
+                continue;
+            };
+            let whole: Vec<u8> = rest.drain(..=end).collect();
+            let mut lines = whole.split(|byte| *byte == b'\n').filter(|line| !line.is_empty());
+            if lines.try_for_each(&mut take).is_break() {
+                return Ok(());
+            }
+        }
+        Ok(())
+    };
+    drive(connection, answer).await
+}
+
+type Connection = hyper::client::conn::http1::Connection<TokioIo<UnixStream>, Empty<Bytes>>;
+
+async fn connect(
+    socket: &Path,
+) -> Result<(hyper::client::conn::http1::SendRequest<Empty<Bytes>>, Connection), ClientError> {
     let stream = UnixStream::connect(socket)
         .await
         .map_err(|error| ClientError::Unreachable { path: socket.to_owned(), error })?;
-    let (mut sender, connection) =
-        hyper::client::conn::http1::handshake(TokioIo::new(stream)).await.map_err(|e| broken(e.to_string()))?;
-    let request = Request::get(path)
-        .header(HOST, "edgemesh-agent")
-        .body(Empty::<Bytes>::new())
-        .map_err(|error| broken(error.to_string()))?;
+    let handshake = hyper::client::conn::http1::handshake(TokioIo::new(stream)).await;
+    handshake.map_err(|error| ClientError::Broken { path: socket.to_owned(), error: error.to_string() })
+}
+
+fn request(path: &str) -> Result<Request<Empty<Bytes>>, String> {
+    let request = Request::get(path).header(HOST, "edgemesh-agent").body(Empty::<Bytes>::new());
+    request.map_err(|error| error.to_string())
+}
+
+/// The connection's future moves the bytes; the answer is complete before it ends.
+async fn drive<T>(connection: Connection, answer: impl Future<Output = T>) -> T {
+    let (mut connection, mut answer) = (std::pin::pin!(connection), std::pin::pin!(answer));
+    tokio::select! {
+        answer = answer.as_mut() => answer,
+        _ = connection.as_mut() => answer.await,
+    }
+}
+
+async fn exchange(socket: &Path, path: &str) -> Result<(StatusCode, Bytes), ClientError> {
+    let broken = |error: String| ClientError::Broken { path: socket.to_owned(), error };
+    let (mut sender, connection) = connect(socket).await?;
+    let request = request(path).map_err(broken)?;
     let answer = async {
         let response = sender.send_request(request).await.map_err(|error| broken(error.to_string()))?;
         let status = response.status();
         let body = Limited::new(response.into_body(), MAX_ANSWER).collect().await.map_err(|e| broken(e.to_string()))?;
         Ok((status, body.to_bytes()))
     };
-    // The connection's future moves the bytes; the answer is complete before it ends.
-    let mut connection = std::pin::pin!(connection);
-    let mut answer = std::pin::pin!(answer);
-    tokio::select! {
-        answer = answer.as_mut() => answer,
-        _ = connection.as_mut() => answer.await,
-    }
+    drive(connection, answer).await
 }

@@ -80,6 +80,7 @@ fn documents_the_defaults() {
     assert_eq!(config.common.bridge_device_ip.to_string(), "169.254.96.16");
     assert_eq!(config.common.admin_address, Some("127.0.0.1:20008".parse().unwrap()));
     assert_eq!(config.common.control_socket, Path::new("/run/edgemesh/agent.sock"));
+    assert_eq!(config.common.max_backend_series, 1000);
     assert!(!config.proxy.enable);
     assert_eq!(config.proxy.filter, ServiceFilter::UnlabelledOnly);
     assert_eq!(config.proxy.dataplane, DataplaneMode::Auto);
@@ -103,6 +104,7 @@ commonConfig:
   bridgeDeviceIP: fd00::53
   adminAddress: '[::1]:0'
   controlSocket: /tmp/agent.sock
+  maxBackendSeries: 0
 modules:
   edgeProxy:
     enable: yes
@@ -129,7 +131,7 @@ modules:
             bridge_device_ip: "fd00::53".parse().unwrap(),
             admin_address: Some("[::1]:0".parse().unwrap()),
             control_socket: PathBuf::from("/tmp/agent.sock"),
-            ..CommonConfig::default()
+            max_backend_series: 0,
         },
         proxy: ProxyConfig {
             enable: true,

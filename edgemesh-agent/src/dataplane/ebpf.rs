@@ -19,6 +19,7 @@ mod ring;
 mod sets;
 mod stale;
 mod sys;
+mod tap;
 mod tc;
 mod wanted;
 
@@ -199,7 +200,7 @@ impl Ebpf {
             };
             self.put(key, wanted, now)?;
             self.reserved.insert(key);
-            self.adopted -= usize::from(adopted);
+            self.adopted = self.adopted.saturating_sub(usize::from(adopted));
         }
         Ok(())
     }

@@ -11,7 +11,7 @@ use tokio::sync::{mpsc, oneshot, watch};
 use tokio_util::sync::CancellationToken;
 use tracing::debug;
 
-use super::{Count, Dataplane, Error, InForce, Room};
+use super::{Count, Dataplane, Error, InForce, Latency, Room};
 use crate::{
     conditions::Conditions,
     lifecycle::{Blocker, Readiness},
@@ -36,6 +36,7 @@ pub struct Handle {
     name: &'static str,
     questions: mpsc::Sender<Question>,
     applied: watch::Receiver<u64>,
+    latency: Latency,
 }
 
 /// What readers ask of the thread, each with where the answer goes.
@@ -55,6 +56,11 @@ impl Handle {
     /// The generation of the table in force; 0 before the first.
     pub fn generation(&self) -> u64 {
         *self.applied.borrow()
+    }
+
+    /// How long changes took to come into force.
+    pub fn latency(&self) -> &Latency {
+        &self.latency
     }
 
     /// Reads the counters.
@@ -115,7 +121,7 @@ pub async fn supervise(handle: Handle, conditions: Conditions, readiness: Readin
     stop.cancelled().await;
 }
 
-/// Starts the thread. `unready` is dropped when the first complete table is in force.
+/// Starts the thread. `unready` is dropped when the first complete table is in force; `latency` is told of later ones.
 ///
 /// # Errors
 ///
@@ -123,6 +129,7 @@ pub async fn supervise(handle: Handle, conditions: Conditions, readiness: Readin
 pub fn spawn(
     dataplane: Box<dyn Dataplane>,
     tables: watch::Receiver<Arc<ServiceTable>>,
+    latency: Latency,
     conditions: Conditions,
     unready: Blocker,
     stop: CancellationToken,
@@ -131,11 +138,12 @@ pub fn spawn(
     let (applied, seen) = watch::channel(0);
     let name = dataplane.name();
     let runtime = tokio::runtime::Builder::new_current_thread().enable_time().build()?;
-    let worker = Worker { dataplane, conditions, unready: Some(unready), in_force: None, applied, retry: None };
+    let (measured, unready) = (latency.clone(), Some(unready));
+    let worker = Worker { dataplane, conditions, unready, in_force: None, applied, latency: measured, retry: None };
     let thread = thread::Builder::new()
         .name("dataplane".to_owned())
         .spawn(move || runtime.block_on(worker.run(tables, asked, stop)))?;
-    Ok((Handle { name, questions, applied: seen }, thread))
+    Ok((Handle { name, questions, applied: seen, latency }, thread))
 }
 
 struct Worker {
@@ -145,6 +153,7 @@ struct Worker {
     /// The last table applied without an error; None sends the next one through `replace`.
     in_force: Option<Arc<ServiceTable>>,
     applied: watch::Sender<u64>,
+    latency: Latency,
     retry: Option<Retry>,
 }
 
@@ -218,7 +227,15 @@ impl Worker {
         };
         match result {
             Ok(()) => {
-                debug!(generation = table.generation, changed, took = ?started.elapsed(), "table in force");
+                let (generation, now) = (table.generation, Instant::now());
+                let took = now.duration_since(started);
+                if *self.applied.borrow() == 0 {
+                    self.latency.started(generation, now);
+                    debug!(generation, changed, ?took, "table in force");
+                } else {
+                    let since_event = self.latency.in_force(generation, now);
+                    debug!(generation, changed, ?took, ?since_event, "table in force");
+                }
                 self.in_force = Some(Arc::clone(table));
                 self.unready = None;
                 self.retry = None;
@@ -311,7 +328,7 @@ mod tests {
 
     fn service(name: &str) -> Event {
         let name = NamespacedName::new("default", name);
-        Event::Apply(Object::Service(Service::new(name, ServiceKind::ClusterIp)))
+        Event::Apply(Object::Service(Service::new(name, ServiceKind::ClusterIp).into()))
     }
 
     struct Bench {
@@ -332,6 +349,7 @@ mod tests {
             let (handle, thread) = spawn(
                 Box::new(fake.clone()),
                 receiver,
+                Latency::default(),
                 conditions.clone(),
                 readiness.block("the data plane"),
                 stop.clone(),

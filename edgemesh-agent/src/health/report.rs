@@ -81,11 +81,13 @@ pub(super) fn foreign(hooks: &Survey, cgroup: &Path) -> Vec<Held> {
         owners.entry(owner(foreign)).or_default().push(foreign);
     }
     let described = |(owner, programs): (String, Vec<&Foreign>)| {
-        let first = programs.iter().any(|foreign| foreign.place != Place::After);
-        let order = if first {
+        let anywhere = |wanted: fn(&Place) -> bool| programs.iter().any(|foreign| wanted(&foreign.place));
+        let order = if anywhere(|place| matches!(place, Place::Before | Place::Below(_))) {
             "it runs before ours, so what it rewrites or refuses, ours never sees"
-        } else {
+        } else if anywhere(|place| *place == Place::After) {
             "it runs after ours and sees the endpoints that ours chose"
+        } else {
+            "ours are not there"
         };
         let advice = match owner.as_str() {
             "Cilium" => "set socketLB.enabled=false and kubeProxyReplacement=false in Cilium",

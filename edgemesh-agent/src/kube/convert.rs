@@ -97,11 +97,11 @@ impl Convert for discovery::EndpointSlice {
         };
         let ports = slice_ports(self.ports.as_deref().unwrap_or_default(), &mut faults);
         let endpoints = self.endpoints.iter().enumerate();
-        let endpoints =
-            endpoints.filter_map(|(i, endpoint)| slice_endpoint(i, endpoint, family, &mut faults)).collect();
-        let service = NamespacedName::new(name.namespace.clone(), service.as_str());
-        let set = EndpointSet { name, service, subsets: vec![Subset { ports, endpoints }] };
-        Ok(Converted { object: Object::EndpointSlice(set), faults })
+        let mut kept = Vec::with_capacity(self.endpoints.len());
+        kept.extend(endpoints.filter_map(|(i, endpoint)| slice_endpoint(i, endpoint, family, &mut faults)));
+        let service = NamespacedName::new(Arc::clone(&name.namespace), service.as_str());
+        let set = EndpointSet { name, service, subsets: vec![Subset { ports, endpoints: kept }] };
+        Ok(Converted { object: Object::EndpointSlice(Arc::new(set)), faults })
     }
 
     fn model_name(&self) -> Result<NamespacedName, ConvertError> {
@@ -116,7 +116,7 @@ impl Convert for core::Endpoints {
         let subsets = self.subsets.as_deref().unwrap_or_default().iter().enumerate();
         let subsets = subsets.map(|(i, subset)| endpoints_subset(i, subset, &mut faults)).collect();
         let set = EndpointSet { service: name.clone(), name, subsets };
-        Ok(Converted { object: Object::Endpoints(set), faults })
+        Ok(Converted { object: Object::Endpoints(Arc::new(set)), faults })
     }
 
     fn model_name(&self) -> Result<NamespacedName, ConvertError> {

@@ -3,6 +3,7 @@
 //! inotify says when to look, a full scan every [`RESCAN`] catches what it cannot see (files behind links, network file
 //! systems). What counts is always what the directory holds at the time of a scan, never the event itself.
 
+mod index;
 mod notify;
 mod scan;
 
@@ -13,22 +14,15 @@ use std::{
     time::{Duration, SystemTime},
 };
 
-use tokio::{
-    sync::mpsc,
-    time::{Instant, timeout_at},
-};
+use tokio::time::{Instant, timeout_at};
 use tracing::info;
 
 use self::{
-    notify::{Changes, DirectoryWatch},
+    notify::{Changes, DirectoryWatch, Due},
     scan::{Hints, Outcome, Scanner},
 };
-use super::{Error, SourceState};
-use crate::{
-    conditions::Conditions,
-    lifecycle::Tasks,
-    model::{Event, Kind},
-};
+use super::{Error, Events, SourceState};
+use crate::{conditions::Conditions, lifecycle::Tasks, model::Kind};
 
 const INVALID: &str = "ManifestInvalid";
 const DUPLICATE: &str = "ManifestDuplicate";
@@ -36,7 +30,7 @@ const TOO_MANY: &str = "ManifestLimit";
 const UNFOLLOWED: &str = "ManifestWatchFailed";
 const MISSING: &str = "ManifestDirectoryMissing";
 
-/// Changes closer together than this are read at once …
+/// Changes closer together than this are read at once, but for the first finished file after as long a rest …
 const QUIET: Duration = Duration::from_millis(10);
 /// … but none waits longer than this.
 const MAX_DELAY: Duration = Duration::from_millis(25);
@@ -57,7 +51,7 @@ const REFILL: Duration = Duration::from_secs(1);
 /// The directory cannot be read, or not be watched.
 pub(super) fn start(
     directory: &Path,
-    events: mpsc::Sender<Event>,
+    events: Events,
     conditions: Conditions,
     tasks: &Tasks,
 ) -> Result<SourceState, Error> {
@@ -94,7 +88,7 @@ struct Source {
     directory: PathBuf,
     watch: DirectoryWatch,
     changes: Changes,
-    events: mpsc::Sender<Event>,
+    events: Events,
     conditions: Conditions,
     state: SourceState,
     missing: bool,
@@ -108,6 +102,7 @@ impl Source {
         let mut scanner = Scanner::new(&self.directory);
         let mut synced = false;
         loop {
+            let noticed = self.changes.noticed.take().unwrap_or_else(Instant::now);
             let (back, outcome) = self.scan(scanner).await?;
             scanner = back;
             let mut next = Instant::now() + RESCAN;
@@ -123,7 +118,7 @@ impl Source {
                     let changes = if synced { outcome.events } else { scanner.everything() };
                     synced = true;
                     for event in changes {
-                        if self.events.send(event).await.is_err() {
+                        if self.events.send(event, noticed.into_std()).await.is_err() {
                             return Ok(());
                         }
                     }
@@ -138,7 +133,7 @@ impl Source {
             }
             tokio::select! {
                 () = self.events.closed() => return Ok(()),
-                changed = changed(&self.watch, &mut self.changes, next) => changed?,
+                changed = changed(&self.watch, &mut self.changes, Instant::now(), next) => changed?,
             }
         }
     }
@@ -147,14 +142,18 @@ impl Source {
         let now = Instant::now();
         self.returned = self.returned.filter(|&returned| now < returned + REFILL);
         // Watching before reading: what changes in between is seen by one of the two.
+        let due = std::mem::take(&mut self.changes.due);
+        let mut only_touched = due == Due::Files && !self.missing && self.returned.is_none();
         if self.watch.renew(&self.directory) {
             self.changes.writing.clear();
+            only_touched = false;
         }
         self.changes.writing.retain(|_, &mut since| now < since + RESCAN);
         let hints = Hints {
             touched: std::mem::take(&mut self.changes.touched),
             writing: self.changes.writing.keys().cloned().collect::<BTreeSet<_>>(),
             keep_missing: self.missing || self.returned.is_some(),
+            only_touched,
         };
         let scan = move || {
             let outcome = scanner.scan(&hints);
@@ -208,13 +207,19 @@ impl Source {
     }
 }
 
-/// Waits until the directory changed and came to rest, at most until `next`.
-async fn changed(watch: &DirectoryWatch, changes: &mut Changes, next: Instant) -> io::Result<()> {
-    while !changes.due {
+/// Waits until the directory changed and came to rest, at most until `next`; `rest` is since when it has been at rest.
+///
+/// A finished file that comes after a rest is not waited with. All else may be part of something larger: what is gone may
+/// come back at once under another name, and of many files one may need another.
+async fn changed(watch: &DirectoryWatch, changes: &mut Changes, rest: Instant, next: Instant) -> io::Result<()> {
+    while changes.due == Due::Nothing {
         match timeout_at(next, watch.read(changes)).await {
             Ok(read) => read?,
             Err(_) => return Ok(()),
         }
+    }
+    if changes.due == Due::Files && Instant::now() >= rest + QUIET {
+        return Ok(());
     }
     let latest = Instant::now() + MAX_DELAY;
     while let Ok(read) = timeout_at(latest.min(Instant::now() + QUIET), watch.read(changes)).await {
@@ -224,7 +229,6 @@ async fn changed(watch: &DirectoryWatch, changes: &mut Changes, next: Instant) -
             break;
         }
     }
-    changes.due = false;
     Ok(())
 }
 

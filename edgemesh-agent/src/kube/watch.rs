@@ -15,7 +15,7 @@ mod session;
 
 use std::{
     sync::atomic::{AtomicU8, Ordering},
-    time::{Duration, SystemTime},
+    time::{Duration, Instant, SystemTime},
 };
 
 use k8s_openapi::api::{core::v1 as core, discovery::v1 as discovery};
@@ -24,16 +24,13 @@ use kube::{
     runtime::{utils::Backoff, watcher::DefaultBackoff},
 };
 use tokio::{
-    sync::{Notify, mpsc},
+    sync::Notify,
     time::{sleep, timeout},
 };
 use tracing::info;
 
-use self::{
-    limit::Limiter,
-    session::{Closed, Session},
-};
-use super::{Error, SourceState, client::ApiServer, client::chain};
+use self::{limit::Limiter, session::Session};
+use super::{Error, Events, SourceState, client::ApiServer, client::chain, events::Closed};
 use crate::{
     conditions::Conditions,
     config::SourceConfig,
@@ -56,7 +53,7 @@ const LONGEST_PAUSE: Duration = Duration::from_secs(30);
 pub(super) fn start(
     server: ApiServer,
     config: &SourceConfig,
-    events: mpsc::Sender<Event>,
+    events: Events,
     conditions: Conditions,
     tasks: &Tasks,
 ) -> Result<SourceState, Error> {
@@ -85,7 +82,7 @@ struct Source {
     client: Client,
     url: String,
     limiter: Limiter,
-    events: mpsc::Sender<Event>,
+    events: Events,
     conditions: Conditions,
     state: SourceState,
     listed: Listed,
@@ -203,7 +200,7 @@ impl Source {
     /// Notes that everything of a kind has been delivered, or that nothing of it will be.
     async fn listed(&self, kind: Kind) -> Result<(), Closed> {
         if self.listed.complete_with(kind) {
-            self.events.send(Event::Synced).await.map_err(|_| Closed)?;
+            self.events.send(Event::Synced, Instant::now()).await?;
         }
         Ok(())
     }

@@ -85,7 +85,7 @@ impl Builder {
     /// The table as of all events so far; None if nothing changed since the last one.
     pub fn build(&mut self) -> Option<Arc<ServiceTable>> {
         self.follow_nodes();
-        let node_known = self.nodes.contains_key(&self.node);
+        let node_known = self.nodes.contains_key(&*self.node);
         let mut changed = self.synced != self.table.complete || node_known != self.table.node_known;
         while let Some(name) = self.dirty.pop_first() {
             changed |= self.refresh(&name);
@@ -99,24 +99,20 @@ impl Builder {
         Some(Arc::new(self.table.clone()))
     }
 
-    fn put(&mut self, object: Object) {
+    fn put(&mut self, mut object: Object) {
+        self.places.share(&mut object);
         match object {
             Object::Service(service) => {
-                if self.services.get(&service.name).is_none_or(|known| **known != service) {
+                if self.services.get(&service.name).is_none_or(|known| *known != service) {
                     self.dirty.insert(service.name.clone());
-                    self.services.insert(service.name.clone(), Arc::new(service));
+                    self.services.insert(service.name.clone(), service);
                 }
             }
-            Object::EndpointSlice(mut set) => {
-                self.share(&mut set);
-                self.slices.put(set, &mut self.dirty);
-            }
-            Object::Endpoints(mut set) => {
-                self.share(&mut set);
-                self.endpoints.put(set, &mut self.dirty);
-            }
-            Object::Node(mut node) => {
-                let known = self.nodes.get(&node.name.name);
+            Object::EndpointSlice(set) => self.slices.put(set, &mut self.dirty),
+            Object::Endpoints(set) => self.endpoints.put(set, &mut self.dirty),
+            Object::Node(node) => {
+                let mut node = Arc::unwrap_or_clone(node);
+                let known = self.nodes.get(&*node.name.name);
                 if known == Some(&node) {
                     return;
                 }
@@ -125,15 +121,9 @@ impl Builder {
                     self.labels.one(key);
                     self.labels.one(value);
                 }
-                self.nodes.insert(node.name.name.clone(), node);
+                self.nodes.insert(Arc::clone(&node.name.name), node);
             }
-            Object::DestinationRule(rule) => self.rules.put(rule, &mut self.dirty),
-        }
-    }
-
-    fn share(&mut self, set: &mut EndpointSet) {
-        for endpoint in set.subsets.iter_mut().flat_map(|subset| &mut subset.endpoints) {
-            self.places.one(&mut endpoint.place);
+            Object::DestinationRule(rule) => self.rules.put(Arc::unwrap_or_clone(rule), &mut self.dirty),
         }
     }
 
@@ -147,7 +137,7 @@ impl Builder {
             Kind::EndpointSlice => self.slices.remove(name, &mut self.dirty),
             Kind::Endpoints => self.endpoints.remove(name, &mut self.dirty),
             Kind::Node => {
-                if let Some(known) = self.nodes.remove(&name.name) {
+                if let Some(known) = self.nodes.remove(&*name.name) {
                     touch(&mut self.touched_nodes, &name.name, Some(&known));
                 }
             }
@@ -172,7 +162,7 @@ impl Builder {
         let any_moved = touched.keys().any(|node| moved(node));
         for (name, service) in &self.services {
             let limited = service.within_node_group || !service.topology_keys.is_empty();
-            let borrows_zone = |set: &EndpointSet| {
+            let borrows_zone = |set: &Arc<EndpointSet>| {
                 let mut places =
                     set.subsets.iter().flat_map(|subset| &subset.endpoints).map(|endpoint| &endpoint.place);
                 places.any(|place| place.zone.is_none() && place.node.as_deref().is_some_and(moved))
@@ -299,7 +289,7 @@ fn touch(touched: &mut HashMap<Box<str>, Option<Box<str>>>, name: &str, known: O
 }
 
 /// The endpoints that count for a Service: its slices, else its core/v1 Endpoints.
-fn counting<'a>(slices: &'a Sets, endpoints: &'a Sets, service: &NamespacedName) -> &'a [EndpointSet] {
+fn counting<'a>(slices: &'a Sets, endpoints: &'a Sets, service: &NamespacedName) -> &'a [Arc<EndpointSet>] {
     match slices.of(service) {
         [] => endpoints.of(service),
         slices => slices,
@@ -310,7 +300,7 @@ fn counting<'a>(slices: &'a Sets, endpoints: &'a Sets, service: &NamespacedName)
 #[derive(Debug, Default)]
 struct Sets {
     service_of: HashMap<NamespacedName, NamespacedName>,
-    by_service: HashMap<NamespacedName, Vec<EndpointSet>>,
+    by_service: HashMap<NamespacedName, Vec<Arc<EndpointSet>>>,
 }
 
 impl Sets {
@@ -319,11 +309,11 @@ impl Sets {
     }
 
     /// Ordered by object name, so that what is resolved from them does not depend on the order they came in.
-    fn of(&self, service: &NamespacedName) -> &[EndpointSet] {
+    fn of(&self, service: &NamespacedName) -> &[Arc<EndpointSet>] {
         self.by_service.get(service).map_or(&[], Vec::as_slice)
     }
 
-    fn put(&mut self, set: EndpointSet, dirty: &mut BTreeSet<NamespacedName>) {
+    fn put(&mut self, set: Arc<EndpointSet>, dirty: &mut BTreeSet<NamespacedName>) {
         if self.service_of.get(&set.name).is_some_and(|service| *service != set.service) {
             // Relabelled to another Service.
             self.remove(&set.name, dirty);

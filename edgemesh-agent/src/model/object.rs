@@ -244,14 +244,14 @@ impl fmt::Display for Kind {
     }
 }
 
-/// One object of a kind.
+/// One object of a kind; cheap to clone, as a source may keep what it has delivered.
 #[derive(Clone, Debug, Eq, PartialEq)]
 pub enum Object {
-    Service(Service),
-    EndpointSlice(EndpointSet),
-    Endpoints(EndpointSet),
-    Node(Node),
-    DestinationRule(DestinationRule),
+    Service(Arc<Service>),
+    EndpointSlice(Arc<EndpointSet>),
+    Endpoints(Arc<EndpointSet>),
+    Node(Arc<Node>),
+    DestinationRule(Arc<DestinationRule>),
 }
 
 impl Object {

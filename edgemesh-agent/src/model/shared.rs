@@ -1,11 +1,13 @@
 use std::{collections::HashSet, hash::Hash, sync::Arc};
 
+use super::{Object, Place};
+
 /// Fewer values than this are never worth a sweep.
 const FIRST_SWEEP: usize = 1024;
 
 /// Makes equal values share one allocation; those that nobody else holds any more are dropped now and then.
 #[derive(Debug)]
-pub(super) struct Shared<T: ?Sized> {
+pub(crate) struct Shared<T: ?Sized> {
     values: HashSet<Arc<T>>,
     sweep_at: usize,
 }
@@ -29,6 +31,19 @@ impl<T: Eq + Hash + ?Sized> Shared<T> {
             self.sweep_at = FIRST_SWEEP.max(2 * self.values.len());
         }
         self.values.insert(Arc::clone(value));
+    }
+}
+
+impl Shared<Place> {
+    /// Lets the endpoints of an object share their places.
+    ///
+    /// An object that somebody else holds, too, stays as it is: a copy would cost more than it saves.
+    pub(crate) fn share(&mut self, object: &mut Object) {
+        let (Object::EndpointSlice(set) | Object::Endpoints(set)) = object else { return };
+        let Some(set) = Arc::get_mut(set) else { return };
+        for endpoint in set.subsets.iter_mut().flat_map(|subset| &mut subset.endpoints) {
+            self.one(&mut endpoint.place);
+        }
     }
 }
 

@@ -12,12 +12,12 @@
 //! kube-proxy leaves `trafficDistribution` to the controller that writes hints into slices. Where nobody wrote any, as
 //! in core/v1 Endpoints, which have no place for them, the hints that controller would give are assumed.
 
-use std::{collections::HashMap, fmt};
+use std::{collections::HashMap, fmt, sync::Arc};
 
 use super::{Node, Place, PortEndpoint, Service, TrafficDistribution, TrafficPolicy};
 
 /// All known Nodes by name.
-pub type Nodes = HashMap<Box<str>, Node>;
+pub type Nodes = HashMap<Arc<str>, Node>;
 
 /// Where clients are: this node among all others.
 #[derive(Clone, Copy, Debug)]

@@ -9,6 +9,7 @@ mod inside;
 mod process;
 
 use std::{
+    collections::HashSet,
     fmt, io,
     net::IpAddr,
     path::Path,
@@ -105,8 +106,8 @@ pub enum Error {
         "no process here is or belongs to '{0}'; pods are seen only with hostPID, and only those of this node (name one by a process id, its IP or its name)"
     )]
     NotFound(Who),
-    /// Several pods, in several namespaces of Kubernetes perhaps.
-    #[error("'{who}' is the name of several pods, with the processes {}; name one by its process id or IP", list(.processes))]
+    /// Pods of the same name in several namespaces of Kubernetes, perhaps.
+    #[error("'{who}' stands for several pods, with the processes {}; name one by its process id", list(.processes))]
     Ambiguous { who: Who, processes: Vec<u32> },
     #[error("cannot look for '{who}': {attempt}: {error}")]
     Refused { who: Who, attempt: &'static str, error: io::Error },
@@ -128,7 +129,7 @@ pub fn find(who: &Who, served: &Path) -> Result<Client, Error> {
     let search = Search { who, deadline: Instant::now() + DEADLINE };
     let process = match who {
         Who::Process(id) => Process::open(*id).map_err(|_| Error::NotFound(who.clone()))?,
-        Who::Ip(ip) => search.by_ip(*ip)?,
+        Who::Ip(ip) => search.by_ip(*ip, served)?,
         Who::Name(name) => search.by_name(name, served)?,
     };
     let cookie = inside::cookie(&process).map_err(|error| search.refused("enter its network namespace", error))?;
@@ -143,6 +144,14 @@ pub fn find(who: &Who, served: &Path) -> Result<Client, Error> {
     })
 }
 
+/// What a search does with a further process of a network namespace.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+enum Known {
+    Skip,
+    /// What is searched for may differ from process to process.
+    LookAgain,
+}
+
 /// A search that comes to an end.
 struct Search<'a> {
     who: &'a Who,
@@ -150,31 +159,29 @@ struct Search<'a> {
 }
 
 impl Search<'_> {
-    /// The first process of the one network namespace that has this address.
-    fn by_ip(&self, ip: IpAddr) -> Result<Process, Error> {
-        let mut seen = std::collections::HashSet::new();
-        for id in self.processes()? {
-            let Ok(process) = Process::open(self.in_time(id)?) else { continue };
-            // A namespace that may not be entered is not known to have the address.
-            if seen.insert(process.network) && inside::has_address(&process, ip).unwrap_or(false) {
-                return Ok(process);
-            }
-        }
-        Err(Error::NotFound(self.who.clone()))
+    fn by_ip(&self, ip: IpAddr, served: &Path) -> Result<Process, Error> {
+        // A namespace that may not be entered is not known to have the address.
+        self.first(served, Known::Skip, |process| inside::has_address(process, ip).unwrap_or(false))
     }
 
-    /// The first process of the one pod of this name; of several pods, the one that is served.
     fn by_name(&self, name: &str, served: &Path) -> Result<Process, Error> {
         // A host name has at most 63 bytes, so the kubelet cuts a longer name and what the cut leaves at its end.
         let host = name.get(..63).map_or(name, |cut| cut.trim_end_matches(['-', '.']));
         let mut hosts = inside::HostNames::default();
+        self.first(served, Known::LookAgain, |process| {
+            hosts.of(process).as_deref() == Some(host) || process.says_hostname(name, host)
+        })
+    }
+
+    /// The first process of the one network namespace with a process that is meant; of several, the one that is served.
+    fn first(&self, served: &Path, known: Known, mut is_meant: impl FnMut(&Process) -> bool) -> Result<Process, Error> {
+        let mut seen = HashSet::new();
         let mut found: Vec<Process> = Vec::new();
         for id in self.processes()? {
             let Ok(process) = Process::open(self.in_time(id)?) else { continue };
-            if found.iter().any(|other| other.network == process.network) {
-                continue;
-            }
-            if hosts.of(&process).as_deref() == Some(host) || process.says_hostname(name, host) {
+            let is_new = seen.insert(process.network);
+            let is_found = || found.iter().any(|other| other.network == process.network);
+            if (is_new || known == Known::LookAgain && !is_found()) && is_meant(&process) {
                 found.push(process);
             }
         }

@@ -9,6 +9,7 @@ use std::{collections::BTreeSet, net::SocketAddr, num::NonZeroU32};
 
 use serde::{Deserialize, Serialize};
 
+pub(super) use notes::owner;
 pub use target::{ParseTargetError, PortRef, Target, Unresolved};
 
 use crate::{
@@ -183,7 +184,7 @@ pub struct Facts<'a> {
 /// `trace`: everything about connections to one address.
 pub fn trace(facts: Facts<'_>) -> TraceReport {
     let found = find(facts.table, &facts.at);
-    let owner = notes::owner(facts.table, &facts.at);
+    let owner = owner(facts.table, &facts.at);
     let intended = match &found {
         Some(found) => InForce::Frontend { shares: equal_shares(&found.frontend.backends), choice: None },
         None if owner.is_some() => InForce::ServiceAddress,
@@ -255,7 +256,7 @@ fn equal_shares(backends: &[SocketAddr]) -> Vec<Share> {
 fn forwarded(shares: &[Share], choice: Option<Choice>, affine: bool, known: bool) -> String {
     match (choice, shares) {
         (Some(Choice { backend, by: ChosenBy::Affinity { left } }), _) => format!(
-            "sent to {backend}, where the client was before; kept there for {} more, anew from each connection",
+            "sent to {backend}, where the client was before; kept there for {}, counted anew from each connection",
             show::seconds(left.as_secs())
         ),
         (Some(Choice { backend, by: ChosenBy::Hash }), _) => {
@@ -323,13 +324,13 @@ fn backends_of(in_force: &InForce) -> BTreeSet<SocketAddr> {
 
 /// A frontend in the table.
 #[derive(Clone, Copy, Debug)]
-struct Found<'a> {
-    entry: &'a ServiceEntry,
+pub(super) struct Found<'a> {
+    pub(super) entry: &'a ServiceEntry,
     frontend: &'a Frontend,
     served: &'a ServedPort,
 }
 
-fn find<'a>(table: &'a ServiceTable, at: &FrontendAddr) -> Option<Found<'a>> {
+pub(super) fn find<'a>(table: &'a ServiceTable, at: &FrontendAddr) -> Option<Found<'a>> {
     table.services.iter().find_map(|entry| {
         let frontend = entry.frontends.iter().find(|frontend| frontend.at == *at)?;
         Some(Found { entry, frontend, served: entry.ports.get(frontend.port)? })

@@ -242,6 +242,15 @@ impl Agent {
         }
     }
 
+    /// What it answers on `/metrics`.
+    pub fn metrics(&self) -> Result<String> {
+        let admin = ADMIN.parse().context("the admin address is none")?;
+        let report = self.host.http_get(admin, "/metrics", 1)?;
+        let reply = report.replies.into_iter().next().context("/metrics did not answer")?;
+        ensure!(reply.status == 200, "/metrics says {}: {}", reply.status, reply.body.trim());
+        Ok(reply.body)
+    }
+
     /// Its process id.
     pub fn pid(&self) -> u32 {
         self.pid

@@ -33,10 +33,12 @@ type Waiting = Option<HashMap<u64, Sender<Result<Response, Failure>>>>;
 
 impl Shell {
     /// Starts a shell that runs in `place`, called `what`, and writes complaints to the log `log`.
-    pub(super) fn start(lab: &Inner, place: &Place<'_>, what: &str, log: &str) -> Result<Arc<Self>> {
+    ///
+    /// `hostname` is what its environment has as HOSTNAME, as a container's has its pod's name.
+    pub(super) fn start(lab: &Inner, place: &Place<'_>, hostname: &str, what: &str, log: &str) -> Result<Arc<Self>> {
         let mut command = Command::new(binary("EDGEMESH_LAB_PROBE", "lab-probe")?);
         let (_, log) = lab.log_file(&format!("{log}.log"))?;
-        command.arg("shell").stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(log);
+        command.arg("shell").env("HOSTNAME", hostname).stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(log);
         place::enter(&mut command, place)?;
         let mut child = command.spawn().with_context(|| format!("could not start the probe shell of {what}"))?;
         let pid = child.id();

@@ -114,7 +114,7 @@ impl Site {
             net: Some(netns.as_fd()),
             ..Place::default()
         };
-        let shell = Shell::start(&site.lab, &place, &format!("node {name}"), &format!("{name}.host"))?;
+        let shell = Shell::start(&site.lab, &place, name, &format!("node {name}"), &format!("{name}.host"))?;
         let host = Pod::new(name, ips.clone(), shell, host_cgroup);
         let node = Node {
             node: Arc::new(NodeInner {
@@ -203,7 +203,7 @@ impl Node {
         remains::create(&cgroup)?;
         let place = Place { cgroup: Some(&cgroup), net: Some(netns.as_fd()), ..Place::default() };
         let what = format!("pod {name} on {}", node.name);
-        let shell = Shell::start(&node.lab, &place, &what, &format!("{}.{name}", node.name))?;
+        let shell = Shell::start(&node.lab, &place, name, &what, &format!("{}.{name}", node.name))?;
         Ok(Pod::new(name, ips, shell, cgroup))
     }
 

@@ -28,10 +28,12 @@ fn write(world: &World, size: u16, seconds: u32) -> Result<()> {
     }
     world.lab.manifests().write("sticky", &text)?;
     let shown = format!("clients stay for {seconds}s");
-    eventually(START, &shown, || {
+    eventually(START, &format!("{size} endpoints, {shown}"), || {
         let output = world.edge1.cli(&["backends", "default/sticky"])?;
         let text = String::from_utf8_lossy(&output.stdout).into_owned();
-        Ok(text.contains(&shown) && !text.contains("NOT IN FORCE") && world.client.tcp(at(IP, 80)?).is_ok())
+        let is_whole = text.lines().filter(|line| line.contains(":750")).count() == usize::from(size);
+        let in_force = text.contains(&shown) && !text.contains("NOT IN FORCE");
+        Ok(is_whole && in_force && world.client.tcp(at(IP, 80)?).is_ok())
     })
 }
 

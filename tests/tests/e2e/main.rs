@@ -10,6 +10,7 @@ mod outside;
 mod policy;
 mod restart;
 mod rules;
+mod sight;
 mod translation;
 
 use std::{net::SocketAddr, time::Duration};

@@ -180,7 +180,7 @@ fn rules_that_ask_for_what_is_not_supported_are_told_of_and_hurt_nobody() -> Res
     Ok(())
 }
 
-/// The Service `sticky` with endpoints on these ports of the pods `a`, `b` and `c`, a slice for each port.
+/// The Service `sticky` with endpoints on these ports of these pods, a slice for each port; waits until the agent knows.
 fn write_sticky(world: &World, ports: &[u16], pods: &[&str]) -> Result<()> {
     let service = |port| Service::new("sticky", &[IP]).port("tcp", Transport::Tcp, 80, port);
     let mut text = service(7500).yaml()?;
@@ -190,7 +190,12 @@ fn write_sticky(world: &World, ports: &[u16], pods: &[&str]) -> Result<()> {
         text.push_str("---\n");
         text.push_str(&service(port).slice(&format!("sticky-{port}"), "IPv4", &endpoints)?);
     }
-    world.lab.manifests().write("sticky", &text)
+    world.lab.manifests().write("sticky", &text)?;
+    let size = ports.len() * pods.len();
+    eventually(START, &format!("{size} endpoints"), || {
+        let report = report(world, "sticky")?;
+        Ok(report["ports"][0]["endpoints"].as_array().is_some_and(|endpoints| endpoints.len() == size))
+    })
 }
 
 #[test]
@@ -231,10 +236,6 @@ fn consistent_hash_by_source_ip_keeps_a_client_on_one_backend_over_a_thousand_co
     let again = world.edge1.start_agent(&AgentOptions::default())?;
     again.wait_ready(START)?;
     write_sticky(&world, &[7500, 7501, 7502, 7503], &[&first])?;
-    eventually(START, "the other pods are gone", || {
-        let report = report(&world, "sticky")?;
-        Ok(report["ports"][0]["endpoints"].as_array().is_some_and(|endpoints| endpoints.len() == 4))
-    })?;
     wait_for_balance(&world, "sticky", Some("default/sticky"), "source-ip")?;
     assert_eq!(world.client.spread(Transport::Tcp, target, 20, 4)?.names.into_keys().collect::<Vec<_>>(), [&*first]);
     Ok(())

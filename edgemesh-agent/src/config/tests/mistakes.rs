@@ -82,6 +82,7 @@ fn says_what_a_value_has_to_look_like() {
             "many",
             "given a text \"many\"; expected a whole number from 1 to 4294967295",
         ),
+        ("commonConfig.maxBackendSeries", "-1", "given a number \"-1\"; expected a whole number from 0 to 4294967295"),
         (
             "commonConfig.bridgeDeviceIP",
             "300.1.1.1",

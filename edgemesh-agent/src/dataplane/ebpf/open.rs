@@ -9,7 +9,7 @@ use std::{
 
 use aya::{
     Ebpf as Object, EbpfError, EbpfLoader, Pod,
-    maps::{HashMap, LpmTrie, MapData, MapError, PerCpuHashMap},
+    maps::{Array, HashMap, LpmTrie, MapData, MapError, PerCpuHashMap, RingBuf},
     programs::{CgroupSockAddr, CgroupSockAddrAttachType as Hook, ProgramError, ProgramType},
     sys::{BpfHelper, is_helper_supported},
 };
@@ -23,7 +23,7 @@ use edgemesh_common::{
 };
 use tracing::{debug, info};
 
-use super::{hooks, mounts, pins::Pins, tc};
+use super::{hooks, mounts, pins::Pins, tap::Tap, tc};
 use crate::{config::EbpfConfig, net};
 
 /// The compiled eBPF object, absent from builds made before `cargo xtask build-ebpf`.
@@ -135,6 +135,8 @@ pub(super) struct Opened {
     pub(super) counters_fd: OwnedFd,
     /// None once it was handed to the thread that looks sockets up in it.
     pub(super) udp_sockets: Option<HashMap<MapData, u64, UdpSocket>>,
+    /// None once it was handed over.
+    pub(super) tap: Option<Tap>,
     /// What the maps really hold, which for adopted ones may differ from the configuration.
     pub(super) max_frontends: u32,
     pub(super) max_backends: u32,
@@ -241,6 +243,10 @@ pub(super) fn open(config: &EbpfConfig) -> Result<Opened, OpenError> {
         source_ranges: LpmTrie::try_from(map(&mut object, "SOURCE_RANGES")?)
             .map_err(|error| map_error("SOURCE_RANGES", &error))?,
         udp_sockets: Some(hash_map(&mut object, "UDP_SOCKETS")?),
+        tap: Some(Tap {
+            settings: Array::try_from(map(&mut object, "SETTINGS")?).map_err(|error| map_error("SETTINGS", &error))?,
+            events: RingBuf::try_from(map(&mut object, "EVENTS")?).map_err(|error| map_error("EVENTS", &error))?,
+        }),
         max_frontends,
         max_backends,
         object,

@@ -7,7 +7,6 @@ use std::{
     os::fd::{AsRawFd, OwnedFd},
     path::Path,
     thread,
-    time::Duration,
 };
 
 use nix::{
@@ -16,7 +15,7 @@ use nix::{
         prctl,
         signal::Signal,
         socket::{self, AddressFamily, SockFlag, SockType, SockaddrStorage, setsockopt, sockopt},
-        time::TimeVal,
+        time::{TimeVal, TimeValLike},
     },
 };
 use serde::{Deserialize, Serialize};
@@ -24,7 +23,7 @@ use serde::{Deserialize, Serialize};
 use super::{NONCE, Nonce, reply_to};
 
 /// How long each step may take; all of them run at the same time, within the deadline of the whole.
-const STEP: Duration = Duration::from_millis(1500);
+const STEP_MILLISECONDS: i64 = 1500;
 
 /// What the child tells the agent, as one line of JSON.
 #[derive(Clone, Debug, Deserialize, Eq, PartialEq, Serialize)]
@@ -135,8 +134,7 @@ fn open(kind: SockType, frontend: SocketAddr) -> Step<Option<OwnedFd>> {
         if family == AddressFamily::Inet6 {
             setsockopt(&socket, sockopt::Ipv6V6Only, &false)?;
         }
-        let limit = TimeVal::new(0, STEP.as_micros() as i64 % 1_000_000);
-        let limit = TimeVal::new(STEP.as_secs() as i64, limit.tv_usec());
+        let limit = TimeVal::milliseconds(STEP_MILLISECONDS);
         setsockopt(&socket, sockopt::SendTimeout, &limit)?;
         setsockopt(&socket, sockopt::ReceiveTimeout, &limit)?;
         socket::bind(socket.as_raw_fd(), &SockaddrStorage::from(SocketAddr::new(local, 0)))
@@ -162,7 +160,7 @@ fn check(step: &'static str, reply: &[u8], nonce: Nonce) -> Step<()> {
 /// The kernel's words for a time-out of these options are of no help.
 fn in_time(error: io::Error) -> io::Error {
     match error.raw_os_error() {
-        Some(libc::EAGAIN | libc::EINPROGRESS) => io::Error::other(format!("nothing within {STEP:?}")),
+        Some(libc::EAGAIN | libc::EINPROGRESS) => io::Error::other(format!("nothing within {STEP_MILLISECONDS} ms")),
         _ => error,
     }
 }

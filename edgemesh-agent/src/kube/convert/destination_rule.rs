@@ -100,7 +100,7 @@ impl Convert for DestinationRule {
         }
         let (ignored, faults) = reader.reported();
         rule.ignored = ignored;
-        Ok(Converted { object: Object::DestinationRule(rule), faults })
+        Ok(Converted { object: Object::DestinationRule(rule.into()), faults })
     }
 
     fn model_name(&self) -> Result<NamespacedName, ConvertError> {

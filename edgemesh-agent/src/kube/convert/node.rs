@@ -25,7 +25,7 @@ impl Convert for core::Node {
         // Ordered, as they come from a BTreeMap.
         let labels = self.metadata.labels.iter().flatten();
         let labels = labels.map(|(key, value)| (Arc::from(&**key), Arc::from(&**value))).collect();
-        Ok(Converted { object: Object::Node(Node { name, addresses, labels }), faults })
+        Ok(Converted { object: Object::Node(Node { name, addresses, labels }.into()), faults })
     }
 
     /// A namespace, which only a manifest that nobody checked can have, is passed over.

@@ -52,7 +52,7 @@ impl Convert for core::Service {
         service.topology_keys = topology_keys(self, &mut faults);
         let has = |label| self.metadata.labels.as_ref().is_some_and(|labels| labels.contains_key(label));
         service.proxy_labels = ProxyLabels { edgemesh: has(EDGEMESH_PROXY_LABEL), standard: has(STANDARD_PROXY_LABEL) };
-        Ok(Converted { object: Object::Service(service), faults })
+        Ok(Converted { object: Object::Service(service.into()), faults })
     }
 
     fn model_name(&self) -> Result<NamespacedName, ConvertError> {

@@ -24,12 +24,31 @@ use super::scan::is_manifest;
 /// What happened since it was last looked at.
 #[derive(Debug, Default)]
 pub(super) struct Changes {
-    /// A scan is needed.
-    pub(super) due: bool,
+    pub(super) due: Due,
+    /// When the first of it was seen.
+    pub(super) noticed: Option<Instant>,
     /// Complete, and to be read again.
     pub(super) touched: BTreeSet<String>,
     /// Begun to be written, at the given time, and not closed yet.
     pub(super) writing: BTreeMap<String, Instant>,
+}
+
+/// What is to be looked at again.
+#[derive(Clone, Copy, Debug, Default, Eq, Ord, PartialEq, PartialOrd)]
+pub(super) enum Due {
+    #[default]
+    Nothing,
+    /// Files that are there and complete.
+    Files,
+    /// The whole directory.
+    Directory,
+}
+
+impl Changes {
+    fn due(&mut self, due: Due, now: Instant) {
+        self.due = self.due.max(due);
+        self.noticed.get_or_insert(now);
+    }
 }
 
 /// Watches one directory, and finds it again after it was replaced.
@@ -105,12 +124,13 @@ impl DirectoryWatch {
             if is(AddWatchFlags::IN_Q_OVERFLOW) {
                 changes.touched.extend(std::mem::take(&mut changes.writing).into_keys());
             }
-            changes.due = true;
-            return;
+            return changes.due(Due::Directory, now);
         };
         if !is_manifest(name.as_bytes()) {
             // The kubelet replaces the files of a mounted ConfigMap at once, by renaming the link `..data`.
-            changes.due |= name.starts_with("..");
+            if name.starts_with("..") {
+                changes.due(Due::Directory, now);
+            }
             return;
         }
         let begins = is(AddWatchFlags::IN_CREATE) && !complete_at_creation(&self.directory.join(name));
@@ -120,15 +140,17 @@ impl DirectoryWatch {
             changes.touched.remove(name);
             return;
         }
-        changes.due = true;
         if is(AddWatchFlags::IN_ATTRIB) {
             // Says nothing about a writer. Clearing the fingerprint matters: a chmod makes a file readable.
             changes.touched.insert(name.to_owned());
-            return;
+            return changes.due(Due::Files, now);
         }
         changes.writing.remove(name);
         if is(AddWatchFlags::IN_CREATE | AddWatchFlags::IN_CLOSE_WRITE | AddWatchFlags::IN_MOVED_TO) {
             changes.touched.insert(name.to_owned());
+            changes.due(Due::Files, now);
+        } else {
+            changes.due(Due::Directory, now);
         }
     }
 }

@@ -4,14 +4,17 @@ use std::{
     collections::{BTreeMap, BTreeSet},
     fs::{self, File, Metadata, OpenOptions},
     io::{self, Read},
+    num::NonZeroUsize,
     os::unix::fs::{MetadataExt, OpenOptionsExt},
     path::{Path, PathBuf},
-    sync::Arc,
+    sync::{Arc, Mutex, PoisonError},
+    thread,
 };
 
+use super::index::{Index, Key, key};
 use crate::{
     kube::manifest::{self, Format, Parsed},
-    model::{Event, Kind, NamespacedName, Object},
+    model::{Event, Kind, Object, Place, Shared},
 };
 
 /// Larger files are refused unread.
@@ -19,19 +22,21 @@ const MAX_FILE: u64 = 4 << 20;
 /// Files beyond the first so many, by name, are not read.
 const MAX_FILES: usize = 4096;
 
-/// More would only bury the first ones.
-const MAX_DUPLICATES: usize = 100;
-
-/// Kind and name of an object.
-pub(super) type Key = (Kind, NamespacedName);
+/// From so many files on, several threads read them.
+const WORTH_THREADS: usize = 32;
+/// More would take too much from what else a node does.
+const MAX_THREADS: usize = 4;
 
 /// The directory as it was read last. Holds the objects, so that a broken file keeps what it gave before.
 #[derive(Debug, Default)]
 pub(super) struct Scanner {
     directory: PathBuf,
-    files: BTreeMap<String, ManifestFile>,
-    /// What counts of them, by kind and name.
-    published: Vec<Arc<Object>>,
+    files: BTreeMap<Arc<str>, ManifestFile>,
+    /// What they hold, and what of it counts.
+    index: Index,
+    /// How many files there are beyond those that are read.
+    left_out: usize,
+    places: Shared<Place>,
 }
 
 /// What one scan is to take into account.
@@ -43,6 +48,8 @@ pub(super) struct Hints {
     pub(super) writing: BTreeSet<String>,
     /// Missing files are not taken for deleted.
     pub(super) keep_missing: bool,
+    /// Nothing but the touched files has changed, as far as is known, so the directory need not be listed.
+    pub(super) only_touched: bool,
 }
 
 /// What a scan found.
@@ -52,7 +59,7 @@ pub(super) struct Outcome {
     pub(super) events: Vec<Event>,
     /// File name and what is wrong with it.
     pub(super) invalid: BTreeMap<String, String>,
-    /// Objects that several files hold, and which of them counts; the first [`MAX_DUPLICATES`].
+    /// Objects that several files hold, and which of them counts; the first hundred.
     pub(super) duplicates: BTreeMap<String, String>,
     /// Files that changed while they were read, to be read again soon.
     pub(super) unsettled: BTreeSet<String>,
@@ -63,7 +70,7 @@ pub(super) struct Outcome {
 #[derive(Debug)]
 struct ManifestFile {
     fingerprint: Option<Fingerprint>,
-    objects: Vec<Arc<Object>>,
+    objects: Vec<Object>,
     problem: Option<String>,
 }
 
@@ -87,6 +94,7 @@ impl Fingerprint {
     }
 }
 
+#[derive(Debug)]
 enum Reading {
     /// Neither a file nor a link of this name.
     Gone,
@@ -99,28 +107,32 @@ enum Reading {
     Text(Fingerprint, String),
 }
 
+/// What came of looking at a file.
+#[derive(Debug)]
+enum Look {
+    Unchanged,
+    Unsettled,
+    Gone,
+    /// There, but not to be read as a manifest.
+    Directory,
+    Read(Option<Fingerprint>, Parsed),
+}
+
 impl Scanner {
     pub(super) fn new(directory: &Path) -> Self {
         Self { directory: directory.to_owned(), ..Self::default() }
     }
 
-    /// How many objects of each kind have been published.
-    pub(super) fn counts(&self) -> BTreeMap<Kind, usize> {
-        let mut counts = BTreeMap::new();
-        for object in &self.published {
-            *counts.entry(object.kind()).or_insert(0) += 1;
-        }
-        counts
+    /// How many objects of each kind count.
+    pub(super) fn counts(&self) -> &BTreeMap<Kind, usize> {
+        self.index.counts()
     }
 
     /// Everything, as the first message of a source.
     pub(super) fn everything(&self) -> Vec<Event> {
         // Services last: without endpoints they refuse connections, and without Nodes and rules they know no limits.
         let kinds = [Kind::Node, Kind::DestinationRule, Kind::EndpointSlice, Kind::Endpoints, Kind::Service];
-        let of = |kind: Kind| {
-            let objects = self.published.iter().filter(|object| object.kind() == kind);
-            objects.map(|object| Object::clone(object)).collect()
-        };
+        let of = |kind: Kind| self.index.counting().filter(|object| object.kind() == kind).cloned().collect();
         kinds.into_iter().map(|kind| Event::Replace(kind, of(kind))).chain([Event::Synced]).collect()
     }
 
@@ -131,25 +143,46 @@ impl Scanner {
     /// The directory cannot be listed; everything stays as it was.
     pub(super) fn scan(&mut self, hints: &Hints) -> io::Result<Outcome> {
         let mut outcome = Outcome::default();
-        let names = self.names(&mut outcome)?;
-        if !hints.keep_missing {
-            self.files.retain(|name, _| names.contains(name));
-        }
-        for name in names {
-            if !hints.writing.contains(&name) {
-                self.read(name, hints, &mut outcome);
+        let mut changed = BTreeMap::new();
+        let known = |name: &String| self.files.contains_key(name.as_str());
+        let names = if hints.only_touched && hints.touched.iter().all(known) {
+            hints.touched.clone()
+        } else {
+            let names = self.names()?;
+            if !hints.keep_missing {
+                self.files.retain(|name, file| {
+                    let there = names.contains(&**name);
+                    if !there {
+                        changed.insert(Arc::clone(name), std::mem::take(&mut file.objects));
+                    }
+                    there
+                });
             }
+            names
+        };
+        let names = names.into_iter().filter(|name| !hints.writing.contains(name)).collect();
+        for (name, look) in self.look(names, hints) {
+            self.take_in(name, look, hints, &mut changed, &mut outcome);
         }
         for (name, file) in &self.files {
             if let Some(problem) = &file.problem {
-                outcome.invalid.insert(name.clone(), problem.clone());
+                outcome.invalid.insert(name.to_string(), problem.clone());
             }
         }
-        self.publish(&mut outcome);
+        if self.left_out > 0 {
+            outcome.too_many = Some(format!(
+                "{} holds {} manifests more than the {MAX_FILES} that are read; put several objects into one file",
+                self.directory.display(),
+                self.left_out
+            ));
+        }
+        let now = |name: &str| self.files.get(name).map_or(&[][..], |file| &file.objects);
+        outcome.events = self.index.update(changed.iter().map(|(name, before)| (name, &before[..], now(name))));
+        outcome.duplicates = self.index.duplicates();
         Ok(outcome)
     }
 
-    fn names(&self, outcome: &mut Outcome) -> io::Result<BTreeSet<String>> {
+    fn names(&mut self) -> io::Result<BTreeSet<String>> {
         let (mut names, mut left_out) = (BTreeSet::new(), 0_usize);
         for entry in fs::read_dir(&self.directory)? {
             let name = entry?.file_name();
@@ -162,97 +195,90 @@ impl Scanner {
                 left_out += 1;
             }
         }
-        if left_out > 0 {
-            outcome.too_many = Some(format!(
-                "{} holds {left_out} manifests more than the {MAX_FILES} that are read; put several objects into one file",
-                self.directory.display()
-            ));
-        }
+        self.left_out = left_out;
         Ok(names)
     }
 
-    fn read(&mut self, name: String, hints: &Hints, outcome: &mut Outcome) {
-        let known = self.files.get(&name).and_then(|file| file.fingerprint);
-        let known = known.filter(|_| !hints.touched.contains(&name));
-        let (fingerprint, parsed) = match open_and_read(&self.directory.join(&name), known) {
-            Reading::Unchanged => return,
-            Reading::Unsettled => {
+    /// Looks at files, at many of them from several threads: nearly all of a start's time goes into reading YAML.
+    fn look(&self, names: Vec<String>, hints: &Hints) -> Vec<(String, Look)> {
+        let look = |name: String| {
+            let known = self.files.get(name.as_str()).and_then(|file| file.fingerprint);
+            let known = known.filter(|_| !hints.touched.contains(&name));
+            let look = look(&self.directory, &name, known);
+            (name, look)
+        };
+        if names.len() < WORTH_THREADS {
+            return names.into_iter().map(look).collect();
+        }
+        let threads = thread::available_parallelism().map_or(1, NonZeroUsize::get).min(MAX_THREADS);
+        let left = Mutex::new(names.into_iter());
+        let next = || left.lock().unwrap_or_else(PoisonError::into_inner).next();
+        let all = || std::iter::from_fn(next).map(look).collect::<Vec<_>>();
+        thread::scope(|scope| {
+            // A thread that the system refuses leaves its share to the others.
+            let spawn = || thread::Builder::new().name("manifests".to_owned()).spawn_scoped(scope, all).ok();
+            let others: Vec<_> = (1..threads).filter_map(|_| spawn()).collect();
+            let mut looks = all();
+            for other in others {
+                looks.extend(other.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic)));
+            }
+            looks
+        })
+    }
+
+    /// Notes what a file holds now. What it held goes into `changed`.
+    fn take_in(
+        &mut self,
+        name: String,
+        look: Look,
+        hints: &Hints,
+        changed: &mut BTreeMap<Arc<str>, Vec<Object>>,
+        outcome: &mut Outcome,
+    ) {
+        let (fingerprint, parsed) = match look {
+            Look::Unchanged => return,
+            Look::Unsettled => {
                 outcome.unsettled.insert(name);
                 return;
             }
-            Reading::Gone if hints.keep_missing => return,
-            Reading::Gone | Reading::Directory => {
-                self.files.remove(&name);
+            Look::Gone if hints.keep_missing => return,
+            Look::Gone | Look::Directory => {
+                changed.extend(self.files.remove_entry(name.as_str()).map(|(name, file)| (name, file.objects)));
                 return;
             }
-            Reading::Unreadable(problem) => (None, Parsed { broken: vec![problem], ..Parsed::default() }),
-            Reading::Text(fingerprint, text) => {
-                let format = format_of(name.as_bytes()).unwrap_or(Format::Yaml);
-                (Some(fingerprint), manifest::parse(&text, format))
-            }
+            Look::Read(fingerprint, parsed) => (fingerprint, parsed),
         };
         let problem = parsed.problem();
-        let mut objects: Vec<Arc<Object>> = parsed.objects.into_iter().map(Arc::new).collect();
-        let before = self.files.remove(&name).map(|file| file.objects).unwrap_or_default();
+        let mut objects = parsed.objects;
+        objects.iter_mut().for_each(|object| self.places.share(object));
+        let (name, before) = match self.files.remove_entry(name.as_str()) {
+            Some((name, file)) => (name, file.objects),
+            None => (name.into(), Vec::new()),
+        };
         if !parsed.broken.is_empty() {
-            let given: BTreeSet<Key> = objects.iter().map(|object| key(object)).collect();
-            objects.extend(before.into_iter().filter(|object| !given.contains(&key(object))));
+            let given: BTreeSet<Key<'_>> = objects.iter().map(key).collect();
+            let kept: Vec<Object> = before.iter().filter(|object| !given.contains(&key(object))).cloned().collect();
+            objects.extend(kept);
         }
+        // As many as files, and they live long.
+        objects.shrink_to_fit();
+        changed.insert(Arc::clone(&name), before);
         self.files.insert(name, ManifestFile { fingerprint, objects, problem });
     }
+}
 
-    /// Merges all files, the first by name winning, and turns the difference to what was published into events.
-    ///
-    /// One changed file of thousands makes it look at all objects, so it sorts and walks references and copies no name.
-    fn publish(&mut self, outcome: &mut Outcome) {
-        let files = self.files.iter();
-        let mut all: Vec<(&Arc<Object>, &String)> =
-            files.flat_map(|(name, file)| file.objects.iter().map(move |object| (object, name))).collect();
-        // Stable: of several objects with one name, that of the first file stays the first.
-        all.sort_by(|(a, _), (b, _)| place(a).cmp(&place(b)));
-        let mut merged: Vec<Arc<Object>> = Vec::with_capacity(all.len());
-        for same in all.chunk_by(|(a, _), (b, _)| place(a) == place(b)) {
-            let [(object, winner), others @ ..] = same else { continue };
-            if let Some((_, name)) = others.first()
-                && outcome.duplicates.len() < MAX_DUPLICATES
-            {
-                let subject = format!("{} {}", object.kind(), object.name());
-                let message = if winner == name {
-                    format!("{name} holds {subject} twice; the first counts, remove the other")
-                } else {
-                    format!("{winner} and {name} both hold {subject}; {winner} counts, remove it from one of them")
-                };
-                outcome.duplicates.insert(subject, message);
-            }
-            merged.push(Arc::clone(object));
+fn look(directory: &Path, name: &str, known: Option<Fingerprint>) -> Look {
+    match open_and_read(&directory.join(name), known) {
+        Reading::Unchanged => Look::Unchanged,
+        Reading::Unsettled => Look::Unsettled,
+        Reading::Gone => Look::Gone,
+        Reading::Directory => Look::Directory,
+        Reading::Unreadable(problem) => Look::Read(None, Parsed { broken: vec![problem], ..Parsed::default() }),
+        Reading::Text(fingerprint, text) => {
+            let format = format_of(name.as_bytes()).unwrap_or(Format::Yaml);
+            Look::Read(Some(fingerprint), manifest::parse(&text, format))
         }
-        let (mut applied, mut deleted) = (Vec::new(), Vec::new());
-        let delete = |old: &Arc<Object>| Event::Delete(old.kind(), old.name().clone());
-        let mut before = self.published.iter().peekable();
-        for object in &merged {
-            while let Some(old) = before.next_if(|old| place(old) < place(object)) {
-                deleted.push(delete(old));
-            }
-            let old = before.next_if(|old| place(old) == place(object));
-            if !old.is_some_and(|old| Arc::ptr_eq(old, object) || old == object) {
-                applied.push(Event::Apply(Object::clone(object)));
-            }
-        }
-        deleted.extend(before.map(delete));
-        // Kinds order as Service, EndpointSlice, Endpoints, Node, DestinationRule: a Service comes after what it needs
-        // and leaves first.
-        outcome.events.extend(applied.into_iter().rev().chain(deleted));
-        self.published = merged;
     }
-}
-
-/// Where an object stands among all.
-fn place(object: &Object) -> (Kind, &NamespacedName) {
-    (object.kind(), object.name())
-}
-
-fn key(object: &Object) -> Key {
-    (object.kind(), object.name().clone())
 }
 
 /// Whether a file of this name is read at all.

@@ -6,17 +6,21 @@ use std::{
 };
 
 use tempfile::TempDir;
-use tokio::time::timeout;
+use tokio::{sync::mpsc, time::timeout};
 
 use super::*;
-use crate::{conditions::Condition, model::Object};
+use crate::{
+    conditions::Condition,
+    kube::Received,
+    model::{Event, Object},
+};
 
 /// Far longer than anything takes; only a failing test waits for it.
 const PATIENCE: Duration = Duration::from_secs(20);
 
 struct Bench {
     directory: TempDir,
-    events: mpsc::Receiver<Event>,
+    events: mpsc::Receiver<Received>,
     conditions: Conditions,
     state: SourceState,
     tasks: Tasks,
@@ -61,7 +65,7 @@ impl Bench {
         let directory = tempfile::tempdir().unwrap();
         fs::create_dir(directory.path().join("m")).unwrap();
         fill(&directory.path().join("m"));
-        let (sender, events) = mpsc::channel(16);
+        let (sender, events) = Events::channel(16);
         let (conditions, tasks) = (Conditions::default(), Tasks::default());
         let state = start(&directory.path().join("m"), sender, conditions.clone(), &tasks).unwrap();
         let mut bench = Self { directory, events, conditions, state, tasks };
@@ -81,7 +85,9 @@ impl Bench {
     }
 
     async fn next(&mut self) -> String {
-        describe(&timeout(PATIENCE, self.events.recv()).await.expect("an event in time").expect("a living source"))
+        describe(
+            &timeout(PATIENCE, self.events.recv()).await.expect("an event in time").expect("a living source").event,
+        )
     }
 
     async fn expect(&mut self, expected: &[&str]) {
@@ -134,7 +140,7 @@ async fn the_first_scan_replaces_everything_and_is_then_synced() {
     fs::write(directory.path().join("README.md"), "not a manifest").unwrap();
     fs::create_dir(directory.path().join("sub.yaml")).unwrap();
     fs::write(directory.path().join("sub.yaml/c.yaml"), service("deeper", 80)).unwrap();
-    let (sender, events) = mpsc::channel(16);
+    let (sender, events) = Events::channel(16);
     let (conditions, tasks) = (Conditions::default(), Tasks::default());
     let state = start(directory.path(), sender, conditions.clone(), &tasks).unwrap();
     let mut bench = Bench { directory, events, conditions, state, tasks };
@@ -393,7 +399,7 @@ async fn a_missing_directory_or_a_file_in_its_place_is_an_error_at_the_start() {
     let directory = tempfile::tempdir().unwrap();
     fs::write(directory.path().join("file"), "").unwrap();
     for (name, expected) in [("missing", "No such file or directory"), ("file", "Not a directory")] {
-        let (sender, _events) = mpsc::channel(1);
+        let (sender, _events) = Events::channel(1);
         let path = directory.path().join(name);
         let error = start(&path, sender, Conditions::default(), &Tasks::default()).unwrap_err().to_string();
         assert!(error.starts_with("cannot read the manifest directory ") && error.contains(expected), "{error}");

@@ -1,9 +1,11 @@
 //! DestinationRules: most clusters do not have them, and those that do have them from some Istio.
 
+use std::time::{Duration, Instant};
+
 use hyper::Request;
 use k8s_openapi::apimachinery::pkg::apis::meta::v1 as meta;
 use kube::runtime::watcher::DefaultBackoff;
-use tokio::time::{Duration, sleep};
+use tokio::time::sleep;
 use tracing::{debug, info};
 
 use super::{Closed, Failure, Meaning, Session, Source, bounded, pause};
@@ -40,7 +42,7 @@ impl Source {
             if followed && missed {
                 info!("the API server serves no DestinationRules any more");
                 self.state.count(Kind::DestinationRule, 0);
-                self.events.send(Event::Replace(Kind::DestinationRule, Vec::new())).await.map_err(|_| Closed)?;
+                self.events.send(Event::Replace(Kind::DestinationRule, Vec::new()), Instant::now()).await?;
                 followed = false;
             }
             missed = true;

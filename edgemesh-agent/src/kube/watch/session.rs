@@ -20,7 +20,10 @@ use tracing::{debug, info};
 
 use super::{ANSWER, Failure, Meaning, Source, bounded, pause, reset};
 use crate::{
-    kube::convert::{Convert, ConvertError},
+    kube::{
+        convert::{Convert, ConvertError},
+        events::Closed,
+    },
     model::{Event, Kind, NamespacedName, Object},
 };
 
@@ -37,9 +40,6 @@ const WATCH_SECONDS: u32 = 290;
 const WATCH_IDLE: Duration = Duration::from_secs(WATCH_SECONDS as u64 + 15);
 /// A watch that ends sooner did not work.
 const WATCH_MINIMUM: Duration = Duration::from_secs(1);
-
-/// The receiver of events is gone.
-pub(super) struct Closed;
 
 /// Follows all objects of one kind.
 pub(super) struct Session<'a, K> {
@@ -287,7 +287,7 @@ where
     }
 
     async fn send(&self, event: Event) -> Result<(), Closed> {
-        self.source.events.send(event).await.map_err(|_| Closed)
+        self.source.events.send(event, Instant::now().into_std()).await
     }
 }
 

@@ -1,16 +1,22 @@
 use std::{collections::BTreeSet, net::SocketAddr, time::Instant};
 
 use serde_json::{Value, json};
+use tokio::sync::mpsc;
 
 use super::{fake::FakeServer, *};
-use crate::{conditions::Condition, config::SourceKind, kube, model::Object};
+use crate::{
+    conditions::Condition,
+    config::SourceKind,
+    kube::{self, Received},
+    model::Object,
+};
 
 /// Far longer than anything takes; only a failing test waits for it.
 const PATIENCE: Duration = Duration::from_secs(30);
 const SLICES: &str = "endpointslices.discovery.k8s.io";
 
 struct Bench {
-    events: mpsc::Receiver<Event>,
+    events: mpsc::Receiver<Received>,
     conditions: Conditions,
     state: SourceState,
     tasks: Tasks,
@@ -52,7 +58,7 @@ impl Bench {
 
     fn start_with(master: &str) -> Self {
         let _installed_before = rustls::crypto::aws_lc_rs::default_provider().install_default();
-        let (sender, events) = mpsc::channel(16);
+        let (sender, events) = Events::channel(16);
         let (conditions, tasks) = (Conditions::default(), Tasks::default());
         let kind = SourceKind::Kubeconfig { path: None, master: Some(master.to_owned()) };
         let config = SourceConfig { kind, qps: 100, burst: 200 };
@@ -76,7 +82,7 @@ impl Bench {
     async fn next(&mut self) -> String {
         loop {
             let event = timeout(PATIENCE, self.events.recv()).await.expect("an event in time");
-            let event = describe(&event.expect("a living source"));
+            let event = describe(&event.expect("a living source").event);
             if event != "replace Node []" {
                 return event;
             }

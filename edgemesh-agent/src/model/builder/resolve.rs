@@ -18,7 +18,7 @@ pub(super) struct Surroundings<'a> {
     pub(super) filter: ServiceFilter,
     pub(super) vantage: Vantage<'a>,
     /// The endpoints given to the Service, ordered by object name.
-    pub(super) sets: &'a [EndpointSet],
+    pub(super) sets: &'a [Arc<EndpointSet>],
     /// The DestinationRule that counts for the Service.
     pub(super) ruling: Option<Ruling>,
     pub(super) places: &'a mut Shared<Place>,
@@ -100,7 +100,7 @@ pub(super) fn resolve(service: &Arc<Service>, mut around: Surroundings<'_>) -> S
 }
 
 /// Whether this node's addresses, zone or other labels matter to the Service.
-fn needs_node(service: &Service, sets: &[EndpointSet]) -> bool {
+fn needs_node(service: &Service, sets: &[Arc<EndpointSet>]) -> bool {
     let limited = service.within_node_group || !service.topology_keys.is_empty() || service.distribution.is_some();
     let endpoints = || sets.iter().flat_map(|set| &set.subsets).flat_map(|subset| &subset.endpoints);
     limited

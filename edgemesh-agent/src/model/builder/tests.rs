@@ -48,11 +48,11 @@ fn build(events: impl IntoIterator<Item = Event>) -> Arc<ServiceTable> {
 }
 
 fn put(service: Service) -> Event {
-    Event::Apply(Object::Service(service))
+    Event::Apply(Object::Service(service.into()))
 }
 
 fn put_slice(set: EndpointSet) -> Event {
-    Event::Apply(Object::EndpointSlice(set))
+    Event::Apply(Object::EndpointSlice(set.into()))
 }
 
 fn backends(table: &ServiceTable, service: &str, frontend: &str) -> Option<Vec<String>> {
@@ -77,7 +77,7 @@ fn a_service_answers_on_each_of_its_addresses_with_endpoints_of_the_same_family(
 fn slices_are_merged_and_win_over_core_endpoints() {
     let table = build([
         put(service("web", &["10.96.0.1"])),
-        Event::Apply(Object::Endpoints(slice("web", "web", vec![ready("10.244.9.9")]))),
+        Event::Apply(Object::Endpoints(slice("web", "web", vec![ready("10.244.9.9")]).into())),
         put_slice(slice("b", "web", vec![ready("10.244.1.2")])),
         put_slice(slice("a", "web", vec![ready("10.244.1.1"), ready("10.244.1.2")])),
     ]);
@@ -222,12 +222,14 @@ fn any_event() -> impl Strategy<Value = Event> {
             if local {
                 service.internal_policy = TrafficPolicy::Local;
             }
-            Object::Service(service)
+            Object::Service(service.into())
         });
     let a_node = (0u8..3, 0u8..3, proptest::option::of(0u8..2)).prop_map(|(n, ip, zone)| {
         let labels = zone.iter().map(|zone| ("topology.kubernetes.io/zone".into(), zone.to_string().into()));
         let addresses = vec![format!("10.96.0.{ip}").parse().unwrap()];
-        Object::Node(Node { name: NamespacedName::new("", format!("edge{n}")), addresses, labels: labels.collect() })
+        Object::Node(
+            Node { name: NamespacedName::new("", format!("edge{n}")), addresses, labels: labels.collect() }.into(),
+        )
     });
     let endpoints = proptest::collection::vec((0u8..4, 0u8..3, any::<[bool; 3]>()), 0..4).prop_map(|list| {
         list.into_iter()
@@ -241,7 +243,7 @@ fn any_event() -> impl Strategy<Value = Event> {
             .collect::<Vec<_>>()
     });
     let a_slice = (0u8..4, of.clone(), endpoints)
-        .prop_map(|(n, of, endpoints)| Object::EndpointSlice(slice(&format!("s{n}"), of, endpoints)));
+        .prop_map(|(n, of, endpoints)| Object::EndpointSlice(slice(&format!("s{n}"), of, endpoints).into()));
     let a_rule = (of.clone(), proptest::option::of(of.clone()), proptest::option::of(0i64..3), any::<[bool; 4]>())
         .prop_map(|(of, host, created, [foreign, hashed, limited, too_much])| {
             let namespace = if foreign { "other" } else { "default" };
@@ -255,7 +257,7 @@ fn any_event() -> impl Strategy<Value = Event> {
             if too_much {
                 rule.ignored = vec![Ignored { field: "spec.x".into(), why: "not supported" }];
             }
-            Object::DestinationRule(rule)
+            Object::DestinationRule(rule.into())
         });
     let object = prop_oneof![a_service.clone(), a_slice.clone(), a_node.clone(), a_rule.clone()];
     prop_oneof![
@@ -304,17 +306,17 @@ proptest! {
         }
         incremental.build();
         let mut fresh = Builder::new(ServiceFilter::UnlabelledOnly, "edge1");
-        fresh.apply(Event::Replace(Kind::Node, incremental.nodes.values().cloned().map(Object::Node).collect()));
+        fresh.apply(Event::Replace(Kind::Node, incremental.nodes.values().cloned().map(|node| Object::Node(node.into())).collect()));
         fresh.apply(Event::Replace(
             Kind::Service,
-            incremental.services.values().map(|service| Object::Service(Service::clone(service))).collect(),
+            incremental.services.values().map(|service| Object::Service(Arc::clone(service))).collect(),
         ));
         fresh.apply(Event::Replace(
             Kind::EndpointSlice,
             incremental.slices.by_service.values().flatten().cloned().map(Object::EndpointSlice).collect(),
         ));
         for rule in incremental.rules.values() {
-            fresh.apply(Event::Apply(Object::DestinationRule(rule.clone())));
+            fresh.apply(Event::Apply(Object::DestinationRule(rule.clone().into())));
         }
         fresh.build();
         prop_assert_eq!(&incremental.table.services, &fresh.table.services);

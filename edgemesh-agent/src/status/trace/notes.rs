@@ -9,7 +9,7 @@ use crate::{
 };
 
 /// The Service to which the whole address belongs: one that has it as its ClusterIP.
-pub(super) fn owner(table: &ServiceTable, at: &FrontendAddr) -> Option<NamespacedName> {
+pub(in crate::status) fn owner(table: &ServiceTable, at: &FrontendAddr) -> Option<NamespacedName> {
     let owns = |entry: &ServiceEntry| {
         let mut own = entry.frontends.iter().filter(|frontend| frontend.kind == FrontendKind::ClusterIp);
         own.any(|frontend| frontend.at.addr.ip() == at.addr.ip())
@@ -39,7 +39,7 @@ pub(super) fn of(
     }
     match found {
         Some(entry) => {
-            notes.extend(entry.notes.iter().filter(|note| **note == Note::NodeUnknown).map(ToString::to_string));
+            notes.extend(entry.notes.iter().filter(|note| concerns_frontends(note)).map(ToString::to_string));
             let endpoints = entry.frontends.iter().find(|frontend| frontend.at == *at);
             let endpoints = endpoints.and_then(|frontend| entry.ports.get(frontend.port));
             if outcome == Outcome::Refused && endpoints.is_some_and(|served| served.endpoints.is_empty()) {
@@ -56,6 +56,14 @@ pub(super) fn of(
         None => table.services.iter().for_each(|entry| notes.extend(of_neighbour(entry, at))),
     }
     notes
+}
+
+/// Whether a note is about what a frontend does, and not about another that is not served.
+fn concerns_frontends(note: &Note) -> bool {
+    match note {
+        Note::NodeUnknown | Note::Unheeded { .. } | Note::Overruled { .. } => true,
+        Note::Filtered | Note::Sctp { .. } | Note::Taken { .. } => false,
+    }
 }
 
 fn of_kernel(kernel: &KernelRow) -> Option<String> {

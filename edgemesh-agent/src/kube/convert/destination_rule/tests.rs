@@ -6,7 +6,7 @@ use super::*;
 fn read(rule: Value) -> (model::DestinationRule, Vec<String>) {
     let converted = serde_json::from_value::<DestinationRule>(rule).unwrap().convert().unwrap();
     let Object::DestinationRule(rule) = converted.object else { panic!("not a rule") };
-    (rule, converted.faults.iter().map(ToString::to_string).collect())
+    (model::DestinationRule::clone(&rule), converted.faults.iter().map(ToString::to_string).collect())
 }
 
 /// A rule with this `spec`, and what is wrong with it.

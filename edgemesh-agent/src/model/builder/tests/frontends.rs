@@ -15,7 +15,7 @@ fn node(of: &str, addresses: &[&str], labels: &[(&str, &str)]) -> Node {
 }
 
 fn put_node(node: Node) -> Event {
-    Event::Apply(Object::Node(node))
+    Event::Apply(Object::Node(node.into()))
 }
 
 fn on(node: &str, ip: &str) -> Endpoint {
@@ -207,7 +207,7 @@ fn the_zone_of_an_endpoint_that_names_none_is_that_of_its_node_and_follows_it() 
         put_node(node("edge3", &[], &[(ZONE, "b")])),
         put(near),
         put(service("other", &["10.96.0.2"])),
-        Event::Apply(Object::Endpoints(slice("near", "near", of))),
+        Event::Apply(Object::Endpoints(slice("near", "near", of).into())),
     ]);
     let before = builder.build().unwrap();
     let seen = |builder: &Builder| {

@@ -11,7 +11,7 @@ fn for_host(of: &str, host: &str) -> DestinationRule {
 }
 
 fn put_rule(rule: &DestinationRule) -> Event {
-    Event::Apply(Object::DestinationRule(rule.clone()))
+    Event::Apply(Object::DestinationRule(rule.clone().into()))
 }
 
 fn drop_rule(of: &str) -> Event {
@@ -160,7 +160,7 @@ fn section_b1_the_same_rule_again_makes_no_table() {
     let mut builder = builder([put(web()), put_rule(&rule("default/web"))]);
     builder.build().unwrap();
     builder.apply(put_rule(&rule("default/web")));
-    builder.apply(Event::Replace(Kind::DestinationRule, vec![Object::DestinationRule(rule("default/web"))]));
+    builder.apply(Event::Replace(Kind::DestinationRule, vec![Object::DestinationRule(rule("default/web").into())]));
     assert!(builder.build().is_none());
 }
 
