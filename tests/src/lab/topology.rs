@@ -169,7 +169,19 @@ impl Node {
     pub fn pod(&self, name: &str) -> Result<Pod> {
         let number = self.node.next_pod.fetch_add(1, Ordering::Relaxed);
         let ips = self.node.pod_subnets.iter().map(|subnet| subnet.nth(number)).collect();
-        self.add_pod(name, ips).with_context(|| format!("could not make the pod {name} on {}", self.node.name))
+        let cgroup = self.pod_cgroup(name);
+        self.add_pod(name, ips, "pod", cgroup)
+            .with_context(|| format!("could not make the pod {name} on {}", self.node.name))
+    }
+
+    /// Adds a guest: a pod whose processes are in none of the node's cgroups, as those of a virtual machine are not, so
+    /// that nothing of the node sees its sockets. Its interface on the node is named `tap` and a number.
+    pub fn guest(&self, name: &str) -> Result<Pod> {
+        let number = self.node.next_pod.fetch_add(1, Ordering::Relaxed);
+        let ips = self.node.pod_subnets.iter().map(|subnet| subnet.nth(number)).collect();
+        let cgroup = self.node.lab.cgroup.join(format!("guest-{name}"));
+        self.add_pod(name, ips, "tap", cgroup)
+            .with_context(|| format!("could not make the guest {name} on {}", self.node.name))
     }
 
     /// Adds a pod with addresses of the node's pod subnets, such as `10.244.1.10`.
@@ -177,15 +189,19 @@ impl Node {
         let attempt = || format!("could not make the pod {name} on {}", self.node.name);
         let parse = |ip: &&str| ip.parse().with_context(|| format!("{ip:?} is no address"));
         let ips = ips.iter().map(parse).collect::<Result<_>>().with_context(attempt)?;
-        self.add_pod(name, ips).with_context(attempt)
+        self.add_pod(name, ips, "pod", self.pod_cgroup(name)).with_context(attempt)
     }
 
-    fn add_pod(&self, name: &str, ips: Vec<IpAddr>) -> Result<Pod> {
+    fn pod_cgroup(&self, name: &str) -> std::path::PathBuf {
+        self.node.cgroup.join("pods").join(name)
+    }
+
+    fn add_pod(&self, name: &str, ips: Vec<IpAddr>, link: &str, cgroup: std::path::PathBuf) -> Result<Pod> {
         check_name(name)?;
         let node = &*self.node;
         let netns = Netns::new()?;
         netns.sysctl(netns::QUIET)?;
-        let link = format!("pod{}", node.lab.next_link());
+        let link = format!("{link}{}", node.lab.next_link());
         node.netns.ip(&format!(
             "link add {link} type veth peer name eth0 netns {}\nlink set {link} master cni0 up\n",
             netns.path()
@@ -199,12 +215,16 @@ impl Node {
             push(&mut batch, format_args!("route replace default via {} dev eth0", subnet.nth(1)));
         }
         netns.ip(&batch)?;
-        let cgroup = node.cgroup.join("pods").join(name);
         remains::create(&cgroup)?;
         let place = Place { cgroup: Some(&cgroup), net: Some(netns.as_fd()), ..Place::default() };
         let what = format!("pod {name} on {}", node.name);
         let shell = Shell::start(&node.lab, &place, name, &what, &format!("{}.{name}", node.name))?;
         Ok(Pod::new(name, ips, shell, cgroup))
+    }
+
+    /// Sets a sysctl of the node, given as a path below `/proc/sys/net`.
+    pub fn sysctl(&self, name: &str, value: &str) -> Result<()> {
+        self.node.netns.sysctl(&[(name, value)])
     }
 
     /// Has this node reach the pods of another node of its site through that node.

@@ -260,3 +260,137 @@ fn an_agent_that_is_killed_and_comes_back_fails_no_connection_from_outside() -> 
     }
     Ok(())
 }
+
+#[test]
+fn errors_about_translated_packets_reach_the_outside() -> Result<()> {
+    let Some(world) = World::raise(&AgentOptions::default())? else { return Ok(()) };
+    let service = Service::new("web", &["10.96.6.1", "fd00:10:96::6:1"])
+        .port("udp", Transport::Udp, 80, 7999)
+        .node_port(NODE_PORT)
+        .port("http", Transport::Tcp, 81, 7003)
+        .node_port(NODE_PORT + 1);
+    for node in [&world.edge1, &world.edge2] {
+        node.ip(&["link", "set", "cni0", "mtu", "1300"])?;
+    }
+    let client = world.outside.host();
+    for name in ["here", "there"] {
+        world.write(&service, &[name])?;
+        for target in world.node_ports() {
+            // The pod itself says that nobody listens there.
+            let error = client.udp(target).expect_err("nobody listens");
+            assert_eq!(edgemesh_tests::lab::errno(&error), Some("ECONNREFUSED"), "{name} {target}: {error:#}");
+            // A router says that 1300 bytes are the most: without that, the request never arrives.
+            let target = SocketAddr::new(target.ip(), NODE_PORT + 1);
+            let path = format!("/{}", "x".repeat(6000));
+            let report = client.http_get(target, &path, 2).with_context(|| format!("{name} {target}"))?;
+            assert_eq!(report.replies.len(), 2, "{name} {target}");
+        }
+    }
+    Ok(())
+}
+
+#[test]
+fn a_guest_reaches_services_and_itself_packet_by_packet() -> Result<()> {
+    let options = AgentOptions::default().set("modules.edgeProxy.ebpf.guestInterfaces", vec!["tap*"]);
+    let Some(world) = World::raise(&options)? else { return Ok(()) };
+    // After the agent, which follows what comes and goes.
+    let guest = world.edge1.guest("guest")?;
+    guest.serve(App::Tcp, 7001)?;
+    guest.serve(App::Udp, 7002)?;
+    let ips = ["10.96.6.1", "fd00:10:96::6:1"];
+    for name in ["here", "there"] {
+        world.write(&web(), &[name])?;
+        for ip in ips {
+            let target = at(ip, 80)?;
+            for reply in [guest.tcp(target)?, guest.udp(target)?] {
+                assert_eq!((reply.name.as_str(), reply.peer), (name, target));
+                assert_eq!(reply.client, reply.local, "the backend sees the guest itself");
+            }
+            let refused = Attempt::Failed("ECONNREFUSED".to_owned());
+            assert_eq!(guest.connect(at(ip, 9999)?)?, refused, "a port that the Service does not have");
+        }
+    }
+    let itself = Service::new("itself", &["10.96.7.1", "fd00:10:96::7:1"]).port("tcp", Transport::Tcp, 80, 7001).port(
+        "udp",
+        Transport::Udp,
+        80,
+        7002,
+    );
+    world.lab.manifests().write("itself", &itself.yaml_with(&Endpoint::of(&guest, "edge1"))?)?;
+    for ip in ["10.96.7.1", "fd00:10:96::7:1"] {
+        let target = at(ip, 80)?;
+        eventually(START, "the guest to reach itself", || Ok(guest.tcp(target)?.name == "guest"))?;
+        assert_eq!(guest.udp(target)?.name, "guest");
+        assert_eq!(world.here.tcp(target)?.name, "guest", "and others reach it");
+    }
+    world.write(&web(), &[])?;
+    for ip in ips {
+        assert_eq!(guest.connect(at(ip, 80)?)?, Attempt::Failed("ECONNREFUSED".to_owned()), "no endpoints");
+        let error = guest.udp(at(ip, 80)?).expect_err("no endpoints");
+        assert_eq!(edgemesh_tests::lab::errno(&error), Some("ECONNREFUSED"), "{ip}: {error:#}");
+    }
+    Ok(())
+}
+
+#[test]
+fn interfaces_come_and_go() -> Result<()> {
+    let options = AgentOptions::default().set("modules.edgeProxy.ebpf.guestInterfaces", vec!["tap*"]);
+    let Some(world) = World::raise(&options)? else { return Ok(()) };
+    let names = || -> Result<Vec<String>> {
+        let status = world.status()?;
+        assert_eq!(status["conditions"], json!([]));
+        let all = status["dataplane"]["interfaces"].as_array().context("no interfaces")?;
+        Ok(all.iter().map(|one| format!("{} {}", one["role"], one["name"]).replace('"', "")).collect())
+    };
+    assert_eq!(names()?, [""; 0], "no Service is for the outside, and no guest is there");
+    world.write(&web(), &["here"])?;
+    assert_eq!(names()?, ["uplink eth0"]);
+    let guest = world.edge1.guest("guest")?;
+    let target = at("10.96.6.1", 80)?;
+    eventually(START, "the guest is served", || Ok(guest.tcp(target)?.name == "here"))?;
+    let tap = names()?.into_iter().find_map(|name| Some(name.strip_prefix("guest ")?.to_owned()));
+    let tap = tap.context("the guest's interface is not shown")?;
+    world.edge1.ip(&["link", "delete", &tap])?;
+    eventually(START, "the guest's interface is forgotten", || Ok(names()? == ["uplink eth0"]))?;
+    assert_eq!(world.outside.host().tcp(world.node_ports()[0])?.name, "here");
+    Ok(())
+}
+
+#[test]
+fn without_forwarding_the_agent_says_so() -> Result<()> {
+    let Some(world) = World::raise(&AgentOptions::default())? else { return Ok(()) };
+    world.edge1.sysctl("ipv4/ip_forward", "0")?;
+    world.write(&web(), &["here"])?;
+    let conditions = world.status()?["conditions"].to_string();
+    assert!(conditions.contains("ForwardingDisabled") && conditions.contains("net.ipv4.ip_forward"), "{conditions}");
+    Ok(())
+}
+
+#[test]
+fn cleanup_ends_translation_for_the_outside_and_leaves_nothing_on_the_interfaces() -> Result<()> {
+    for tcx in [true, false] {
+        let options = AgentOptions::default().set("modules.edgeProxy.ebpf.tcx", tcx);
+        let Some(world) = World::raise(&options)? else { return Ok(()) };
+        let qdiscs = || world.edge1.tool("tc", &["qdisc", "show", "dev", "eth0"]);
+        world.write(&web(), &["here"])?;
+        assert_eq!(qdiscs()?.contains("clsact"), !tcx);
+        if !tcx {
+            // Somebody else's, which has come since: it must stay, and with it the qdisc.
+            let other = ["filter", "add", "dev", "eth0", "ingress", "prio", "7", "bpf", "bytecode", "1,6 0 0 0,"];
+            world.edge1.tool("tc", &other)?;
+        }
+        world.agent.kill()?;
+        let target = world.node_ports()[0];
+        let client = world.outside.host().within(Duration::from_millis(500));
+        assert_eq!(client.tcp(target)?.name, "here", "translation goes on without the agent");
+        let config = world.edge1.write_file("agent.yaml", &serde_yaml::to_string(&world.edge1.agent_config())?)?;
+        let cleanup = ["cleanup", "--config-file", &config.to_string_lossy()];
+        let output = world.edge1.agent(&cleanup).output(Duration::from_secs(10))?;
+        ensure!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+        assert_eq!(client.connect(target)?, Attempt::Failed("ECONNREFUSED".to_owned()), "the node's own answer");
+        let filters = world.edge1.tool("tc", &["filter", "show", "dev", "eth0", "ingress"])?;
+        assert!(!filters.contains("edgemesh"), "{filters}");
+        assert_eq!((qdiscs()?.contains("clsact"), filters.contains("bytecode")), (!tcx, !tcx));
+    }
+    Ok(())
+}

@@ -23,6 +23,9 @@ pub(crate) const PROGRAMS: &[(&str, CgroupSockAddrAttachType)] = &[
     ("getpeername6", GetPeerName6),
 ];
 
+/// The programs for packets, which find their hook when they are attached.
+pub(crate) const CLASSIFIERS: &[&str] = &["uplink_ingress", "uplink_egress", "guest_ingress", "guest_egress"];
+
 pub(crate) const MAPS: &[&str] = &[
     "FRONTENDS",
     "BACKENDS",
@@ -53,6 +56,7 @@ const LICENCES: [&str; 6] =
 pub(crate) struct Contents {
     /// Each program with its hook; no hook for another kind of program.
     programs: BTreeMap<String, Option<CgroupSockAddrAttachType>>,
+    classifiers: BTreeSet<String>,
     maps: BTreeSet<String>,
     btf: bool,
     licence: Option<String>,
@@ -80,7 +84,9 @@ impl Contents {
         let hook = |section: &ProgramSection| {
             if let ProgramSection::CgroupSockAddr { attach_type } = section { Some(*attach_type) } else { None }
         };
+        let classifiers = loaded.programs.iter().filter(|(_, p)| matches!(p.section, ProgramSection::SchedClassifier));
         Ok(Self {
+            classifiers: classifiers.map(|(name, _)| name.clone()).collect(),
             programs: loaded.programs.iter().map(|(name, program)| (name.clone(), hook(&program.section))).collect(),
             maps: loaded.maps.keys().cloned().collect(),
             btf: loaded.btf.is_some() && loaded.btf_ext.is_some(),
@@ -101,6 +107,8 @@ impl Contents {
                 Some(_) => {}
             }
         }
+        let missing = super::missing(CLASSIFIERS, &self.classifiers);
+        problems.extend(missing.iter().map(|name| format!("classifier {name} is missing")));
         problems.extend(super::missing(maps, &self.maps).iter().map(|map| format!("map {map} is missing")));
         if !self.btf {
             problems.push("no BTF (.BTF and .BTF.ext): is the linker called with --btf?".to_owned());
@@ -123,6 +131,7 @@ mod tests {
     fn complete() -> Contents {
         Contents {
             programs: PROGRAMS.iter().map(|(name, hook)| ((*name).to_owned(), Some(*hook))).collect(),
+            classifiers: CLASSIFIERS.iter().map(|name| (*name).to_owned()).collect(),
             maps: MAPS.iter().map(|map| (*map).to_owned()).collect(),
             btf: true,
             licence: Some("Dual MIT/GPL".to_owned()),
@@ -144,11 +153,20 @@ mod tests {
         contents.programs.insert("connect4".to_owned(), Some(Connect6));
         contents.programs.insert("recvmsg4".to_owned(), None);
         contents.maps.remove("COUNTERS");
+        contents.classifiers.remove("guest_egress");
         contents.btf = false;
         contents.licence = Some("Apache-2.0".to_owned());
         let problems = contents.problems(PROGRAMS, MAPS);
-        assert_eq!(problems.len(), 6, "{problems:#?}");
-        for part in ["sendmsg6 is missing", "connect4 is for", "recvmsg4 is for", "COUNTERS", "BTF", "Apache-2.0"] {
+        assert_eq!(problems.len(), 7, "{problems:#?}");
+        for part in [
+            "sendmsg6 is missing",
+            "connect4 is for",
+            "recvmsg4 is for",
+            "guest_egress is missing",
+            "COUNTERS",
+            "BTF",
+            "Apache-2.0",
+        ] {
             assert!(problems.iter().any(|problem| problem.contains(part)), "{part} in {problems:#?}");
         }
         contents.licence = None;

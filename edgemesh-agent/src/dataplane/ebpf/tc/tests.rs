@@ -12,3 +12,6 @@ fn ports_are_those_that_the_kernel_gives_to_no_socket() {
         assert_eq!(free_ports(low, high), expected, "{low} {high}");
     }
 }
+
+mod frame;
+mod run;
