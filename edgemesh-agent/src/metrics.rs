@@ -20,6 +20,11 @@ struct ConditionLabels {
     subject: String,
 }
 
+#[derive(Clone, Debug, EncodeLabelSet, Eq, Hash, PartialEq)]
+struct DropLabels {
+    reason: &'static str,
+}
+
 #[derive(Clone, Debug, EncodeLabelSet, Eq, Hash, Ord, PartialEq, PartialOrd)]
 struct PortLabels {
     namespace: String,
@@ -82,6 +87,12 @@ pub fn render(
         let about = "Connected UDP sockets ended because their backend was gone";
         registry.register("stale_udp_sockets_ended", about, ended);
         gauge(&mut registry, "dataplane_tables_behind", help, i64::try_from(behind).unwrap_or(i64::MAX));
+        let dropped = dataplane.dropped_packets.iter();
+        registry.register_collector(Box::new(Rows {
+            name: "tc_dropped_packets",
+            help: "Packets for Services dropped on interfaces",
+            rows: dropped.map(|(reason, count)| (DropLabels { reason }, ConstCounter::new(*count))).collect(),
+        }));
     }
     if let Some(latency) = latency {
         let help = "Seconds from a change's arrival at the source until it was in force in the kernel";

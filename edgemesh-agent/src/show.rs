@@ -56,6 +56,7 @@ pub fn status(status: &Value) -> String {
         ));
         rows.extend(tier(&dataplane["standing"]).into_iter().map(|line| ("", line)));
         rows.extend(canary(&dataplane["canary"]).map(|line| ("", line)));
+        rows.extend(interfaces_line(dataplane).map(|line| ("", line)));
         let (now, newest) = (dataplane["generation"].as_u64(), dataplane["newest_generation"].as_u64());
         if now != newest {
             rows.push((
@@ -108,6 +109,20 @@ pub fn status(status: &Value) -> String {
         );
     }
     text
+}
+
+/// Where packets are translated, and what was dropped there; None where no program is on an interface.
+fn interfaces_line(dataplane: &Value) -> Option<String> {
+    let all = dataplane["interfaces"].as_array().filter(|all| !all.is_empty())?;
+    let names =
+        all.iter().map(|one| format!("{} {} by {}", word(&one["role"]), word(&one["name"]), word(&one["attached_by"])));
+    let mut line = format!("interfaces: {}", names.collect::<Vec<_>>().join(", "));
+    let dropped = dataplane["dropped_packets"].as_object().into_iter().flatten();
+    let dropped: Vec<String> = dropped.map(|(reason, count)| format!("{} {reason}", word(count))).collect();
+    if !dropped.is_empty() {
+        let _ = write!(line, "; packets dropped: {}", dropped.join(", "));
+    }
+    Some(line)
 }
 
 /// `services` as a table, a row for each frontend.
@@ -306,6 +321,19 @@ mod tests {
         for (given, shown) in [(5, "5s"), (65, "1m5s"), (3_700, "1h1m"), (90_000, "1d1h")] {
             assert_eq!(seconds(given), shown);
         }
+    }
+
+    #[test]
+    fn interfaces_are_shown_with_what_was_dropped_on_them() {
+        let one = serde_json::json!({"name": "eth0", "role": "uplink", "attached_by": "tcx"});
+        let shown = |interfaces: &[&Value], dropped: Value| {
+            interfaces_line(&serde_json::json!({"interfaces": interfaces, "dropped_packets": dropped}))
+        };
+        let none = serde_json::json!({});
+        assert_eq!(shown(&[], none.clone()), None);
+        assert_eq!(shown(&[&one], none).unwrap(), "interfaces: uplink eth0 by tcx");
+        let dropped = serde_json::json!({"source_range": 3});
+        assert_eq!(shown(&[&one], dropped).unwrap(), "interfaces: uplink eth0 by tcx; packets dropped: 3 source_range");
     }
 
     #[test]
