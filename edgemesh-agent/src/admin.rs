@@ -45,6 +45,7 @@ pub use client::{ClientError, get, stream};
 pub use events::LONGEST;
 
 use crate::{
+    allocator,
     conditions::Conditions,
     dataplane::{
         self, Count, Room,
@@ -349,15 +350,24 @@ async fn answer(request: &Request<Incoming>, door: Door, sight: &Sight) -> Respo
     }
 }
 
+/// After an answer of this size, in bytes, what making it needed goes back to the kernel.
+const MUCH: usize = 1 << 20;
+
 async fn metrics(sight: &Sight) -> Response<Full<Bytes>> {
     let (counts, rooms) = (sight.counts().await, sight.rooms().await);
     let (status, table) = (sight.status(Instant::now()), Arc::clone(&sight.tables.borrow()));
     let max_backends = sight.max_backend_series;
     let latency = sight.dataplane.as_ref().map(|dataplane| dataplane.handle.latency().clone());
     let render = move || {
-        let counts = counts.map(|counts| status::by_frontend(&counts));
-        let readings = counts.as_ref().map(|counts| metrics::Readings { counts, rooms: &rooms, max_backends });
-        match metrics::render(&status, &table, readings.as_ref(), latency.as_ref()) {
+        let rendered = {
+            let counts = counts.map(|counts| status::by_frontend(&counts));
+            let readings = counts.as_ref().map(|counts| metrics::Readings { counts, rooms: &rooms, max_backends });
+            metrics::render(&status, &table, readings.as_ref(), latency.as_ref())
+        };
+        if rendered.as_ref().is_ok_and(|body| body.len() >= MUCH) {
+            allocator::give_back();
+        }
+        match rendered {
             Ok(body) => respond(StatusCode::OK, "application/openmetrics-text; version=1.0.0; charset=utf-8", body),
             Err(error) => text(StatusCode::INTERNAL_SERVER_ERROR, format!("cannot render the metrics: {error}\n")),
         }

@@ -106,7 +106,10 @@ async fn build_on(
     if config.proxy.enable {
         // `auto` has one data plane to choose from.
         let (DataplaneMode::Auto | DataplaneMode::Ebpf) = config.proxy.dataplane;
-        let mut ebpf = Ebpf::open(&config.proxy.ebpf, &conditions)?;
+        // The verifier takes its time, and the source has begun to read.
+        let (of_ebpf, raise) = (config.proxy.ebpf.clone(), conditions.clone());
+        let opened = tokio::task::spawn_blocking(move || Ebpf::open(&of_ebpf, &raise)).await;
+        let mut ebpf = opened.map_err(|error| StartError::Thread(io::Error::other(error)))??;
         ebpf.follow_log(tasks);
         let cgroup_root = config.proxy.ebpf.cgroup_root.clone();
         let probed = tokio::task::spawn_blocking(move || probe::run(cgroup_root.as_deref()).standing());

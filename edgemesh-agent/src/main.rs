@@ -158,7 +158,7 @@ const NO_PERMISSION: u8 = 77;
 const CONFIG: u8 = 78;
 
 fn main() -> ExitCode {
-    allocator::share_one_heap();
+    allocator::share_heaps();
     let cli = match Cli::try_parse() {
         Ok(cli) => cli,
         Err(error) => {

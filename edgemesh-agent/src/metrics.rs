@@ -1,16 +1,16 @@
 //! `/metrics` in OpenMetrics text; docs/metrics.md names and explains each family.
 
-use std::{collections::BTreeMap, net::SocketAddr};
+use std::{collections::BTreeMap, fmt::Write as _, net::SocketAddr, sync::Arc};
 
 use prometheus_client::{
-    encoding::{EncodeLabelSet, text::encode},
+    encoding::{EncodeLabelSet, EncodeLabelValue, LabelValueEncoder, text::encode},
     metrics::{counter::ConstCounter, family::Family, gauge::Gauge, info::Info},
     registry::Registry,
 };
 
 use crate::{
     dataplane::{Latency, Room},
-    model::{ServiceEntry, ServiceTable},
+    model::{Protocol, ServiceEntry, ServiceTable},
     status::{Counts, CountsByFrontend, Status, total},
 };
 
@@ -27,18 +27,24 @@ struct DropLabels {
 
 #[derive(Clone, Debug, EncodeLabelSet, Eq, Hash, Ord, PartialEq, PartialOrd)]
 struct PortLabels {
-    namespace: String,
-    service: String,
+    namespace: Arc<str>,
+    service: Arc<str>,
     port: u16,
-    protocol: String,
+    protocol: Protocol,
+}
+
+impl EncodeLabelValue for Protocol {
+    fn encode(&self, encoder: &mut LabelValueEncoder<'_>) -> Result<(), std::fmt::Error> {
+        write!(encoder, "{self}")
+    }
 }
 
 #[derive(Clone, Debug, EncodeLabelSet, Eq, Hash, PartialEq)]
 struct BackendLabels {
-    namespace: String,
-    service: String,
+    namespace: Arc<str>,
+    service: Arc<str>,
     port: u16,
-    protocol: String,
+    protocol: Protocol,
     backend: String,
 }
 
@@ -112,11 +118,9 @@ pub fn render(
 
     if let Some(readings) = readings {
         add_rooms(&mut registry, readings.rooms);
-        let ports = by_port(table, readings.counts);
+        let ports = Arc::new(by_port(table, readings.counts));
         let mut family = |name, help, value: fn(&Counts) -> u64| {
-            let rows =
-                ports.iter().map(|(labels, counts)| (labels.clone(), ConstCounter::new(value(counts)))).collect();
-            registry.register_collector(Box::new(Rows { name, help, rows }));
+            registry.register_collector(Box::new(PortRows { name, help, ports: Arc::clone(&ports), value }));
         };
         family("service_connects", "connect() calls sent to a backend, TCP and UDP", |counts| counts.connects);
         family("service_datagrams", "Datagrams of unconnected UDP sockets sent to a backend", |counts| {
@@ -149,10 +153,10 @@ fn by_port(table: &ServiceTable, counts: &CountsByFrontend) -> BTreeMap<PortLabe
         for frontend in &entry.frontends {
             let Some(served) = entry.ports.get(frontend.port) else { continue };
             let labels = PortLabels {
-                namespace: entry.service.name.namespace.to_string(),
-                service: entry.service.name.name.to_string(),
+                namespace: Arc::clone(&entry.service.name.namespace),
+                service: Arc::clone(&entry.service.name.name),
                 port: served.port.port.get(),
-                protocol: frontend.at.protocol.to_string(),
+                protocol: frontend.at.protocol,
             };
             let part = total(counts, &frontend.at);
             let sum = ports.entry(labels).or_default();
@@ -176,10 +180,10 @@ fn by_backend(table: &ServiceTable, readings: &Readings<'_>) -> (Vec<(BackendLab
                 continue;
             }
             let labels = BackendLabels {
-                namespace: entry.service.name.namespace.to_string(),
-                service: entry.service.name.name.to_string(),
+                namespace: Arc::clone(&entry.service.name.namespace),
+                service: Arc::clone(&entry.service.name.name),
                 port: served.port.port.get(),
-                protocol: served.port.protocol.to_string(),
+                protocol: served.port.protocol,
                 backend: backend.to_string(),
             };
             rows.push((labels, counts));
@@ -237,6 +241,26 @@ where
     }
 }
 
+/// One of the counters of every Service port; all families share the ports.
+#[derive(Debug)]
+struct PortRows {
+    name: &'static str,
+    help: &'static str,
+    ports: Arc<BTreeMap<PortLabels, Counts>>,
+    value: fn(&Counts) -> u64,
+}
+
+impl prometheus_client::collector::Collector for PortRows {
+    fn encode(&self, mut encoder: prometheus_client::encoding::DescriptorEncoder<'_>) -> Result<(), std::fmt::Error> {
+        use prometheus_client::{encoding::EncodeMetric, metrics::MetricType};
+        let mut family = encoder.encode_descriptor(self.name, self.help, None, MetricType::Counter)?;
+        for (labels, counts) in &*self.ports {
+            ConstCounter::new((self.value)(counts)).encode(family.encode_family(labels)?)?;
+        }
+        Ok(())
+    }
+}
+
 fn gauge(registry: &mut Registry, name: &str, help: &str, value: i64) {
     let gauge: Gauge = Gauge::default();
     gauge.set(value);
@@ -260,7 +284,7 @@ mod tests {
     };
 
     /// `default/web` on port 80 of two addresses.
-    fn table() -> std::sync::Arc<ServiceTable> {
+    fn table() -> Arc<ServiceTable> {
         let port = |number| NonZeroU16::new(number).unwrap();
         let http = ServicePort { name: "".into(), protocol: Protocol::Tcp, port: port(80), node_port: None };
         let service = Service {

@@ -13,6 +13,7 @@ use tracing::debug;
 
 use super::{Count, Dataplane, Error, InForce, Latency, Room};
 use crate::{
+    allocator,
     conditions::Conditions,
     lifecycle::{Blocker, Readiness},
     model::{FrontendAddr, ServiceTable, changes},
@@ -24,6 +25,9 @@ const FIRST_RETRY: Duration = Duration::from_millis(500);
 const LAST_RETRY: Duration = Duration::from_secs(30);
 /// How long a reader waits for an answer before it goes without.
 const ANSWER_DEADLINE: Duration = Duration::from_secs(2);
+
+/// After so many changes at once, what they needed for a moment goes back to the kernel.
+const MANY: usize = 1000;
 
 /// The conditions a data plane raises.
 const FULL: &str = "DataplaneFull";
@@ -242,6 +246,9 @@ impl Worker {
                 self.conditions.clear(FULL, self.dataplane.name());
                 self.conditions.clear(FAILED, self.dataplane.name());
                 self.applied.send_replace(table.generation);
+                if changed >= MANY {
+                    allocator::give_back();
+                }
             }
             Err(error) => {
                 let reason = match error {

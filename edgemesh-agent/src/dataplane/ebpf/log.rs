@@ -1,5 +1,7 @@
 //! What the programs log: the rare failure that has no other way out of the kernel.
 
+use std::sync::PoisonError;
+
 use aya_log::EbpfLogger;
 use tokio::io::unix::AsyncFd;
 use tracing::warn;
@@ -10,7 +12,7 @@ use crate::lifecycle::Tasks;
 impl Ebpf {
     /// Passes the programs' log lines on to ours until the agent stops.
     pub fn follow_log(&mut self, tasks: &Tasks) {
-        let logger = match EbpfLogger::init(&mut self.opened.object) {
+        let logger = match EbpfLogger::init(&mut self.opened.object.lock().unwrap_or_else(PoisonError::into_inner)) {
             Ok(logger) => logger,
             Err(error) => return warn!("the log of the eBPF programs cannot be followed: {error}"),
         };

@@ -5,6 +5,7 @@ use std::{
     io,
     os::fd::{AsFd, OwnedFd},
     path::PathBuf,
+    sync::{Arc, Mutex, PoisonError},
 };
 
 use aya::{
@@ -140,8 +141,8 @@ pub(super) struct Opened {
     /// What the maps really hold, which for adopted ones may differ from the configuration.
     pub(super) max_frontends: u32,
     pub(super) max_backends: u32,
-    /// Keeps the programs loaded and the log ring mapped.
-    pub(super) object: Object,
+    /// Keeps the programs loaded and the log ring mapped. Locked for long only while the programs for packets are loaded.
+    pub(super) object: Arc<Mutex<Object>>,
     /// The cgroup directory whose processes are served.
     pub(super) cgroup: PathBuf,
     cgroup_directory: File,
@@ -159,24 +160,26 @@ pub(super) struct Opened {
 impl Opened {
     /// Attaches again what somebody has detached.
     pub(super) fn keep_attached(&self, keeper: &mut hooks::Keeper) {
-        if self.attached {
-            keeper.attach_again(&self.pins, &self.cgroup_directory, |name| {
-                let program: &CgroupSockAddr = self.object.program(name)?.try_into().ok()?;
-                Some(program.fd().ok()?.as_fd())
-            });
-        }
+        // Next time, where the programs for packets are being loaded.
+        let (true, Ok(object)) = (self.attached, self.object.try_lock()) else { return };
+        keeper.attach_again(&self.pins, &self.cgroup_directory, |name| {
+            let program: &CgroupSockAddr = object.program(name)?.try_into().ok()?;
+            Some(program.fd().ok()?.as_fd())
+        });
     }
 
     /// Puts the programs in force, in the place of those of an earlier agent.
     pub(super) fn attach(&mut self) -> Result<(), OpenError> {
+        let mut object = self.object.lock().unwrap_or_else(PoisonError::into_inner);
         for (name, hook) in PROGRAMS {
-            let program: &mut CgroupSockAddr = program(&mut self.object, name)?;
+            let program: &mut CgroupSockAddr = program(&mut object, name)?;
             let program = program.fd().map_err(|error| OpenError::Program { name, error: error.to_string() })?.as_fd();
             let adopted = self.pins.attach(name, program, &self.cgroup_directory, hook);
             let cgroup = || self.cgroup.clone();
             let adopted = adopted.map_err(|error| OpenError::Attach { name, cgroup: cgroup(), error })?;
             self.adopted_links += usize::from(adopted);
         }
+        drop(object);
         self.attached = true;
         let removed = self.pins.drop_others();
         removed.map_err(|error| OpenError::Pins { path: self.pins.tables.clone(), error })?;
@@ -221,7 +224,6 @@ pub(super) fn open(config: &EbpfConfig) -> Result<Opened, OpenError> {
     for (name, _) in PROGRAMS {
         program(&mut object, name)?.load().map_err(|error| program_error(name, &error))?;
     }
-    let traffic = tc::Traffic::load(&mut object, &pins, config)?;
     debug!(has_set_retval, host_netns, "eBPF programs are loaded");
 
     let frontends = map(&mut object, "FRONTENDS")?;
@@ -231,6 +233,7 @@ pub(super) fn open(config: &EbpfConfig) -> Result<Opened, OpenError> {
     let max_backends = capacity(&backends, "BACKENDS", config.max_backends);
     let counters = map(&mut object, "COUNTERS")?;
     let counters_fd = descriptor(&counters, "COUNTERS")?;
+    let packet_maps = tc::Maps::of(&mut object)?;
     let mut opened = Opened {
         frontends: HashMap::try_from(frontends).map_err(|error| map_error("FRONTENDS", &error))?,
         backends: HashMap::try_from(backends).map_err(|error| map_error("BACKENDS", &error))?,
@@ -249,15 +252,16 @@ pub(super) fn open(config: &EbpfConfig) -> Result<Opened, OpenError> {
         }),
         max_frontends,
         max_backends,
-        object,
+        object: Arc::new(Mutex::new(object)),
         cgroup,
         cgroup_directory,
         pins,
         attached: false,
         adopted_links: 0,
-        traffic: Some(traffic),
+        traffic: None,
         knows_host: host_netns != 0,
     };
+    opened.traffic = Some(tc::Traffic::new(packet_maps, Arc::clone(&opened.object), &opened.pins, config));
     if opened.pins.awaits_switch() {
         info!("an agent with another map layout was here: its translation goes on until the new maps are complete");
     } else {

@@ -9,6 +9,7 @@ mod choose;
 mod picture;
 
 use std::{
+    cell::OnceCell,
     collections::{BTreeMap, BTreeSet},
     fmt, fs, io,
     net::IpAddr,
@@ -85,7 +86,21 @@ fn free_ports(low: u16, high: u16) -> [u16; 2] {
     if count >= ENOUGH { [first, count] } else { [FIRST, u16::MAX - FIRST + 1] }
 }
 
-/// The programs for packets, loaded, and their maps.
+/// The maps that only the programs for packets use.
+pub(super) struct Maps {
+    interfaces: HashMap<MapData, u32, Interface>,
+    drops: PerCpuArray<MapData, u64>,
+}
+
+impl Maps {
+    pub(super) fn of(object: &mut Object) -> Result<Self, OpenError> {
+        let drops = map(object, "TC_DROPS")?;
+        let drops = PerCpuArray::try_from(drops).map_err(|error| map_error("TC_DROPS", &error))?;
+        Ok(Self { interfaces: hash_map(object, "INTERFACES")?, drops })
+    }
+}
+
+/// The programs for packets and their maps.
 pub(super) struct Traffic {
     attacher: Attacher,
     drops: PerCpuArray<MapData, u64>,
@@ -93,8 +108,7 @@ pub(super) struct Traffic {
 
 /// What it takes to attach.
 struct Attacher {
-    /// In the order of [`PROGRAMS`]; or why the kernel does not take them.
-    programs: Result<[OwnedFd; 4], String>,
+    programs: Programs,
     interfaces: HashMap<MapData, u32, Interface>,
     pins: PathBuf,
     uplinks: Vec<String>,
@@ -145,19 +159,32 @@ impl Sight {
 }
 
 impl Traffic {
-    /// Loads the programs. That the kernel does not take them is no error: a condition will say so.
-    pub(super) fn load(object: &mut Object, pins: &Pins, config: &EbpfConfig) -> Result<Self, OpenError> {
+    pub(super) fn new(maps: Maps, object: Arc<Mutex<Object>>, pins: &Pins, config: &EbpfConfig) -> Self {
         let attacher = Attacher {
-            programs: load_all(object),
-            interfaces: hash_map(object, "INTERFACES")?,
+            programs: Programs { object, loaded: OnceCell::new() },
+            interfaces: maps.interfaces,
             pins: pins.tables.clone(),
             uplinks: config.uplinks.clone(),
             guests: config.guest_interfaces.clone(),
             tcx: config.tcx,
         };
-        let drops = map(object, "TC_DROPS")?;
-        let drops = PerCpuArray::try_from(drops).map_err(|error| map_error("TC_DROPS", &error))?;
-        Ok(Self { attacher, drops })
+        Self { attacher, drops: maps.drops }
+    }
+}
+
+/// The programs, loaded when the first interface wants them: the verifier takes longer for them than for all others
+/// together, and most nodes never need them.
+struct Programs {
+    object: Arc<Mutex<Object>>,
+    /// In the order of [`PROGRAMS`]; or why the kernel does not take them.
+    loaded: OnceCell<Result<[OwnedFd; 4], String>>,
+}
+
+impl Programs {
+    fn get(&self) -> Result<&[OwnedFd; 4], String> {
+        let load = || load_all(&mut self.object.lock().unwrap_or_else(PoisonError::into_inner));
+        let loaded = self.loaded.get_or_init(load).as_ref();
+        loaded.map_err(|why| format!("the kernel does not take the programs ({why})"))
     }
 }
 
@@ -411,8 +438,7 @@ impl Follower {
 impl Attacher {
     /// Attaches both programs of an interface, or brings them up to date, and returns what the map now says of it.
     async fn attach(&mut self, netlink: &Handle, index: u32, chosen: &Chosen) -> Result<Interface, String> {
-        let programs =
-            self.programs.as_ref().map_err(|why| format!("the kernel does not take the programs ({why})"))?;
+        let programs = self.programs.get()?;
         let first = if chosen.interface.flags & GUEST == 0 { 0 } else { 2 };
         let before = self.interfaces.get(&index, 0).map_or(0, |known| known.flags & (BY_FILTER | OWN_QDISC));
         // The programs pass over what they find no entry for, so that comes first.
