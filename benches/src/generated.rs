@@ -39,19 +39,26 @@ impl Generated {
         Ok(SocketAddr::new(endpoint_ip(service, 0, true), TARGET_PORT))
     }
 
+    /// Writes one Service more, in a file of its own, with or without its first endpoint moved.
+    pub(crate) fn write_single(self, manifests: &Manifests, moved: bool) -> Result<()> {
+        manifests.write("single", &self.yaml(self.services, moved)?)
+    }
+
     fn write_file(self, manifests: &Manifests, file: u32, without: &[u32], moved: Option<u32>) -> Result<()> {
         let mut text = String::new();
         let all = file * PER_FILE..self.services.min((file + 1) * PER_FILE);
         for service in all.filter(|service| !without.contains(service)) {
-            let endpoints: Vec<Endpoint> = (0..self.endpoints)
-                .map(|endpoint| {
-                    let moved = moved == Some(service) && endpoint == 0;
-                    Endpoint::new(endpoint_ip(service, endpoint, moved), &format!("far{endpoint}"))
-                })
-                .collect();
-            text.push_str(&named(service, Transport::Tcp).yaml_with(&endpoints)?);
+            text.push_str(&self.yaml(service, moved == Some(service))?);
         }
         manifests.write(&format!("services-{file:04}"), &text)
+    }
+
+    /// A Service and its endpoints, the first of which may have moved.
+    fn yaml(self, service: u32, moved: bool) -> Result<String> {
+        let endpoints = (0..self.endpoints).map(|endpoint| {
+            Endpoint::new(endpoint_ip(service, endpoint, moved && endpoint == 0), &format!("far{endpoint}"))
+        });
+        named(service, Transport::Tcp).yaml_with(&endpoints.collect::<Vec<_>>())
     }
 }
 

@@ -25,7 +25,7 @@ pub(crate) fn measure(effort: Effort) -> Result<Vec<Table>> {
     let (repetitions, changes) = effort.pick((1, 5), (5, 20));
     let lab = Lab::new()?;
     let lan = lab.site("lan", &["192.168.10.0/24"])?;
-    let (mut took, mut changed) = (Vec::new(), Vec::new());
+    let (mut took, mut changed, mut changed_in_ten) = (Vec::new(), Vec::new(), Vec::new());
     let (mut ready, mut after) = (Vec::new(), Vec::new());
     for repetition in 1..=repetitions {
         CLUSTER.write(&lab.manifests(), &[])?;
@@ -38,11 +38,16 @@ pub(crate) fn measure(effort: Effort) -> Result<Vec<Table>> {
         took.push(elapsed.as_secs_f64() * 1e3);
         check(&node, CLUSTER.services, CLUSTER.services * CLUSTER.endpoints)?;
         ready.push(Memory::of(&agent)?);
+        let manifests = lab.manifests();
+        time_change(&agent, || CLUSTER.write_single(&manifests, false))?;
         for change in 0..changes {
-            changed.push(time_change(&lab, &agent, change * (CLUSTER.services / changes))?);
+            changed.push(time_change(&agent, || CLUSTER.write_single(&manifests, change % 2 == 0))?);
+            let service = change * (CLUSTER.services / changes);
+            changed_in_ten.push(time_change(&agent, || CLUSTER.move_endpoint(&manifests, service).map(drop))?);
         }
         after.push(Memory::of(&agent)?);
         agent.stop()?;
+        manifests.remove("single")?;
         say(&format!("agent {repetition} of {repetitions}: ready after {elapsed:.1?}"));
     }
     let row = |what: &str, samples: Vec<f64>, unit: fn(f64) -> String| -> Result<Vec<String>> {
@@ -61,14 +66,16 @@ pub(crate) fn measure(effort: Effort) -> Result<Vec<Table>> {
         method: format!(
             "{} Services with {} endpoints each from a manifest directory; agents started anew ({repetitions}) on nodes \
              where nothing was left to adopt. Until /readyz answers 200: everything is in force in the kernel. Then \
-             {changes} endpoints move, one after the other: from the notification of the changed file, which holds ten \
-             Services, until the change is in force, by the agent's metric `edgemesh_dataplane_change_seconds`.",
+             endpoints move, one after the other, {changes} in a file of one Service and {changes} in files of ten: from the \
+             notification of the changed file until the change is in force, by the agent's metric \
+             `edgemesh_dataplane_change_seconds`.",
             CLUSTER.services, CLUSTER.endpoints
         ),
         head: vec!["figure", "median", "all"],
         rows: vec![
             row("start to ready", took, millis)?,
             row("one change", changed, millis)?,
+            row("one change, in a file of ten Services", changed_in_ten, millis)?,
             row("resident when ready (VmRSS)", resident(&ready), mib)?,
             row("resident after the changes (VmRSS)", resident(&after), mib)?,
             row("peak (VmHWM)", after.iter().map(|memory| memory.peak).collect(), mib)?,
@@ -77,10 +84,10 @@ pub(crate) fn measure(effort: Effort) -> Result<Vec<Table>> {
     }])
 }
 
-/// Moves one endpoint; tells how many milliseconds the agent took, by its own account.
-fn time_change(lab: &Lab, agent: &Agent, service: u32) -> Result<f64> {
+/// Makes a change; tells how many milliseconds the agent took, by its own account.
+fn time_change(agent: &Agent, change: impl FnOnce() -> Result<()>) -> Result<f64> {
     let before = Changes::of(agent)?;
-    CLUSTER.move_endpoint(&lab.manifests(), service)?;
+    change()?;
     let mut after = before;
     eventually(DEADLINE, "a change to be in force", || {
         after = Changes::of(agent)?;

@@ -326,7 +326,7 @@ fn whatever_arrives_comes_out_whole_or_as_it_was() {
             bench.serve(
                 FRONTENDS[family],
                 make.proto,
-                Some(if random.next() % 2 == 0 { LOCAL } else { REMOTE }[family]),
+                Some(if random.next().is_multiple_of(2) { LOCAL } else { REMOTE }[family]),
             );
             frames.push(make.frame());
             let error = Make { src: make.dst, dst: make.src, ..make.clone() };
