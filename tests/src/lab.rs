@@ -90,7 +90,7 @@ impl Lab {
     pub fn new() -> Result<Self> {
         ensure!(nix::unistd::geteuid().is_root(), "a lab makes namespaces and cgroups, which needs root");
         let cgroup2 = remains::cgroup2_mount()?;
-        let temporary = std::env::temp_dir();
+        let temporary = temporary();
         remains::sweep(&cgroup2, &temporary);
         let probe = binary("EDGEMESH_LAB_PROBE", "lab-probe")?;
         let name = claim_name(&temporary)?;
@@ -278,6 +278,13 @@ fn binary(variable: &str, name: &str) -> Result<PathBuf> {
     this.ancestors().skip(1).take(2).map(|directory| directory.join(name)).find(|path| path.is_file()).with_context(
         || format!("there is no {name} beside {}; run `cargo xtask test`, or name it with {variable}", this.display()),
     )
+}
+
+/// Where directories of labs are: `$TMPDIR`, else memory, else the system's directory. A file that replaces another on a
+/// disk is written out at once by some file systems, which takes some ten milliseconds; tests change manifests faster.
+fn temporary() -> PathBuf {
+    let memory = Path::new("/dev/shm");
+    if std::env::var_os("TMPDIR").is_none() && memory.is_dir() { memory.to_owned() } else { std::env::temp_dir() }
 }
 
 /// Makes the directory of a new lab, and so claims its name.
