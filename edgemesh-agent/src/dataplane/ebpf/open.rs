@@ -222,7 +222,8 @@ pub(super) fn open(config: &EbpfConfig) -> Result<Opened, OpenError> {
     }
     let mut object = loader.load(bytes).map_err(load_error)?;
     for (name, _) in PROGRAMS {
-        program(&mut object, name)?.load().map_err(|error| program_error(name, &error))?;
+        let program = program(&mut object, name)?;
+        load(|| program.load()).map_err(|error| program_error(name, &error))?;
     }
     debug!(has_set_retval, host_netns, "eBPF programs are loaded");
 
@@ -292,6 +293,25 @@ fn probe_permission() -> Result<(), OpenError> {
             _ => Err(OpenError::Load(EbpfError::ProgramError(error))),
         },
     }
+}
+
+/// Loads a program, again where a signal has interrupted the verifier, which gives up with EAGAIN then.
+///
+/// # Errors
+///
+/// Those of the last attempt.
+pub(super) fn load(mut attempt: impl FnMut() -> Result<(), ProgramError>) -> Result<(), ProgramError> {
+    /// As often as libbpf (`PROG_LOAD_ATTEMPTS`).
+    const ATTEMPTS: u32 = 5;
+    let mut result = attempt();
+    for _ in 1..ATTEMPTS {
+        let interrupted = |error| io_error(error).is_some_and(|error| error.kind() == io::ErrorKind::WouldBlock);
+        if !result.as_ref().is_err_and(|error| interrupted(error)) {
+            break;
+        }
+        result = attempt();
+    }
+    result
 }
 
 pub(super) fn io_error<'a>(error: &'a (dyn std::error::Error + 'static)) -> Option<&'a io::Error> {
@@ -381,4 +401,31 @@ fn capacity(map: &aya::maps::Map, name: &'static str, wanted: u32) -> u32 {
         );
     }
     has
+}
+
+#[cfg(test)]
+mod tests {
+    use aya::sys::SyscallError;
+
+    use super::*;
+
+    #[test]
+    fn a_verifier_that_a_signal_interrupts_is_asked_again_and_not_for_ever() {
+        let refusal = |kind: io::ErrorKind| {
+            ProgramError::SyscallError(SyscallError { call: "bpf_prog_load", io_error: kind.into() })
+        };
+        let mut attempts = 0;
+        let mut try_with = |kind: io::ErrorKind, failures: u32| {
+            attempts = 0;
+            let result = load(|| {
+                attempts += 1;
+                if attempts <= failures { Err(refusal(kind)) } else { Ok(()) }
+            });
+            (result.is_ok(), attempts)
+        };
+        assert_eq!(try_with(io::ErrorKind::WouldBlock, 0), (true, 1));
+        assert_eq!(try_with(io::ErrorKind::WouldBlock, 3), (true, 4));
+        assert_eq!(try_with(io::ErrorKind::WouldBlock, u32::MAX), (false, 5));
+        assert_eq!(try_with(io::ErrorKind::PermissionDenied, u32::MAX), (false, 1));
+    }
 }

@@ -38,7 +38,7 @@ use self::{
 };
 use super::{
     Ebpf, OpenError, absent_is_fine,
-    open::{hash_map, in_one_line, map, map_error},
+    open::{hash_map, in_one_line, load, map, map_error},
     pins::Pins,
 };
 use crate::{
@@ -189,15 +189,15 @@ impl Programs {
 }
 
 fn load_all(object: &mut Object) -> Result<[OwnedFd; 4], String> {
-    let mut load = |name: &str| {
+    let mut loaded = |name: &str| {
         let program = object.program_mut(name).ok_or_else(|| format!("the object has no program '{name}'"))?;
         let program: &mut SchedClassifier = program.try_into().map_err(|error: ProgramError| error.to_string())?;
-        program.load().map_err(|error| format!("{name}: {}", in_one_line(&error)))?;
+        load(|| program.load()).map_err(|error| format!("{name}: {}", in_one_line(&error)))?;
         let fd = program.fd().map_err(|error| error.to_string())?;
         fd.as_fd().try_clone_to_owned().map_err(|error| error.to_string())
     };
     let [a, b, c, d] = PROGRAMS;
-    Ok([load(a)?, load(b)?, load(c)?, load(d)?])
+    Ok([loaded(a)?, loaded(b)?, loaded(c)?, loaded(d)?])
 }
 
 impl Ebpf {
