@@ -1,6 +1,9 @@
 //! A full cluster: from start to ready, one change, and the memory for it.
 
-use std::time::Instant;
+use std::{
+    thread,
+    time::{Duration, Instant},
+};
 
 use anyhow::{Context as _, Result};
 use edgemesh_tests::lab::{DEADLINE, Lab, agent::Agent, eventually};
@@ -19,6 +22,8 @@ const CLUSTER: Generated = Generated { services: 10_000, endpoints: 10 };
 const LOAD_AIM: f64 = 2000.0;
 const CHANGE_AIM: f64 = 5.0;
 const MEMORY_AIM: f64 = 60.0;
+/// Many times what a change takes.
+const SETTLE: Duration = Duration::from_millis(150);
 
 /// Measures agents that start with empty maps.
 pub(crate) fn measure(effort: Effort) -> Result<Vec<Table>> {
@@ -88,6 +93,8 @@ pub(crate) fn measure(effort: Effort) -> Result<Vec<Table>> {
 fn time_change(agent: &Agent, change: impl FnOnce() -> Result<()>) -> Result<f64> {
     let before = Changes::of(agent)?;
     change()?;
+    // Rendering the metrics of so many Services would keep the agent from what it is asked about.
+    thread::sleep(SETTLE);
     let mut after = before;
     eventually(DEADLINE, "a change to be in force", || {
         after = Changes::of(agent)?;
