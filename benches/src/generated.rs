@@ -33,6 +33,20 @@ impl Generated {
         Ok(())
     }
 
+    /// All Services with Endpoints, or with EndpointSlices, as YAML documents for an API server.
+    pub(crate) fn documents(self, slices: bool) -> Result<String> {
+        let mut text = String::new();
+        // The first address is that of Kubernetes' own Service.
+        for number in 1..=self.services {
+            let endpoints: Vec<Endpoint> = (0..self.endpoints)
+                .map(|endpoint| Endpoint::new(endpoint_ip(number, endpoint, false), &format!("far{endpoint}")))
+                .collect();
+            let service = named(number, Transport::Tcp);
+            text += &if slices { service.yaml_with(&endpoints) } else { service.yaml_with_endpoints(&endpoints) }?;
+        }
+        Ok(text)
+    }
+
     /// Gives the first endpoint of one Service another address; returns its address and port.
     pub(crate) fn move_endpoint(self, manifests: &Manifests, service: u32) -> Result<SocketAddr> {
         self.write_file(manifests, service / PER_FILE, &[], Some(service))?;

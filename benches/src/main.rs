@@ -3,6 +3,7 @@
 //! Each figure is of one run: what is compared takes turns within it, so that a busy machine disturbs all alike, and
 //! every number is a median over repetitions with its spread beside it.
 
+mod api;
 mod change;
 mod connect;
 mod generated;
@@ -52,6 +53,8 @@ enum Figure {
     Memory,
     /// From start to ready, one change and memory at 10,000 Services with 100,000 endpoints
     Load,
+    /// The same from a real Kubernetes API server; left out where KUBEBUILDER_ASSETS names none
+    Api,
 }
 
 /// How much time to spend.
@@ -79,6 +82,7 @@ impl Figure {
             Self::Change => change::measure(effort),
             Self::Memory => memory::measure(effort),
             Self::Load => load::measure(effort),
+            Self::Api => api::measure(effort),
         }
     }
 }

@@ -26,7 +26,7 @@ use std::{
         atomic::{AtomicU64, Ordering},
     },
     task::{Context, Poll},
-    time::{Duration, Instant},
+    time::{Duration, Instant, SystemTime},
 };
 
 use bytes::Bytes;
@@ -57,6 +57,7 @@ use crate::{
     metrics,
     model::{NamespacedName, ServiceTable},
     net::{Device, sock_diag},
+    snapshot::SnapshotState,
     status::{self, DataplaneStatus, Status},
 };
 
@@ -78,6 +79,8 @@ pub struct Sight {
     pub conditions: Conditions,
     pub tables: watch::Receiver<Arc<ServiceTable>>,
     pub source: SourceState,
+    /// None where none is kept.
+    pub snapshot: Option<SnapshotState>,
     pub dataplane: Option<DataplaneSight>,
     pub device: Option<Device>,
     /// How many backends may have series of their own in the metrics.
@@ -116,6 +119,7 @@ impl Sight {
             ready: waiting_for.is_empty(),
             waiting_for,
             source: self.source.status(),
+            snapshot: self.snapshot.as_ref().map(|snapshot| snapshot.status(SystemTime::now())),
             dataplane: self.dataplane.as_ref().map(|dataplane| DataplaneStatus {
                 kind: dataplane.handle.name(),
                 cgroup: dataplane.cgroup.display().to_string(),
@@ -438,7 +442,8 @@ mod tests {
             readiness: Readiness::default(),
             conditions: Conditions::default(),
             tables: watch::channel(Arc::default()).1,
-            source: kube::start(&config, events, Conditions::default(), tasks).unwrap(),
+            source: kube::start(&config, "node", events, Conditions::default(), tasks).unwrap(),
+            snapshot: None,
             dataplane: None,
             device: None,
             max_backend_series: 0,

@@ -1,6 +1,7 @@
 //! The agent put together: build everything, bind everything, run until told to stop.
 
 mod rules;
+mod tables;
 
 use std::{
     io,
@@ -13,31 +14,34 @@ use std::{
 
 use tokio::{
     net::{TcpListener, UnixListener},
-    sync::{Semaphore, mpsc, watch},
+    sync::{Semaphore, oneshot, watch},
 };
 use tracing::{debug, info, warn};
 
-use self::rules::SightOfRules;
+use self::{
+    rules::SightOfRules,
+    tables::{Publisher, SightOfNode, Tables},
+};
 use crate::{
     admin::{self, DataplaneSight, Sight},
     conditions::Conditions,
-    config::{AgentConfig, DataplaneMode},
+    config::{AgentConfig, DataplaneMode, SourceKind},
     dataplane::{
         self, Latency,
         ebpf::{Ebpf, OpenError, probe},
     },
     health::{self, Canary, CanaryState, Watch},
-    kube::{self, Received},
-    lifecycle::{Blocker, Readiness, Tasks},
-    model::{Builder, Note, ServiceTable},
+    kube,
+    lifecycle::{Readiness, Tasks},
+    model::{Builder, ServiceTable},
     net::{self, Device},
+    snapshot::{self, Snapshot},
 };
 
 /// How long the tasks may take to end after a stop signal; well below Kubernetes' 30 s grace period.
 const DRAIN_DEADLINE: Duration = Duration::from_secs(5);
 /// How many events may wait for the builder before the source has to.
 const EVENTS: usize = 1024;
-const NODE_UNKNOWN: &str = "NodeUnknown";
 const REBIND: Duration = Duration::from_secs(5);
 
 /// Why the agent cannot start, in one line, with what to do.
@@ -91,7 +95,7 @@ async fn build_on(
 ) -> Result<Bound, StartError> {
     let (events, received) = kube::Events::channel(EVENTS);
     let (publish, tables) = watch::channel(Arc::<ServiceTable>::default());
-    let source = kube::start(&config.source, events, conditions.clone(), tasks)?;
+    let source = kube::start(&config.source, node, events, conditions.clone(), tasks)?;
     let builder = Builder::new(config.proxy.filter, node);
     let latency = Latency::default();
     let publish = Publisher {
@@ -100,7 +104,18 @@ async fn build_on(
         sight_of_node: SightOfNode { name: node.to_owned(), conditions: conditions.clone() },
         sight_of_rules: SightOfRules::new(conditions.clone()),
     };
-    tasks.spawn(build_tables(builder, received, publish, readiness.block("the metadata source")));
+    // The manifests are on a disk of this node already.
+    let is_static = matches!(config.source.kind, SourceKind::Static { .. });
+    let snapshot = config.common.metadata_snapshot.as_deref().filter(|_| !is_static);
+    let snapshot = snapshot.map(|path| {
+        let (url, state) = (source.status().source, source.clone());
+        let source = snapshot::Source { url, connected: Box::new(move || state.status().answers()) };
+        Snapshot::open(path, source, node, conditions.clone())
+    });
+    let snapshot_state = snapshot.as_ref().map(Snapshot::state);
+    let (tell_adopted, adopted) = oneshot::channel();
+    let tables_task = Tables { builder, received, publish, snapshot, adopted };
+    tasks.spawn(tables_task.run(readiness.block("the metadata source")));
 
     let (mut dataplane, mut thread) = (None, None);
     if config.proxy.enable {
@@ -119,6 +134,8 @@ async fn build_on(
         }
         let canary = prepare_canary(&config, &mut ebpf, &conditions).await;
         let (cgroup, adopted_frontends) = (ebpf.cgroup().to_owned(), ebpf.adopted());
+        // The task may have ended, if the source has.
+        let _ = tell_adopted.send(adopted_frontends);
         let ended_sockets = ebpf.ended_sockets();
         let events = ebpf.events().unwrap_or_else(|error| {
             warn!("`edgemesh-agent events` has nothing to tell: {error}");
@@ -153,6 +170,7 @@ async fn build_on(
         });
         thread = Some(started);
     } else {
+        drop(tell_adopted);
         info!("modules.edgeProxy.enable is false: Services are not translated on this node");
         if dataplane::ebpf::is_pinned(&config.proxy.ebpf.pin_directory) {
             let message = "modules.edgeProxy.enable is false, yet what an earlier agent translated stays in force and \
@@ -169,6 +187,7 @@ async fn build_on(
         conditions: conditions.clone(),
         tables,
         source,
+        snapshot: snapshot_state,
         dataplane,
         device,
         max_backend_series: config.common.max_backend_series,
@@ -225,84 +244,6 @@ impl Bound {
 fn remove_socket(path: &Path) {
     if let Err(error) = admin::remove_socket(path) {
         debug!(path = %path.display(), "cannot remove the control socket: {error}");
-    }
-}
-
-/// Turns events into tables until the source ends.
-///
-/// Events that have queued up while a table was made go into the next one together, so a burst costs a few tables and a
-/// single event is passed on at once.
-async fn build_tables(
-    mut builder: Builder,
-    mut received: mpsc::Receiver<Received>,
-    mut publish: Publisher,
-    unready: Blocker,
-) {
-    let mut unready = Some(unready);
-    let mut batch = Vec::with_capacity(EVENTS);
-    while received.recv_many(&mut batch, EVENTS).await > 0 {
-        let since = batch.iter().map(|received| received.at).min();
-        for received in batch.drain(..) {
-            builder.apply(received.event);
-        }
-        if let Some(table) = builder.build() {
-            if table.complete {
-                unready = None;
-            }
-            publish.publish(table, since);
-        }
-        // The builder has the thread for as long as it likes; let others have it now and then.
-        tokio::task::yield_now().await;
-    }
-    drop(unready);
-}
-
-/// Where tables go.
-struct Publisher {
-    tables: watch::Sender<Arc<ServiceTable>>,
-    latency: Latency,
-    sight_of_node: SightOfNode,
-    sight_of_rules: SightOfRules,
-}
-
-impl Publisher {
-    fn publish(&mut self, table: Arc<ServiceTable>, since: Option<Instant>) {
-        if table.complete
-            && let Some(since) = since
-        {
-            self.latency.built(table.generation, since);
-        }
-        self.tables.send_replace(Arc::clone(&table));
-        // Afterwards: nobody waits for it.
-        if table.complete {
-            let now = SystemTime::now();
-            self.sight_of_node.report(&table, now);
-            self.sight_of_rules.report(&table.unheeded, now);
-        }
-    }
-}
-
-/// Says so where this node's own object is missing and a Service wants to know something of it.
-struct SightOfNode {
-    name: String,
-    conditions: Conditions,
-}
-
-impl SightOfNode {
-    fn report(&self, table: &ServiceTable, now: SystemTime) {
-        let concerned = || table.services.iter().filter(|entry| entry.notes.contains(&Note::NodeUnknown)).count();
-        let concerned = if table.node_known { 0 } else { concerned() };
-        if concerned == 0 {
-            self.conditions.clear(NODE_UNKNOWN, &self.name);
-            return;
-        }
-        let message = format!(
-            "the Node {} is not known: node ports are answered on 127.0.0.1 alone, and neither zones, node groups nor \
-             topologyKeys limit endpoints ({concerned} Services are concerned, see `services`); grant the agent's \
-             account get, list and watch on nodes (or add the Node's manifest), and check NODE_NAME",
-            self.name
-        );
-        self.conditions.raise(NODE_UNKNOWN, self.name.clone(), message, now);
     }
 }
 

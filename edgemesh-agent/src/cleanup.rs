@@ -1,8 +1,8 @@
-//! `edgemesh-agent cleanup`: takes back everything the agent ever put into this node, and nothing else.
+//! `edgemesh-agent cleanup`: takes back everything the agent ever put into this node's kernel and network, and nothing else.
 
 use std::{io, path::Path};
 
-use crate::{admin, config::AgentConfig, dataplane::ebpf, net};
+use crate::{admin, config::AgentConfig, dataplane::ebpf, net, snapshot};
 
 /// What stands in the way, one line each.
 #[derive(Debug, thiserror::Error)]
@@ -14,12 +14,13 @@ pub struct CleanupError {
 }
 
 /// Removes links and maps, the cgroups of the canary and of probes, the device and its address, and the control socket; goes on after an error and reports all
-/// of them. Returns what was removed, for people to read.
+/// of them. With `forget`, the metadata snapshot goes, too: it is for the next start of an agent, which a cleanup may
+/// well be followed by. Returns what was removed, for people to read.
 ///
 /// # Errors
 ///
 /// See [`CleanupError`]; what is not named in it is gone.
-pub async fn cleanup(config: &AgentConfig) -> (Vec<String>, Result<(), CleanupError>) {
+pub async fn cleanup(config: &AgentConfig, forget: bool) -> (Vec<String>, Result<(), CleanupError>) {
     let (mut removed, mut messages, mut permission) = (Vec::new(), Vec::new(), false);
     let pins = &config.proxy.ebpf.pin_directory;
     // Before the map goes that says where they are.
@@ -59,12 +60,33 @@ pub async fn cleanup(config: &AgentConfig) -> (Vec<String>, Result<(), CleanupEr
             messages.push(format!("cannot remove the control socket {}: {error}", socket.display()));
         }
     }
+    if let Some(path) = config.common.metadata_snapshot.as_deref().filter(|_| forget) {
+        match remove_snapshot(path) {
+            Ok(names) => removed.extend(names),
+            Err(error) => {
+                permission |= error.kind() == io::ErrorKind::PermissionDenied;
+                messages.push(format!("cannot remove the metadata snapshot {}: {error}", path.display()));
+            }
+        }
+    }
     (removed, if messages.is_empty() { Ok(()) } else { Err(CleanupError { messages, permission }) })
 }
 
 /// Whether an agent answers on the socket.
 pub fn is_running(socket: &Path) -> bool {
     std::os::unix::net::UnixStream::connect(socket).is_ok()
+}
+
+fn remove_snapshot(path: &Path) -> io::Result<Vec<String>> {
+    let mut removed: Vec<String> = snapshot::remove(path)?.iter().map(|path| path.display().to_string()).collect();
+    // As below; /var/lib/edgemesh may hold what others keep there.
+    for directory in path.ancestors().skip(1).take(2) {
+        let ours = directory.ends_with("edgemesh/agent") || directory.ends_with("edgemesh");
+        if ours && std::fs::remove_dir(directory).is_ok() {
+            removed.push(directory.display().to_string());
+        }
+    }
+    Ok(removed)
 }
 
 fn remove_socket(socket: &Path) -> io::Result<Vec<String>> {

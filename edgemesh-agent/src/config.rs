@@ -51,6 +51,64 @@ pub enum SourceKind {
     Kubeconfig { path: Option<PathBuf>, master: Option<String> },
     /// A directory of manifests, watched (`staticDirectory`).
     Static { directory: PathBuf },
+    /// KubeEdge's API for nodes at the edge (`metaServer`).
+    MetaServer(MetaServerConfig),
+}
+
+impl SourceKind {
+    /// As `status` names it.
+    pub fn name(&self) -> &'static str {
+        match self {
+            Self::InCluster => "inCluster",
+            Self::Kubeconfig { .. } => "kubeconfig",
+            Self::Static { .. } => "static",
+            Self::MetaServer(_) => "metaServer",
+        }
+    }
+}
+
+/// What `kubeAPIConfig.source` asks for.
+#[derive(Clone, Copy, Debug, Default, Eq, PartialEq)]
+pub enum SourceChoice {
+    /// By the keys that are given, else by the environment as EdgeMesh does.
+    #[default]
+    Auto,
+    InCluster,
+    MetaServer,
+}
+
+/// `kubeAPIConfig.metaServer`.
+#[derive(Clone, Debug, Eq, PartialEq)]
+pub struct MetaServerConfig {
+    /// Its URL without a slash at the end, https where authorization is required; default <http://127.0.0.1:10550>.
+    pub server: String,
+    /// None: plain HTTP without credentials.
+    pub security: Option<MetaServerSecurity>,
+    /// From one complete list to the next while all is well; default 300 s.
+    pub relist_period: Duration,
+    /// For a complete answer to a list, and for the beginning of a watch; default 30 s.
+    pub request_timeout: Duration,
+}
+
+/// How metaServer is spoken to where it requires authorization. All files are read again as they change.
+#[derive(Clone, Debug, Eq, PartialEq)]
+pub struct MetaServerSecurity {
+    /// Where the ServiceAccount's token is; sent with each request.
+    pub token_file: PathBuf,
+    /// Files with the certificates that may have signed metaServer's, of which the first that is there counts; empty: any
+    /// certificate is trusted (`insecureSkipTLSVerify`).
+    pub ca_files: Vec<PathBuf>,
+    /// Certificate and key of the client; a pair at EdgeMesh's default place is optional.
+    pub client: Option<ClientCertificate>,
+}
+
+/// `tlsCertFile` and `tlsPrivateKeyFile`.
+#[derive(Clone, Debug, Eq, PartialEq)]
+pub struct ClientCertificate {
+    pub certificate: PathBuf,
+    pub key: PathBuf,
+    /// Whether to do without where neither file is there.
+    pub optional: bool,
 }
 
 /// `commonConfig`.
@@ -66,6 +124,9 @@ pub struct CommonConfig {
     pub control_socket: PathBuf,
     /// How many backends may have series of their own in /metrics; default 1000, 0 for none.
     pub max_backend_series: u32,
+    /// Where what the source delivered is kept for a start without it; default
+    /// /var/lib/edgemesh/agent/metadata.snapshot. None keeps nothing (`metadataSnapshot: ""`).
+    pub metadata_snapshot: Option<PathBuf>,
 }
 
 impl Default for CommonConfig {
@@ -76,6 +137,7 @@ impl Default for CommonConfig {
             admin_address: Some(SocketAddr::from((Ipv4Addr::LOCALHOST, 20008))),
             control_socket: PathBuf::from("/run/edgemesh/agent.sock"),
             max_backend_series: 1000,
+            metadata_snapshot: Some(PathBuf::from("/var/lib/edgemesh/agent/metadata.snapshot")),
         }
     }
 }
@@ -163,7 +225,8 @@ pub enum Leniency {
 pub struct Environment {
     /// `KUBERNETES_PORT` is there, which makes a node one of the cloud to EdgeMesh (`DetectRunningMode`).
     pub kubernetes_port: bool,
-    /// `KUBERNETES_SERVICE_HOST` is there and not empty: the API server's address for pods.
+    /// `KUBERNETES_SERVICE_HOST` is there and not empty: the API server's address for pods, or, in a pod of KubeEdge's
+    /// edged, metaServer's (its InClusterConfig; empty there unless edgecore requires authorization).
     pub kubernetes_service_host: bool,
 }
 

@@ -8,6 +8,7 @@ mod client;
 mod convert;
 mod events;
 mod manifest;
+mod meta_server;
 mod state;
 mod static_dir;
 mod watch;
@@ -16,7 +17,7 @@ use std::path::PathBuf;
 
 pub use self::{
     events::{Events, Received},
-    state::{SourceState, SourceStatus},
+    state::{SourceHealth, SourceState, SourceStatus},
 };
 use crate::{
     conditions::Conditions,
@@ -46,6 +47,12 @@ pub enum Error {
         "cannot set up a client for the API server {server}: {cause}; check the credentials and certificates given for it"
     )]
     Client { server: String, cause: String },
+    /// Certificates or keys for metaServer that are missing or unusable.
+    #[error(
+        "cannot set up a client for metaServer at {server}: {cause}; correct the files, or \
+         kubeAPIConfig.metaServer.security"
+    )]
+    MetaServer { server: String, cause: String },
     /// Missing, no directory, or not readable.
     #[error("cannot read the manifest directory {}: {cause}; create it, or correct kubeAPIConfig.staticDirectory", path.display())]
     Directory { path: PathBuf, cause: std::io::Error },
@@ -54,7 +61,7 @@ pub enum Error {
     Inotify(std::io::Error),
 }
 
-/// Starts the configured source on `tasks`; must be called within a tokio runtime.
+/// Starts the configured source for `node` on `tasks`; must be called within a tokio runtime.
 ///
 /// What it finds goes to `events`: `Replace` for each kind, then `Synced`, then changes. The source
 /// ends when the receiver is dropped or the agent stops.
@@ -62,15 +69,17 @@ pub enum Error {
 /// # Errors
 ///
 /// [`Error`] for what the operator must correct first. An API server that cannot be reached is none: the source keeps
-/// trying and raises `ApiServerUnreachable`.
+/// trying and raises `ApiServerUnreachable`. Nor is metaServer.
 pub fn start(
     config: &SourceConfig,
+    node: &str,
     events: Events,
     conditions: Conditions,
     tasks: &Tasks,
 ) -> Result<SourceState, Error> {
     match &config.kind {
         SourceKind::Static { directory } => static_dir::start(directory, events, conditions, tasks),
+        SourceKind::MetaServer(meta_server) => meta_server::start(meta_server, config, node, events, conditions, tasks),
         SourceKind::InCluster => watch::start(client::in_cluster()?, config, events, conditions, tasks),
         SourceKind::Kubeconfig { path, master } => {
             watch::start(client::kubeconfig(path.as_deref(), master.as_deref())?, config, events, conditions, tasks)

@@ -18,5 +18,6 @@ pub mod metrics;
 pub mod model;
 pub mod net;
 pub mod show;
+pub mod snapshot;
 pub mod status;
 pub mod telemetry;

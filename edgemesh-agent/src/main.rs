@@ -117,11 +117,14 @@ enum Command {
         #[arg(long, value_parser = canary::parse_nonce)]
         nonce: canary::Nonce,
     },
-    /// Remove everything the agent made on this node: eBPF links and maps, the device, the control socket
+    /// Remove what the agent made on this node: eBPF links and maps, the device, the control socket
     Cleanup {
         /// Even while an agent is running
         #[arg(long)]
         force: bool,
+        /// The metadata snapshot, too, without which the next start needs its API server
+        #[arg(long)]
+        snapshot: bool,
     },
     /// The version, and whether this build has its eBPF programs
     Version,
@@ -228,7 +231,7 @@ fn dispatch(cli: &Cli) -> Result<ExitCode, Failure> {
                 .map_err(|error| Failure { code: 1, message: format!("cannot write the report: {error}") })?;
             print(&report);
         }
-        Some(Command::Cleanup { force }) => clean_up(cli, *force)?,
+        Some(Command::Cleanup { force, snapshot }) => clean_up(cli, *force, *snapshot)?,
         Some(Command::Version) => {
             let programs = if ebpf::is_built_in() { "built in" } else { "not in this build (cargo xtask build-ebpf)" };
             print(&format!("edgemesh-agent {}\neBPF programs: {programs}\n", status::VERSION));
@@ -298,7 +301,7 @@ fn probe(cli: &Cli, output: Output) -> Result<(), Failure> {
     }
 }
 
-fn clean_up(cli: &Cli, force: bool) -> Result<(), Failure> {
+fn clean_up(cli: &Cli, force: bool, snapshot: bool) -> Result<(), Failure> {
     let config = load(cli)?.config;
     let socket = &config.common.control_socket;
     if !force && cleanup::is_running(socket) {
@@ -308,7 +311,7 @@ fn clean_up(cli: &Cli, force: bool) -> Result<(), Failure> {
         );
         return Err(Failure { code: UNAVAILABLE, message });
     }
-    let (removed, result) = block_on(cleanup::cleanup(&config))?;
+    let (removed, result) = block_on(cleanup::cleanup(&config, snapshot))?;
     for name in &removed {
         print(&format!("removed {name}\n"));
     }

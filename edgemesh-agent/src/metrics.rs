@@ -10,7 +10,9 @@ use prometheus_client::{
 
 use crate::{
     dataplane::{Latency, Room},
+    kube::{SourceHealth, SourceStatus},
     model::{Protocol, ServiceEntry, ServiceTable},
+    snapshot::SnapshotStatus,
     status::{Counts, CountsByFrontend, Status, total},
 };
 
@@ -53,6 +55,16 @@ struct MapLabels {
     map: &'static str,
 }
 
+#[derive(Clone, Debug, EncodeLabelSet, Eq, Hash, PartialEq)]
+struct HealthLabels {
+    state: &'static str,
+}
+
+#[derive(Clone, Debug, EncodeLabelSet, Eq, Hash, PartialEq)]
+struct KindLabels {
+    kind: String,
+}
+
 /// What the kernel tells for the metrics.
 #[derive(Debug)]
 pub struct Readings<'a> {
@@ -77,7 +89,11 @@ pub fn render(
     let mut registry = Registry::with_prefix("edgemesh");
     registry.register("build", "The version of the agent", Info::new([("version", status.version)]));
     gauge(&mut registry, "ready", "Whether /readyz answers 200", i64::from(status.ready));
-    gauge(&mut registry, "source_connected", "Whether the metadata source answers", i64::from(status.source.connected));
+    gauge(&mut registry, "source_connected", "Whether the metadata source answers", i64::from(status.source.answers()));
+    add_source(&mut registry, &status.source);
+    if let Some(snapshot) = &status.snapshot {
+        add_snapshot(&mut registry, snapshot);
+    }
     gauge(&mut registry, "services", "Services known", whole(status.services));
     gauge(
         &mut registry,
@@ -208,6 +224,47 @@ fn backends_of(entry: &ServiceEntry, counts: &CountsByFrontend) -> BTreeMap<(usi
     backends
 }
 
+/// Whatever is not known has no series.
+fn add_snapshot(registry: &mut Registry, snapshot: &SnapshotStatus) {
+    let kept = Family::<KindLabels, Gauge>::default();
+    let ages = Family::<KindLabels, Gauge>::default();
+    for (kind, served) in &snapshot.still_served {
+        let labels = KindLabels { kind: kind.clone() };
+        kept.get_or_create(&labels).set(whole(served.objects));
+        if let Some(age) = served.age_seconds {
+            ages.get_or_create(&labels).set(signed(age));
+        }
+    }
+    let help = "Objects in force as they were restored from the snapshot, as the source has not delivered them since";
+    registry.register("snapshot_objects_in_force", help, kept);
+    let help = "Seconds since the source stood behind them; none where there are none";
+    registry.register("snapshot_age_seconds", help, ages);
+    if let Some(written) = snapshot.written {
+        let help = "When the snapshot was written last, in seconds since the Unix epoch";
+        gauge(registry, "snapshot_written_timestamp_seconds", help, signed(written));
+    }
+    if let Some(size) = snapshot.size_bytes {
+        gauge(registry, "snapshot_size_bytes", "The size of the snapshot that was written last", signed(size));
+    }
+}
+
+fn add_source(registry: &mut Registry, source: &SourceStatus) {
+    let health = Family::<HealthLabels, Gauge>::default();
+    for state in SourceHealth::ALL {
+        health.get_or_create(&HealthLabels { state: state.word() }).set(i64::from(source.health == state));
+    }
+    registry.register("source_health", "1 for the state that the metadata source is in", health);
+    if let Some(synced) = source.last_sync {
+        let help = "When the metadata source last gave everything as it was then, in seconds since the Unix epoch";
+        gauge(registry, "source_last_sync_timestamp_seconds", help, i64::try_from(synced).unwrap_or(i64::MAX));
+    }
+    let objects = Family::<KindLabels, Gauge>::default();
+    for (kind, count) in &source.objects {
+        objects.get_or_create(&KindLabels { kind: kind.clone() }).set(whole(*count));
+    }
+    registry.register("source_objects", "Objects that the metadata source delivered", objects);
+}
+
 fn add_rooms(registry: &mut Registry, rooms: &[Room]) {
     let (used, limit) = (Family::<MapLabels, Gauge>::default(), Family::<MapLabels, Gauge>::default());
     for room in rooms {
@@ -267,6 +324,10 @@ fn gauge(registry: &mut Registry, name: &str, help: &str, value: i64) {
     registry.register(name, help, gauge);
 }
 
+fn signed(number: u64) -> i64 {
+    i64::try_from(number).unwrap_or(i64::MAX)
+}
+
 fn whole(count: usize) -> i64 {
     i64::try_from(count).unwrap_or(i64::MAX)
 }
@@ -278,7 +339,6 @@ mod tests {
     use super::*;
     use crate::{
         dataplane::Count,
-        kube::SourceStatus,
         model::{Builder, Event, FrontendAddr, NamespacedName, Object, Protocol, Service, ServiceKind, ServicePort},
         status::by_frontend,
     };
@@ -312,12 +372,17 @@ mod tests {
             ready: true,
             waiting_for: vec![],
             source: SourceStatus {
-                source: "/manifests".to_owned(),
-                connected: true,
+                kind: "metaServer",
+                source: "http://127.0.0.1:10550".to_owned(),
+                health: SourceHealth::Degraded,
                 since: 0,
+                reason: None,
+                hint: None,
+                last_sync: Some(1_700_000_000),
                 last_error: None,
-                objects: BTreeMap::new(),
+                objects: BTreeMap::from([("Service".to_owned(), 3)]),
             },
+            snapshot: None,
             dataplane: None,
             device: None,
             services: 1,
@@ -357,6 +422,21 @@ mod tests {
             ),
             "{text}"
         );
+    }
+
+    #[test]
+    fn the_source_is_in_one_state_and_tells_what_it_gave_and_when() {
+        let text = rendered(0);
+        for line in [
+            "edgemesh_source_connected 1\n",
+            "edgemesh_source_health{state=\"degraded\"} 1\n",
+            "edgemesh_source_health{state=\"connected\"} 0\n",
+            "edgemesh_source_health{state=\"offline\"} 0\n",
+            "edgemesh_source_last_sync_timestamp_seconds 1700000000\n",
+            "edgemesh_source_objects{kind=\"Service\"} 3\n",
+        ] {
+            assert!(text.contains(line), "{line} in\n{text}");
+        }
     }
 
     #[test]

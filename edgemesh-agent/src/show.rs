@@ -30,18 +30,18 @@ pub fn status(status: &Value) -> String {
         _ => format!("NOT READY, waiting for {}", list(&status["waiting_for"])),
     };
     let source = &status["source"];
-    let connected = if source["connected"].as_bool() == Some(true) { "connected" } else { "DISCONNECTED" };
     let objects = source["objects"]
         .as_object()
         .map_or_else(String::new, |objects| objects.iter().map(|(kind, count)| format!(", {count} {kind}")).collect());
     let mut rows = vec![
         ("Node", format!("{} (agent {})", word(&status["node"]), word(&status["version"]))),
         ("State", format!("{ready}, up {}", duration(&status["uptime_seconds"]))),
-        ("Source", format!("{}, {connected} for {}{objects}", word(&source["source"]), age(&source["since"]))),
     ];
-    if let Some(error) = source["last_error"].as_str().filter(|_| connected == "DISCONNECTED") {
-        rows.push(("", format!("last error: {error}")));
+    rows.push(("Source", self::source(source, &objects)));
+    for (label, text) in [("because", &source["reason"]), ("do", &source["hint"])] {
+        rows.extend(text.as_str().map(|text| ("", format!("{label}: {text}"))));
     }
+    rows.extend(snapshot(&status["snapshot"]));
     let dataplane = &status["dataplane"];
     if dataplane.is_null() {
         rows.push(("Data plane", "off (modules.edgeProxy.enable is false)".to_owned()));
@@ -123,6 +123,35 @@ fn interfaces_line(dataplane: &Value) -> Option<String> {
         let _ = write!(line, "; packets dropped: {}", dropped.join(", "));
     }
     Some(line)
+}
+
+/// What was restored and is still in force comes first: it may be out of date.
+fn snapshot(snapshot: &Value) -> Option<(&'static str, String)> {
+    let path = snapshot["path"].as_str()?;
+    let ago = |age: &Value| match age.as_u64() {
+        Some(age) => format!("{} ago", seconds(age)),
+        None => "at a time that this node's clock has not reached".to_owned(),
+    };
+    let mut parts = Vec::new();
+    let served = snapshot["still_served"].as_object().into_iter().flatten();
+    let served: Vec<String> = served
+        .map(|(kind, kept)| format!("{} {kind} as of {}", word(&kept["objects"]), ago(&kept["age_seconds"])))
+        .collect();
+    if !served.is_empty() {
+        parts.push(format!("STILL IN FORCE: {}", served.join(", ")));
+    }
+    if !snapshot["restored"].is_null() {
+        parts.push(format!("restored at the start, taken {}", ago(&snapshot["restored"]["age_seconds"])));
+    }
+    parts.push(match (snapshot["written"].as_u64(), snapshot["size_bytes"].as_u64()) {
+        (Some(_), Some(size)) => format!("written {} ago, {} KiB", age(&snapshot["written"]), size.div_ceil(1024)),
+        (Some(_), None) => "not written anew yet".to_owned(),
+        (None, _) => "not written yet".to_owned(),
+    });
+    if !snapshot["last_error"].is_null() {
+        parts.push("CANNOT BE WRITTEN".to_owned());
+    }
+    Some(("Snapshot", format!("{path}: {}", parts.join("; "))))
 }
 
 /// `services` as a table, a row for each frontend.
@@ -225,6 +254,25 @@ pub fn probe(answer: &Answer) -> String {
         let _ = writeln!(text, "  without {}: {}", loss.feature, loss.cost);
     }
     text
+}
+
+/// Where from, how it fares and what it gave.
+fn source(source: &Value, objects: &str) -> String {
+    let health = match source["health"].as_str() {
+        Some("degraded") => "DEGRADED",
+        Some("offline") => "OFFLINE",
+        Some(health) => health,
+        None => "unknown",
+    };
+    // What is followed by watches is up to date while it is connected.
+    let followed = health == "connected" && source["kind"] != "metaServer";
+    let synced = match source["last_sync"].as_u64() {
+        _ if followed => String::new(),
+        Some(_) => format!(", in sync {} ago", age(&source["last_sync"])),
+        None => ", never in sync".to_owned(),
+    };
+    let (kind, place) = (word(&source["kind"]), word(&source["source"]));
+    format!("{kind} {place}, {health} for {}{synced}{objects}", age(&source["since"]))
 }
 
 /// The tier on one line, and a line for everything that is missing.
@@ -390,14 +438,35 @@ mod tests {
     }
 
     #[test]
+    fn the_source_is_told_with_its_state_what_it_gave_and_what_to_do() {
+        let now = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).unwrap().as_secs();
+        let mut given = serde_json::json!({
+            "kind": "metaServer", "source": "http://127.0.0.1:10550", "health": "connected", "since": now - 65,
+            "last_sync": now - 5, "reason": null, "hint": null, "objects": {},
+        });
+        assert_eq!(
+            source(&given, ", 3 Service"),
+            "metaServer http://127.0.0.1:10550, connected for 1m5s, in sync 5s ago, 3 Service"
+        );
+        given["health"] = "degraded".into();
+        given["last_sync"] = Value::Null;
+        assert_eq!(source(&given, ""), "metaServer http://127.0.0.1:10550, DEGRADED for 1m5s, never in sync");
+        given["kind"] = "static".into();
+        given["health"] = "connected".into();
+        assert_eq!(source(&given, ""), "static http://127.0.0.1:10550, connected for 1m5s");
+    }
+
+    #[test]
     fn status_names_what_is_wrong() {
         let shown = status(&serde_json::json!({
             "version": "1", "node": "edge1", "uptime_seconds": 3, "ready": false, "waiting_for": ["the data plane"],
-            "source": {"source": "/m", "connected": false, "since": 0, "last_error": "refused", "objects": {}},
+            "source": {"kind": "static", "source": "/m", "health": "offline", "since": 0, "reason": "refused", "objects": {}},
             "dataplane": null, "device": null, "services": 0, "frontends": 0, "backends": 0,
             "conditions": [{"reason": "ManifestInvalid", "subject": "a.yaml", "message": "bad", "since": 0}],
         }));
-        for part in ["NOT READY, waiting for the data plane", "DISCONNECTED", "last error: refused", "off", "MISSING"] {
+        for part in
+            ["NOT READY, waiting for the data plane", "static /m, OFFLINE for", "because: refused", "off", "MISSING"]
+        {
             assert!(shown.contains(part), "{part} in\n{shown}");
         }
         assert!(shown.contains("ManifestInvalid a.yaml"), "{shown}");

@@ -24,6 +24,7 @@ use crate::{
     kube::SourceStatus,
     model::{FrontendAddr, FrontendKind, Service, ServiceEntry, ServiceKind, ServiceTable, Verdict},
     net::Device,
+    snapshot::SnapshotStatus,
 };
 
 /// The version of this build.
@@ -39,6 +40,8 @@ pub struct Status {
     /// What readiness still waits for.
     pub waiting_for: Vec<&'static str>,
     pub source: SourceStatus,
+    /// None where no snapshot is kept.
+    pub snapshot: Option<SnapshotStatus>,
     /// None where `edgeProxy` is not enabled.
     pub dataplane: Option<DataplaneStatus>,
     pub device: Option<Device>,

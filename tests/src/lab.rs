@@ -20,6 +20,8 @@
 //! owner drops the [`Lab`] or ends in any way, SIGKILL included; the namespaces go with their last process.
 
 pub mod agent;
+pub mod api;
+pub mod control_plane;
 pub mod hooks;
 mod inspect;
 pub mod manifest;
@@ -234,13 +236,18 @@ pub fn errno(error: &anyhow::Error) -> Option<&str> {
 /// # Errors
 /// Where the environment has `CI=true`: there no such test may be skipped.
 pub fn skip(what: &str) -> Result<()> {
+    skip_for(what, "root")
+}
+
+/// Says loudly that the current test is skipped, as `what` needs `need`.
+fn skip_for(what: &str, need: &str) -> Result<()> {
     let thread = std::thread::current();
     let test = thread.name().unwrap_or("a test");
     if std::env::var("CI").is_ok_and(|ci| ci == "true") {
-        bail!("{test}: {what} needs root, and with CI=true it may not be skipped");
+        bail!("{test}: {what} needs {need}, and with CI=true it may not be skipped");
     }
     // Past the test harness, which shows what a passing test prints to nobody.
-    let _ = writeln!(std::io::stderr(), "SKIPPED: {test}: {what} needs root");
+    let _ = writeln!(std::io::stderr(), "SKIPPED: {test}: {what} needs {need}");
     Ok(())
 }
 

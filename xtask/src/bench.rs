@@ -2,7 +2,7 @@
 
 use std::{ffi::OsString, process::ExitCode};
 
-use crate::{console::Console, launch::launch, setup, workspace::Workspace};
+use crate::{console::Console, kube, launch::launch, setup, workspace::Workspace};
 
 /// Runs the benchmarks
 ///
@@ -25,5 +25,9 @@ pub(crate) struct Args {
 pub(crate) fn run(args: Args, workspace: &Workspace, console: &Console) -> anyhow::Result<ExitCode> {
     setup::comparison_tools(console);
     // What is measured has the features of a release, not those of tests, so no `--examples` here.
-    launch("edgemesh-benches", &["--release"], args.rest, workspace, console)
+    let kubernetes: Vec<_> = kube::find(workspace)?.into_iter().map(|directory| (kube::VARIABLE, directory)).collect();
+    if kubernetes.is_empty() {
+        console.line("no figure with a Kubernetes API server: `cargo xtask e2e --prepare` builds one");
+    }
+    launch("edgemesh-benches", &["--release"], args.rest, &kubernetes, workspace, console)
 }

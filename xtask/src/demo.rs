@@ -28,5 +28,5 @@ pub(crate) struct Args {
 pub(crate) fn run(args: Args, workspace: &Workspace, console: &Console) -> anyhow::Result<ExitCode> {
     let keep = args.keep.then(|| OsString::from("--keep"));
     // The build for developers shares every dependency with the tests.
-    launch("edgemesh-demo", &["--examples"], keep.into_iter().chain(args.rest), workspace, console)
+    launch("edgemesh-demo", &["--examples"], keep.into_iter().chain(args.rest), &[], workspace, console)
 }

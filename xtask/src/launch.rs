@@ -3,6 +3,7 @@
 use std::{
     ffi::OsString,
     os::unix::process::CommandExt as _,
+    path::PathBuf,
     process::{Command, ExitCode},
 };
 
@@ -17,7 +18,8 @@ use crate::{
     workspace::Workspace,
 };
 
-/// Builds `program` with the agent and the probe and becomes it. `profile` is cargo's arguments for the build.
+/// Builds `program` with the agent and the probe and becomes it. `profile` is cargo's arguments for the build, `variables` what
+/// its environment has besides.
 ///
 /// # Errors
 ///
@@ -26,6 +28,7 @@ pub(crate) fn launch(
     program: &str,
     profile: &[&str],
     arguments: impl IntoIterator<Item = OsString>,
+    variables: &[(&str, PathBuf)],
     workspace: &Workspace,
     console: &Console,
 ) -> anyhow::Result<ExitCode> {
@@ -43,7 +46,7 @@ pub(crate) fn launch(
     })?;
     let mut command = Command::new(artifacts.program(program)?);
     artifacts.equip(&mut command)?;
-    command.args(arguments).current_dir(&workspace.root);
+    command.args(arguments).envs(variables.iter().map(|(name, value)| (name, value))).current_dir(&workspace.root);
     // Taking this process over makes signals and the exit code the program's own.
     Err(command.exec()).with_context(|| format!("start {program}"))
 }

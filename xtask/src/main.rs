@@ -10,6 +10,8 @@ mod bench;
 mod build_ebpf;
 mod console;
 mod demo;
+mod e2e;
+mod kube;
 mod launch;
 mod process;
 mod setup;
@@ -36,6 +38,7 @@ enum Command {
     Setup(setup::Args),
     BuildEbpf(build_ebpf::Args),
     Test(test::Args),
+    E2e(e2e::Args),
     Demo(demo::Args),
     Bench(bench::Args),
 }
@@ -47,6 +50,7 @@ fn main() -> ExitCode {
         Command::Setup(args) => setup::run(&args, &workspace, &console),
         Command::BuildEbpf(args) => build_ebpf::run(&args, &workspace, &console),
         Command::Test(args) => test::run(&args, &workspace, &console),
+        Command::E2e(args) => e2e::run(&args, &workspace, &console),
         Command::Demo(args) => demo::run(args, &workspace, &console),
         Command::Bench(args) => bench::run(args, &workspace, &console),
     });

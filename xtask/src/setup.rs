@@ -16,6 +16,9 @@ use plan::Plan;
 
 use crate::{console::Console, table, workspace::Workspace};
 
+/// What unpacks and builds Debian's source packages, each with the package that has it.
+const PACKAGING: [(&str, &str); 3] = [("dpkg-source", "dpkg-dev"), ("make", "make"), ("patch", "patch")];
+
 /// Finds or installs what the other commands need
 ///
 /// That is a Rust compiler for the kernel's instruction set, bpf-linker, and the tools of the lab. As root on a Debian-like system, what is missing is installed with apt-get and cargo; elsewhere the command says
@@ -112,6 +115,30 @@ pub(crate) fn comparison_tools(console: &Console) {
     {
         console.line(&format!("no comparison with iptables: install iptables: {error:#}"));
     }
+}
+
+/// Finds or installs what unpacks and builds source packages.
+///
+/// # Errors
+///
+/// The packages to install.
+pub(crate) fn packaging_tools(console: &Console) -> anyhow::Result<()> {
+    let missing = lab::missing_of(&PACKAGING);
+    if missing.is_empty() {
+        return Ok(());
+    }
+    let packages = lab::packages_of(&PACKAGING, &missing);
+    let fix = format!("building it needs {}: install {}", missing.join(", "), packages.join(" "));
+    apt::install(&packages, console).context(fix)
+}
+
+/// Has apt fetch its package lists, once in the life of this program.
+///
+/// # Errors
+///
+/// When this is no Debian-like system or the user is not root.
+pub(crate) fn refresh_package_lists(console: &Console) -> anyhow::Result<()> {
+    apt::update(console)
 }
 
 fn chosen(compiler: &Compiler, route: Route, linker: &Linker) -> Toolchain {

@@ -19,6 +19,7 @@ use crate::{
     artifacts::{Artifacts, TestProgram},
     build_ebpf,
     console::{Console, seconds},
+    kube,
     process::{self, Stdout},
     setup::{self, Toolchain},
     workspace::{self, Workspace},
@@ -34,7 +35,7 @@ const E2E_LIMIT: Duration = Duration::from_secs(20 * 60);
 
 /// Runs every check: format, clippy, unit tests, end-to-end tests, docs
 ///
-/// The steps are setup, fmt, build-ebpf, clippy, build, unit, e2e and doc; a failure does not stop the next. The last line says how many tests passed and failed; a failed step that runs no tests counts
+/// The steps are setup, fmt, build-ebpf, clippy, build, unit, e2e, kubernetes and doc; a failure does not stop the next. The last line says how many tests passed and failed; a failed step that runs no tests counts
 /// as one. Exits non-zero after any failure.
 ///
 /// The end-to-end tests need root: without it they are left out, which with CI=true is a failure.
@@ -52,7 +53,19 @@ pub(crate) struct Args {
 ///
 /// None of a step: those are counted and told.
 pub(crate) fn run(args: &Args, workspace: &Workspace, console: &Console) -> anyhow::Result<ExitCode> {
-    let plan = Plan::new(args.only.as_deref());
+    run_plan(&Plan::new(args.only.as_deref()), workspace, console)
+}
+
+/// Runs the end-to-end tests, or those whose names contain `filter`, with what they need.
+///
+/// # Errors
+///
+/// None of a step: those are counted and told.
+pub(crate) fn end_to_end(filter: Option<&str>, workspace: &Workspace, console: &Console) -> anyhow::Result<ExitCode> {
+    run_plan(&Plan::end_to_end(filter), workspace, console)
+}
+
+fn run_plan(plan: &Plan, workspace: &Workspace, console: &Console) -> anyhow::Result<ExitCode> {
     let mut run = Run {
         workspace,
         console,
@@ -108,6 +121,7 @@ impl Run<'_> {
             Step::Build => self.build(),
             Step::Unit => self.unit(),
             Step::E2e => self.e2e(),
+            Step::Kubernetes => self.kubernetes(),
             Step::Doc => self.doc(),
         };
         let took = seconds(started.elapsed());
@@ -199,16 +213,44 @@ impl Run<'_> {
         anyhow::ensure!(self.ebpf_built, "not run: build-ebpf failed");
         let artifacts = self.artifacts.clone().context("not run: the build failed")?;
         let before = self.totals;
-        for test in artifacts.tests.iter().filter(|test| is_e2e(test, self.workspace)) {
-            let mut command = Command::new(&test.path);
-            artifacts.equip(&mut command)?;
-            // They measure times and share the machine's cgroup tree: one at a time, unless someone knows better.
-            if env::var_os("RUST_TEST_THREADS").is_none() {
-                command.env("RUST_TEST_THREADS", "1");
-            }
-            self.run_tests(test, command, E2E_LIMIT)?;
+        for test in artifacts.tests.iter().filter(|test| is_e2e(test, self.workspace) && !needs_kubernetes(test)) {
+            self.run_in_lab(test, &artifacts, |command| command)?;
         }
         Ok(Outcome::Done(self.totals.since(before)))
+    }
+
+    fn kubernetes(&mut self) -> anyhow::Result<Outcome> {
+        if !self.root {
+            return Ok(Outcome::Skipped("the end-to-end tests need root"));
+        }
+        anyhow::ensure!(self.ebpf_built, "not run: build-ebpf failed");
+        let artifacts = self.artifacts.clone().context("not run: the build failed")?;
+        let before = self.totals;
+        for test in artifacts.tests.iter().filter(|test| needs_kubernetes(test)) {
+            // Minutes of building are not for nothing.
+            if self.filter.is_some_and(|filter| !has_test(test, filter)) {
+                continue;
+            }
+            let directory = kube::find_or_build(self.workspace, self.console)?;
+            self.run_in_lab(test, &artifacts, |command| command.env(kube::VARIABLE, &directory))?;
+        }
+        Ok(Outcome::Done(self.totals.since(before)))
+    }
+
+    fn run_in_lab(
+        &mut self,
+        test: &TestProgram,
+        artifacts: &Artifacts,
+        prepare: impl FnOnce(&mut Command) -> &mut Command,
+    ) -> anyhow::Result<()> {
+        let mut command = Command::new(&test.path);
+        artifacts.equip(&mut command)?;
+        // They measure times and share the machine's cgroup tree: one at a time, unless someone knows better.
+        if env::var_os("RUST_TEST_THREADS").is_none() {
+            command.env("RUST_TEST_THREADS", "1");
+        }
+        prepare(&mut command);
+        self.run_tests(test, command, E2E_LIMIT)
     }
 
     fn doc(&self) -> anyhow::Result<Outcome> {
@@ -255,4 +297,16 @@ impl Run<'_> {
 /// Whether a set of tests works in the lab, and so as root alone: all of the package `tests`.
 fn is_e2e(test: &TestProgram, workspace: &Workspace) -> bool {
     test.package == workspace.root.join("tests")
+}
+
+/// Whether a set of tests is against a Kubernetes API server.
+fn needs_kubernetes(test: &TestProgram) -> bool {
+    test.name == "tests kubernetes"
+}
+
+/// Whether the name of a test contains `filter`. A program that cannot tell is run, and says why then.
+fn has_test(test: &TestProgram, filter: &str) -> bool {
+    let mut command = Command::new(&test.path);
+    command.args(["--list", "--format", "terse", filter]);
+    process::ask(command).map_or(true, |list| list.lines().any(|line| line.ends_with(": test")))
 }

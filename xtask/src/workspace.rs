@@ -16,7 +16,9 @@ pub(crate) struct Workspace {
     pub(crate) root: PathBuf,
     /// Cargo's target directory.
     pub(crate) target: PathBuf,
-    /// The root that `cargo install` puts tools under (`bin/` below it); shared by all clones of one user.
+    /// Where what takes long to make is kept; shared by all clones of one user.
+    pub(crate) cache: PathBuf,
+    /// The root in the cache that `cargo install` puts tools under (`bin/` below it).
     pub(crate) tools: PathBuf,
 }
 
@@ -34,8 +36,9 @@ impl Workspace {
         let here = env::current_dir().context("read the current directory")?;
         let program = env::current_exe().context("read the path of this program")?;
         let target = target_dir(env::var_os("CARGO_TARGET_DIR"), &here, &program, &root);
-        let tools = cache_dir(env::var_os("XDG_CACHE_HOME"), env::var_os("HOME"), &target).join("tools");
-        Ok(Self { root, target, tools })
+        let cache = cache_dir(env::var_os("XDG_CACHE_HOME"), env::var_os("HOME"), &target);
+        let tools = cache.join("tools");
+        Ok(Self { root, target, cache, tools })
     }
 
     /// The private target directory of the eBPF build.

@@ -70,7 +70,7 @@ mod tests {
 
     fn rule(name: &str, field: &str) -> Arc<DestinationRule> {
         let mut rule = DestinationRule::new(NamespacedName::new("default", name));
-        rule.ignored = vec![Ignored { field: field.into(), why: "not supported" }];
+        rule.ignored = vec![Ignored { field: field.into(), why: "not supported".into() }];
         Arc::new(rule)
     }
 

@@ -98,6 +98,11 @@ impl Findings<'_> {
         self.problems.add(|| remark(self.file, self.lines.get(key).copied(), key, message));
     }
 
+    /// Adds a note on a key, on the line where the file sets it, if it does.
+    pub(super) fn note_on(&mut self, key: &str, message: String) {
+        self.notes.add(|| remark(self.file, self.lines.get(key).copied(), key, message));
+    }
+
     fn problem(&mut self, line: usize, key: &str, message: String) {
         self.problems.add(|| remark(self.file, Some(line), key, message));
     }

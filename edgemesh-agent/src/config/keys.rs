@@ -6,7 +6,7 @@ use std::{
     time::Duration,
 };
 
-use super::{CommonConfig, DataplaneMode, ProxyConfig, ServiceFilter};
+use super::{CommonConfig, DataplaneMode, ProxyConfig, ServiceFilter, SourceChoice};
 
 /// The `apiVersion` of EdgeMesh's agent configuration.
 pub(super) const API_VERSION: &str = "agent.edgemesh.config.kubeedge.io/v1alpha1";
@@ -62,6 +62,7 @@ pub(super) enum Slot {
     Url(fn(&mut Draft) -> &mut Option<String>),
     Filter(fn(&mut Draft) -> &mut ServiceFilter),
     Dataplane(fn(&mut Draft) -> &mut DataplaneMode),
+    Source(fn(&mut Draft) -> &mut SourceChoice),
 }
 
 /// The type of a key without effect, with the values that change nothing: EdgeMesh's defaults.
@@ -87,10 +88,44 @@ pub(super) struct Draft {
     pub(super) master: Option<String>,
     pub(super) kube_config: Option<PathBuf>,
     pub(super) static_directory: Option<PathBuf>,
+    pub(super) source: SourceChoice,
+    pub(super) meta_server: MetaServerDraft,
     pub(super) qps: u32,
     pub(super) burst: u32,
     pub(super) common: CommonConfig,
     pub(super) proxy: ProxyConfig,
+}
+
+/// `kubeAPIConfig.metaServer`, with EdgeMesh's defaults (its `pkg/apis/config/defaults/default.go`).
+#[derive(Clone, Debug, PartialEq)]
+pub(super) struct MetaServerDraft {
+    pub(super) server: Option<String>,
+    /// Seconds.
+    pub(super) relist_period: u32,
+    /// Seconds.
+    pub(super) request_timeout: u32,
+    pub(super) require_authorization: bool,
+    pub(super) insecure: bool,
+    pub(super) ca: PathBuf,
+    pub(super) certificate: PathBuf,
+    pub(super) key: PathBuf,
+    pub(super) token: PathBuf,
+}
+
+impl Default for MetaServerDraft {
+    fn default() -> Self {
+        Self {
+            server: Some("http://127.0.0.1:10550".to_owned()),
+            relist_period: 300,
+            request_timeout: 30,
+            require_authorization: false,
+            insecure: false,
+            ca: PathBuf::from("/etc/edgemesh/metaserver/rootCA.crt"),
+            certificate: PathBuf::from("/etc/edgemesh/metaserver/server.crt"),
+            key: PathBuf::from("/etc/edgemesh/metaserver/server.key"),
+            token: PathBuf::from("/var/run/secrets/kubernetes.io/serviceaccount/token"),
+        }
+    }
 }
 
 impl Default for Draft {
@@ -99,6 +134,8 @@ impl Default for Draft {
             master: None,
             kube_config: None,
             static_directory: None,
+            source: SourceChoice::default(),
+            meta_server: MetaServerDraft::default(),
             qps: 100,
             burst: 200,
             common: CommonConfig::default(),
@@ -142,7 +179,7 @@ const KUBE_API: &[Key] = &[
     used("master", "URL of the API server, overriding the one in kubeConfig.", Slot::Url(|d| &mut d.master)),
     used(
         "kubeConfig",
-        "Path of a kubeconfig. With this, master and staticDirectory empty, the pod's ServiceAccount is used.",
+        "Path of a kubeconfig. With this, master and staticDirectory empty, source says where from.",
         Slot::OptionalPath(|d| &mut d.kube_config),
     ),
     used(
@@ -150,30 +187,72 @@ const KUBE_API: &[Key] = &[
         "Directory of manifests to read instead of asking an API server; watched. Excludes kubeConfig and master.",
         Slot::OptionalPath(|d| &mut d.static_directory),
     ),
-    used("qps", "Requests per second to the API server.", Slot::Count(|d| &mut d.qps)),
-    used("burst", "How many requests to the API server may come at once.", Slot::Count(|d| &mut d.burst)),
+    used(
+        "source",
+        "Whom to ask: inCluster (the API server), metaServer (KubeEdge's at the edge), or auto: inCluster where \
+         KUBERNETES_PORT is set, as kubelet does, else metaServer.",
+        Slot::Source(|d| &mut d.source),
+    ),
+    used("qps", "Requests per second to the API server or metaServer.", Slot::Count(|d| &mut d.qps)),
+    used("burst", "How many of these requests may come at once.", Slot::Count(|d| &mut d.burst)),
     accepted(
         "contentType",
         "Encoding of API objects; this agent always speaks JSON.",
         // The one for cloud nodes and the one for edge nodes.
         Plain::Text(&["application/vnd.kubernetes.protobuf", "application/json"]),
     ),
+    // No override: EdgeMesh overwrites it, so files that all nodes share hold whatever the node had that printed them.
     accepted("mode", "Detected at start.", Plain::Opaque),
     section("metaServer", "KubeEdge's API for nodes at the edge.", META_SERVER),
     accepted("deleteKubeConfig", "Whether to delete the kubeconfig made for metaServer.", Plain::Bool(false)),
 ];
 
 const META_SERVER: &[Key] = &[
-    accepted("server", "URL of metaServer.", Plain::Text(&["http://127.0.0.1:10550"])),
+    used(
+        "server",
+        "URL of metaServer; https where security.requireAuthorization is true, whatever is written here.",
+        Slot::Url(|d| &mut d.meta_server.server),
+    ),
+    used(
+        "relistPeriod",
+        "Seconds from one complete list to the next, by which what watches missed is found.",
+        Slot::Count(|d| &mut d.meta_server.relist_period),
+    ),
+    used(
+        "requestTimeout",
+        "Seconds that metaServer may take for a complete answer.",
+        Slot::Count(|d| &mut d.meta_server.request_timeout),
+    ),
     section("security", "How to log in to metaServer.", META_SERVER_SECURITY),
 ];
 
 const META_SERVER_SECURITY: &[Key] = &[
-    accepted("requireAuthorization", "Whether metaServer wants TLS and a token.", Plain::Bool(false)),
-    accepted("insecureSkipTLSVerify", "Whether to trust any certificate.", Plain::Bool(false)),
-    accepted("tlsCaFile", "Path of the CA.", Plain::Text(&["/etc/edgemesh/metaserver/rootCA.crt"])),
-    accepted("tlsCertFile", "Path of the certificate.", Plain::Text(&["/etc/edgemesh/metaserver/server.crt"])),
-    accepted("tlsPrivateKeyFile", "Path of its key.", Plain::Text(&["/etc/edgemesh/metaserver/server.key"])),
+    used(
+        "requireAuthorization",
+        "Whether metaServer wants TLS and a token: KubeEdge's feature gate of that name.",
+        Slot::Bool(|d| &mut d.meta_server.require_authorization),
+    ),
+    used(
+        "insecureSkipTLSVerify",
+        "Whether to trust any certificate of metaServer.",
+        Slot::Bool(|d| &mut d.meta_server.insecure),
+    ),
+    used(
+        "tlsCaFile",
+        "Path of the CA that signed metaServer's certificate. The default, where missing: the ServiceAccount's ca.crt.",
+        Slot::Path(|d| &mut d.meta_server.ca),
+    ),
+    used(
+        "tlsCertFile",
+        "Path of the client certificate. The default, where missing together with its key: none.",
+        Slot::Path(|d| &mut d.meta_server.certificate),
+    ),
+    used("tlsPrivateKeyFile", "Path of its key.", Slot::Path(|d| &mut d.meta_server.key)),
+    used(
+        "tokenFile",
+        "Path of the ServiceAccount's token, read anew for each request.",
+        Slot::Path(|d| &mut d.meta_server.token),
+    ),
 ];
 
 const COMMON: &[Key] = &[
@@ -201,6 +280,11 @@ const COMMON: &[Key] = &[
         "maxBackendSeries",
         "How many backends may have series of their own in /metrics, two for each; those beyond are left out. 0: none.",
         Slot::Limit(|d| &mut d.common.max_backend_series),
+    ),
+    used(
+        "metadataSnapshot",
+        "The file that holds what the API server delivered last, for a start without it. Empty: none.",
+        Slot::OptionalPath(|d| &mut d.common.metadata_snapshot),
     ),
     section("pprofConfig", "Go's profiler.", PPROF),
 ];

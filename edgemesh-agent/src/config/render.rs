@@ -4,7 +4,7 @@ use serde_json::{Map, Value, json};
 
 use super::{
     keys::{API_VERSION, Draft, KEYS, Key, Kind, Plain, Slot},
-    value::{DATAPLANES, FILTERS, MAX_INTERFACE, MAX_PERIOD, MAX_SOCKET_PATH},
+    value::{DATAPLANES, FILTERS, MAX_INTERFACE, MAX_PERIOD, MAX_SOCKET_PATH, SOURCES},
 };
 
 /// The default configuration with every key this agent acts on, each under a comment of what it does.
@@ -95,6 +95,7 @@ fn current(slot: &Slot, draft: &mut Draft) -> Value {
         Slot::Url(at) => json!(at(draft).clone().unwrap_or_default()),
         Slot::Filter(at) => json!(word(&FILTERS, *at(draft))),
         Slot::Dataplane(at) => json!(word(&DATAPLANES, *at(draft))),
+        Slot::Source(at) => json!(word(&SOURCES, *at(draft))),
     }
 }
 
@@ -149,6 +150,7 @@ fn used(slot: &Slot) -> Value {
         Slot::Url(_) => json!({ "type": text, "pattern": "^(https?://[^@?]+)?$" }),
         Slot::Filter(_) => choice(FILTERS.iter().map(|(word, _)| *word)),
         Slot::Dataplane(_) => choice(DATAPLANES.iter().map(|(word, _)| *word)),
+        Slot::Source(_) => choice(SOURCES.iter().map(|(word, _)| *word)),
     }
 }
 

@@ -14,7 +14,7 @@ mod mistakes;
 
 /// A pod of the cluster, so that a file need not name a source.
 const POD: Environment = Environment { kubernetes_port: true, kubernetes_service_host: true };
-/// A process on some machine.
+/// A process on some machine, or a pod of KubeEdge's edged, which has neither variable or the second one empty.
 const NOWHERE: Environment = Environment { kubernetes_port: false, kubernetes_service_host: false };
 
 fn parsed(text: &str) -> Result<Loaded, ConfigError> {
@@ -81,6 +81,8 @@ fn documents_the_defaults() {
     assert_eq!(config.common.admin_address, Some("127.0.0.1:20008".parse().unwrap()));
     assert_eq!(config.common.control_socket, Path::new("/run/edgemesh/agent.sock"));
     assert_eq!(config.common.max_backend_series, 1000);
+    let snapshot = Path::new("/var/lib/edgemesh/agent/metadata.snapshot");
+    assert_eq!(config.common.metadata_snapshot.as_deref(), Some(snapshot));
     assert!(!config.proxy.enable);
     assert_eq!(config.proxy.filter, ServiceFilter::UnlabelledOnly);
     assert_eq!(config.proxy.dataplane, DataplaneMode::Auto);
@@ -105,6 +107,7 @@ commonConfig:
   adminAddress: '[::1]:0'
   controlSocket: /tmp/agent.sock
   maxBackendSeries: 0
+  metadataSnapshot: ''
 modules:
   edgeProxy:
     enable: yes
@@ -132,6 +135,7 @@ modules:
             admin_address: Some("[::1]:0".parse().unwrap()),
             control_socket: PathBuf::from("/tmp/agent.sock"),
             max_backend_series: 0,
+            metadata_snapshot: None,
         },
         proxy: ProxyConfig {
             enable: true,
@@ -243,7 +247,8 @@ fn chooses_the_source() {
         path: path.map(PathBuf::from),
         master: master.map(str::to_owned),
     };
-    let from_host = Environment { kubernetes_port: false, kubernetes_service_host: true };
+    // KubeEdge's InClusterConfig: the address is metaServer's.
+    let of_edged = Environment { kubernetes_port: false, kubernetes_service_host: true };
     let cases = [
         ("{staticDirectory: /m}".to_owned(), POD, SourceKind::Static { directory: "/m".into() }),
         ("{staticDirectory: /m}".to_owned(), NOWHERE, SourceKind::Static { directory: "/m".into() }),
@@ -252,12 +257,95 @@ fn chooses_the_source() {
         ("{master: http://m:80}".to_owned(), NOWHERE, given(None, Some("http://m:80"))),
         (format!("{{kubeConfig: {file}, master: http://m}}"), POD, given(Some(file), Some("http://m"))),
         ("{}".to_owned(), POD, SourceKind::InCluster),
-        ("{}".to_owned(), from_host, SourceKind::InCluster),
+        ("{}".to_owned(), NOWHERE, plain_meta_server()),
+        ("{}".to_owned(), of_edged, plain_meta_server()),
+        ("{source: auto}".to_owned(), POD, SourceKind::InCluster),
+        ("{source: inCluster}".to_owned(), of_edged, SourceKind::InCluster),
+        ("{source: metaServer}".to_owned(), POD, plain_meta_server()),
+        // EdgeMesh overwrites it at start, so it says nothing of this node.
+        ("{mode: CloudMode}".to_owned(), NOWHERE, plain_meta_server()),
+        ("{mode: EdgeMode}".to_owned(), POD, SourceKind::InCluster),
     ];
     for (section, environment, expected) in cases {
         let loaded = parse(&format!("kubeAPIConfig: {section}"), "f", Leniency::Strict, &environment);
         assert_eq!(loaded.unwrap().config.source.kind, expected, "{section} in {environment:?}");
     }
+}
+
+fn plain_meta_server() -> SourceKind {
+    SourceKind::MetaServer(MetaServerConfig {
+        server: "http://127.0.0.1:10550".to_owned(),
+        security: None,
+        relist_period: Duration::from_secs(300),
+        request_timeout: Duration::from_secs(30),
+    })
+}
+
+fn meta_server(section: &str) -> (MetaServerConfig, Vec<String>) {
+    let text = format!("kubeAPIConfig: {{source: metaServer, metaServer: {section}}}");
+    let loaded = parse(&text, "f", Leniency::Strict, &NOWHERE).unwrap();
+    let notes = notes(&loaded);
+    match loaded.config.source.kind {
+        SourceKind::MetaServer(meta_server) => (meta_server, notes),
+        other @ (SourceKind::InCluster | SourceKind::Kubeconfig { .. } | SourceKind::Static { .. }) => {
+            panic!("{other:?}")
+        }
+    }
+}
+
+#[test]
+fn meta_server_is_spoken_to_in_the_ways_of_the_guide() {
+    let place = |name: &str| PathBuf::from(format!("/etc/edgemesh/metaserver/{name}"));
+    let account = |name: &str| PathBuf::from(format!("/var/run/secrets/kubernetes.io/serviceaccount/{name}"));
+    // Two ways: the CA and, where it is there, the client's certificate.
+    let (two_way, notes) = meta_server("{security: {requireAuthorization: true}}");
+    assert_eq!((two_way.server.as_str(), notes.len()), ("https://127.0.0.1:10550", 0));
+    let pair = ClientCertificate { certificate: place("server.crt"), key: place("server.key"), optional: true };
+    let expected = MetaServerSecurity {
+        token_file: account("token"),
+        ca_files: vec![place("rootCA.crt"), account("ca.crt")],
+        client: Some(pair),
+    };
+    assert_eq!(two_way.security, Some(expected));
+    // One way: any certificate is trusted, and none is shown.
+    let (one_way, _) = meta_server("{security: {requireAuthorization: true, insecureSkipTLSVerify: true}}");
+    let expected = MetaServerSecurity { token_file: account("token"), ca_files: Vec::new(), client: None };
+    assert_eq!(one_way.security, Some(expected));
+    // What is named has to be there.
+    let (own, notes) = meta_server(
+        "{server: 'HTTPS://169.254.30.10:10550/', relistPeriod: 7, requestTimeout: 8, \
+         security: {tlsCaFile: /ca, tlsCertFile: /c, tlsPrivateKeyFile: /k, tokenFile: /t}}",
+    );
+    let pair = ClientCertificate { certificate: "/c".into(), key: "/k".into(), optional: false };
+    let security = MetaServerSecurity { token_file: "/t".into(), ca_files: vec!["/ca".into()], client: Some(pair) };
+    let expected = MetaServerConfig {
+        server: "https://169.254.30.10:10550".to_owned(),
+        security: Some(security),
+        relist_period: Duration::from_secs(7),
+        request_timeout: Duration::from_secs(8),
+    };
+    assert_eq!(own, expected);
+    assert!(notes[0].starts_with("f:1: kubeAPIConfig.metaServer.server: https, so taken as if"), "{notes:?}");
+}
+
+#[test]
+fn an_address_injected_by_edged_is_not_used_and_says_that_authorization_is_required() {
+    let of_edged = Environment { kubernetes_port: false, kubernetes_service_host: true };
+    for (text, expected) in [
+        ("", 1),
+        ("kubeAPIConfig: {metaServer: {security: {requireAuthorization: true}}}", 0),
+        ("kubeAPIConfig: {source: inCluster}", 0),
+    ] {
+        let notes = notes(&parse(text, "f", Leniency::Strict, &of_edged).unwrap());
+        assert_eq!(notes.len(), expected, "{text}: {notes:?}");
+        assert!(
+            notes.iter().all(|note| note.contains("security.requireAuthorization: false, yet KUBERNETES_SERVICE_HOST"))
+        );
+    }
+    // Where authorization is not required, edged injects empty texts.
+    let empty = Environment::of(|name| name.starts_with("KUBERNETES_SERVICE_").then(OsString::new));
+    let loaded = parse("", "f", Leniency::Strict, &empty).unwrap();
+    assert_eq!((loaded.config.source.kind, loaded.notes.len()), (plain_meta_server(), 0));
 }
 
 #[test]

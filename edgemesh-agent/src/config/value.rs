@@ -10,7 +10,7 @@ use std::{
 use hyper::Uri;
 
 use super::{
-    DataplaneMode, ServiceFilter,
+    DataplaneMode, ServiceFilter, SourceChoice,
     document::{Node, Scalar, Value},
     keys::{Draft, Plain, Slot},
 };
@@ -29,6 +29,9 @@ pub(super) const FILTERS: [(&str, ServiceFilter); 2] = [
 /// The data planes that a file may ask for.
 pub(super) const DATAPLANES: [(&str, DataplaneMode); 2] =
     [("auto", DataplaneMode::Auto), ("ebpf", DataplaneMode::Ebpf)];
+/// The sources that a file may ask for.
+pub(super) const SOURCES: [(&str, SourceChoice); 3] =
+    [("auto", SourceChoice::Auto), ("inCluster", SourceChoice::InCluster), ("metaServer", SourceChoice::MetaServer)];
 
 /// Why a value cannot be used.
 #[derive(Debug)]
@@ -61,6 +64,7 @@ pub(super) fn store(node: &Node, slot: &Slot, draft: &mut Draft) -> Result<(), R
         Slot::Url(at) => *at(draft) = url(node)?,
         Slot::Filter(at) => *at(draft) = filter(node)?,
         Slot::Dataplane(at) => *at(draft) = dataplane(node)?,
+        Slot::Source(at) => *at(draft) = source(node)?,
     }
     Ok(())
 }
@@ -294,4 +298,10 @@ fn dataplane(node: &Node) -> Result<DataplaneMode, Refusal> {
         return Err(Refusal { problem, expected: EXPECTED.into() });
     }
     DATAPLANES.iter().find(|(name, _)| *name == word).map(|(_, mode)| *mode).ok_or_else(|| wrong(word, EXPECTED))
+}
+
+fn source(node: &Node) -> Result<SourceChoice, Refusal> {
+    const EXPECTED: &str = "auto, inCluster or metaServer";
+    let word = text(node, EXPECTED)?;
+    SOURCES.iter().find(|(name, _)| *name == word).map(|(_, choice)| *choice).ok_or_else(|| wrong(word, EXPECTED))
 }

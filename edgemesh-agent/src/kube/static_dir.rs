@@ -57,7 +57,7 @@ pub(super) fn start(
 ) -> Result<SourceState, Error> {
     fs::read_dir(directory).map_err(|cause| Error::Directory { path: directory.to_owned(), cause })?;
     let watch = DirectoryWatch::new(directory).map_err(Error::Inotify)?;
-    let state = SourceState::new(directory.display().to_string(), SystemTime::now());
+    let state = SourceState::new("static", directory.display().to_string(), SystemTime::now());
     let source = Source {
         directory: directory.to_owned(),
         watch,
@@ -200,8 +200,9 @@ impl Source {
             Some(message) => self.conditions.raise(TOO_MANY, "", message.clone(), now),
             None => self.conditions.clear(TOO_MANY, ""),
         }
+        self.state.synced(now);
         let counts = scanner.counts();
-        for kind in [Kind::Service, Kind::EndpointSlice, Kind::Endpoints, Kind::Node, Kind::DestinationRule] {
+        for kind in Kind::ALL {
             self.state.count(kind, counts.get(&kind).copied().unwrap_or(0));
         }
     }

@@ -9,9 +9,10 @@
 //! Services and one of the two endpoint kinds are needed for [`Event::Synced`]. Nodes and DestinationRules are waited for
 //! only as long as the server has not refused them, or said that it has no such thing, and not for long.
 
-mod limit;
+pub(super) mod limit;
+mod pauses;
 mod rules;
-mod session;
+pub(super) mod session;
 
 use std::{
     sync::atomic::{AtomicU8, Ordering},
@@ -19,17 +20,14 @@ use std::{
 };
 
 use k8s_openapi::api::{core::v1 as core, discovery::v1 as discovery};
-use kube::{
-    Client,
-    runtime::{utils::Backoff, watcher::DefaultBackoff},
-};
+use kube::Client;
 use tokio::{
-    sync::Notify,
+    sync::{Mutex, Notify},
     time::{sleep, timeout},
 };
 use tracing::info;
 
-use self::{limit::Limiter, session::Session};
+use self::{limit::Limiter, pauses::Pauses, session::Session};
 use super::{Error, Events, SourceState, client::ApiServer, client::chain, events::Closed};
 use crate::{
     conditions::Conditions,
@@ -41,13 +39,17 @@ use crate::{
 const UNREACHABLE: &str = "ApiServerUnreachable";
 const FORBIDDEN: &str = "ApiServerForbidden";
 const ANSWER: &str = "ApiServerError";
+const CREDENTIALS: &str = "ApiServerCredentials";
 
 /// For answers that are not streamed: discovery, and one page of a list.
 const ANSWER_TIMEOUT: Duration = Duration::from_secs(60);
 /// How long Nodes and rules may take once Services and endpoints are known.
-const GRACE: Duration = Duration::from_secs(5);
-/// After the longest pause the back-off stays there.
-const LONGEST_PAUSE: Duration = Duration::from_secs(30);
+pub(super) const GRACE: Duration = Duration::from_secs(5);
+/// How often a server that has no EndpointSlices is asked whether it has them by now, as after an upgrade.
+#[cfg(not(test))]
+const RECHECK: Duration = Duration::from_secs(300);
+#[cfg(test)]
+const RECHECK: Duration = Duration::from_millis(50);
 
 /// Starts the source.
 pub(super) fn start(
@@ -57,15 +59,16 @@ pub(super) fn start(
     conditions: Conditions,
     tasks: &Tasks,
 ) -> Result<SourceState, Error> {
-    let state = SourceState::new(server.url.clone(), SystemTime::now());
+    let state = SourceState::new(config.kind.name(), server.url.clone(), SystemTime::now());
     let source = Source {
-        client: server.client,
-        url: server.url,
+        server,
         limiter: Limiter::new(config.qps, config.burst),
         events,
         conditions,
         state: state.clone(),
         listed: Listed::default(),
+        turn: Mutex::default(),
+        answers: Notify::new(),
     };
     let stop = tasks.stopping();
     tasks.spawn(async move {
@@ -79,18 +82,21 @@ pub(super) fn start(
 }
 
 struct Source {
-    client: Client,
-    url: String,
+    server: ApiServer,
     limiter: Limiter,
     events: Events,
     conditions: Conditions,
     state: SourceState,
     listed: Listed,
+    /// Whose turn it is to try a server that does not answer.
+    turn: Mutex<()>,
+    /// It has answered.
+    answers: Notify,
 }
 
 /// What has been listed at least once.
 #[derive(Debug, Default)]
-struct Listed {
+pub(super) struct Listed {
     kinds: AtomicU8,
     /// Services and endpoints have been.
     essential: Notify,
@@ -104,8 +110,13 @@ impl Listed {
     const ESSENTIAL: u8 = Self::SERVICES | Self::ENDPOINTS;
     const ALL: u8 = Self::ESSENTIAL | Self::NODES | Self::RULES;
 
+    /// Resolves when Services and endpoints have been listed.
+    pub(super) async fn essential(&self) {
+        self.essential.notified().await;
+    }
+
     /// Says whether `kind` was the last that was missing.
-    fn complete_with(&self, kind: Kind) -> bool {
+    pub(super) fn complete_with(&self, kind: Kind) -> bool {
         let kind = match kind {
             Kind::Service => Self::SERVICES,
             Kind::EndpointSlice | Kind::Endpoints => Self::ENDPOINTS,
@@ -183,15 +194,15 @@ impl Source {
 
     /// Nodes only refine what Services do, and an account may not be allowed to see them: they hold nothing back.
     async fn nodes(&self) -> Result<(), Closed> {
-        let mut backoff = DefaultBackoff::default();
+        let mut pauses = Pauses::default();
         loop {
-            Session::<core::Node>::new(self, Kind::Node, &(), None).follow().await?;
-            pause(&mut backoff).await;
+            Session::<core::Node>::new(self, Kind::Node, (), None).follow().await?;
+            sleep(pauses.next()).await;
         }
     }
 
     async fn stop_waiting_for_others(&self) -> Result<(), Closed> {
-        self.listed.essential.notified().await;
+        self.listed.essential().await;
         sleep(GRACE).await;
         self.listed(Kind::Node).await?;
         self.listed(Kind::DestinationRule).await
@@ -206,54 +217,105 @@ impl Source {
     }
 
     async fn services(&self) -> Result<(), Closed> {
-        let mut backoff = DefaultBackoff::default();
+        let mut pauses = Pauses::default();
         loop {
-            Session::<core::Service>::new(self, Kind::Service, &(), None).follow().await?;
-            pause(&mut backoff).await;
+            Session::<core::Service>::new(self, Kind::Service, (), None).follow().await?;
+            sleep(pauses.next()).await;
         }
     }
 
     async fn endpoints(&self) -> Result<(), Closed> {
-        let mut backoff = DefaultBackoff::default();
+        let mut pauses = Pauses::default();
         loop {
             let slices = self.serves_slices().await;
+            info!(
+                slices,
+                "the API server answered whether it serves EndpointSlices of version v1; else Endpoints are used"
+            );
             // What was wrong with the kind that is not used no longer matters.
             self.allowed(if slices { "endpoints" } else { "endpointslices.discovery.k8s.io" });
             if slices {
                 let other = Some(Kind::Endpoints);
-                Session::<discovery::EndpointSlice>::new(self, Kind::EndpointSlice, &(), other).follow().await?;
+                Session::<discovery::EndpointSlice>::new(self, Kind::EndpointSlice, (), other).follow().await?;
             } else {
                 let other = Some(Kind::EndpointSlice);
-                Session::<core::Endpoints>::new(self, Kind::Endpoints, &(), other).follow().await?;
+                let session = Session::<core::Endpoints>::new(self, Kind::Endpoints, (), other);
+                tokio::select! {
+                    ended = session.follow() => ended?,
+                    // What the Endpoints said stays until the slices are there.
+                    () = self.slices_appear() => {}
+                }
             }
-            pause(&mut backoff).await;
+            sleep(pauses.next()).await;
+        }
+    }
+
+    async fn slices_appear(&self) {
+        loop {
+            sleep(RECHECK).await;
+            if self.serves_slices().await {
+                return;
+            }
         }
     }
 
     /// Asks until it is answered.
     async fn serves_slices(&self) -> bool {
         const VERSION: &str = "discovery.k8s.io/v1";
-        let mut backoff = DefaultBackoff::default();
+        let mut pauses = Pauses::default();
         loop {
             self.limiter.permit().await;
-            let failure = match bounded(self.client.list_api_group_resources(VERSION)).await {
+            let failure = match bounded(self.client().list_api_group_resources(VERSION)).await {
                 Ok(list) => {
                     self.answered();
                     self.allowed(VERSION);
-                    let slices = list.resources.iter().any(|resource| resource.name == "endpointslices");
-                    info!(slices, "the API server answered which endpoint API it serves");
-                    return slices;
+                    return list.resources.iter().any(|resource| resource.name == "endpointslices");
                 }
                 Err(failure) => failure,
             };
             if failure.meaning() == Meaning::NotServed {
                 self.answered();
                 self.allowed(VERSION);
-                info!(slices = false, "the API server serves no EndpointSlices of version v1; using Endpoints");
                 return false;
             }
             self.failed("get", VERSION, &failure);
-            pause(&mut backoff).await;
+            self.pause(&mut pauses, failure.meaning()).await;
+        }
+    }
+
+    /// A client with the credentials that are on disk now.
+    fn client(&self) -> Client {
+        let (client, problem) = self.server.client();
+        match problem {
+            None => self.conditions.clear(CREDENTIALS, ""),
+            Some(problem) => {
+                let message = format!(
+                    "cannot use the changed credentials for the API server {}: {problem}; correct them, the earlier ones \
+                     are used meanwhile",
+                    self.server.url
+                );
+                self.conditions.raise(CREDENTIALS, "", message, SystemTime::now());
+            }
+        }
+        client
+    }
+
+    /// Waits for the next attempt after one that failed.
+    ///
+    /// While the server does not answer, only one request after the other tries it; all go on once one was answered.
+    async fn pause(&self, pauses: &mut Pauses, meaning: Meaning) {
+        let pause = pauses.after(meaning);
+        if meaning != Meaning::Unreachable {
+            return sleep(pause).await;
+        }
+        let answered = self.answers.notified();
+        let turn = async {
+            let _turn = self.turn.lock().await;
+            sleep(pause).await;
+        };
+        tokio::select! {
+            () = answered => {}
+            () = turn => {}
         }
     }
 
@@ -261,6 +323,7 @@ impl Source {
     fn answered(&self) {
         self.conditions.clear(UNREACHABLE, "");
         self.state.connected(SystemTime::now());
+        self.answers.notify_waiters();
     }
 
     /// The server gives what it was asked for.
@@ -271,13 +334,13 @@ impl Source {
 
     fn failed(&self, verb: &str, resource: &str, failure: &Failure) {
         let now = SystemTime::now();
-        let (url, detail) = (&self.url, failure.detail());
+        let (url, detail) = (&self.server.url, failure.detail());
         let (reason, subject, message) = match failure.meaning() {
             Meaning::Forbidden => {
                 let todo = if matches!(failure, Failure::Api(kube::Error::Api(status)) if status.code == 401) {
                     "check the token or client certificate it uses".to_owned()
                 } else {
-                    format!("bind a ClusterRole that grants get, list and watch on {resource} to its account")
+                    format!("bind a ClusterRole that grants list and watch on {resource} to its account")
                 };
                 (FORBIDDEN, resource, format!("the API server {url} refuses to {verb} {resource}: {detail}; {todo}"))
             }
@@ -296,6 +359,7 @@ impl Source {
         } else {
             self.conditions.clear(UNREACHABLE, "");
             self.state.refused(message.clone(), now);
+            self.answers.notify_waiters();
         }
         self.conditions.raise(reason, subject, message, now);
     }
@@ -303,14 +367,6 @@ impl Source {
 
 async fn bounded<T>(request: impl Future<Output = kube::Result<T>>) -> Result<T, Failure> {
     timeout(ANSWER_TIMEOUT, request).await.map_err(|_| Failure::TimedOut(ANSWER_TIMEOUT))?.map_err(Failure::Api)
-}
-
-async fn pause(backoff: &mut DefaultBackoff) {
-    sleep(backoff.next().unwrap_or(LONGEST_PAUSE)).await;
-}
-
-fn reset(backoff: &mut DefaultBackoff) {
-    Backoff::reset(backoff);
 }
 
 #[cfg(test)]

@@ -38,6 +38,7 @@ pub struct Builder {
     touched_nodes: HashMap<Box<str>, Option<Box<str>>>,
     table: ServiceTable,
     synced: bool,
+    revision: u64,
 }
 
 /// A Service's wish for a frontend; of several, the first in order is granted.
@@ -82,6 +83,23 @@ impl Builder {
         }
     }
 
+    /// All objects of a kind, in no particular order; they are shared, not copied.
+    pub fn objects(&self, kind: Kind) -> Vec<Object> {
+        match kind {
+            Kind::Service => self.services.values().cloned().map(Object::Service).collect(),
+            Kind::EndpointSlice => self.slices.values().cloned().map(Object::EndpointSlice).collect(),
+            Kind::Endpoints => self.endpoints.values().cloned().map(Object::Endpoints).collect(),
+            Kind::Node => self.nodes.values().cloned().map(Object::Node).collect(),
+            Kind::DestinationRule => self.rules.values().cloned().map(Object::DestinationRule).collect(),
+        }
+    }
+
+    /// Counts up whenever [`Builder::objects`] would give something else, which not every event does: most of those about
+    /// Nodes tell nothing new.
+    pub fn revision(&self) -> u64 {
+        self.revision
+    }
+
     /// The table as of all events so far; None if nothing changed since the last one.
     pub fn build(&mut self) -> Option<Arc<ServiceTable>> {
         self.follow_nodes();
@@ -101,48 +119,54 @@ impl Builder {
 
     fn put(&mut self, mut object: Object) {
         self.places.share(&mut object);
-        match object {
-            Object::Service(service) => {
-                if self.services.get(&service.name).is_none_or(|known| *known != service) {
-                    self.dirty.insert(service.name.clone());
-                    self.services.insert(service.name.clone(), service);
-                }
-            }
+        let news = match object {
+            Object::Service(service) => self.put_service(service),
             Object::EndpointSlice(set) => self.slices.put(set, &mut self.dirty),
             Object::Endpoints(set) => self.endpoints.put(set, &mut self.dirty),
-            Object::Node(node) => {
-                let mut node = Arc::unwrap_or_clone(node);
-                let known = self.nodes.get(&*node.name.name);
-                if known == Some(&node) {
-                    return;
-                }
-                touch(&mut self.touched_nodes, &node.name.name, known);
-                for (key, value) in &mut node.labels {
-                    self.labels.one(key);
-                    self.labels.one(value);
-                }
-                self.nodes.insert(Arc::clone(&node.name.name), node);
-            }
-            Object::DestinationRule(rule) => self.rules.put(Arc::unwrap_or_clone(rule), &mut self.dirty),
+            Object::Node(node) => self.put_node(node),
+            Object::DestinationRule(rule) => self.rules.put(rule, &mut self.dirty),
+        };
+        self.revision += u64::from(news);
+    }
+
+    fn put_service(&mut self, service: Arc<Service>) -> bool {
+        let news = self.services.get(&service.name).is_none_or(|known| *known != service);
+        if news {
+            self.dirty.insert(service.name.clone());
+            self.services.insert(service.name.clone(), service);
         }
+        news
+    }
+
+    fn put_node(&mut self, mut node: Arc<Node>) -> bool {
+        let known = self.nodes.get(&*node.name.name);
+        if known == Some(&node) {
+            return false;
+        }
+        touch(&mut self.touched_nodes, &node.name.name, known.map(|node| &**node));
+        for (key, value) in &mut Arc::make_mut(&mut node).labels {
+            self.labels.one(key);
+            self.labels.one(value);
+        }
+        self.nodes.insert(Arc::clone(&node.name.name), node);
+        true
     }
 
     fn remove(&mut self, kind: Kind, name: &NamespacedName) {
-        match kind {
-            Kind::Service => {
-                if self.services.remove(name).is_some() {
-                    self.dirty.insert(name.clone());
-                }
-            }
+        let known = match kind {
+            Kind::Service => self.services.remove(name).map(|_| self.dirty.insert(name.clone())).is_some(),
             Kind::EndpointSlice => self.slices.remove(name, &mut self.dirty),
             Kind::Endpoints => self.endpoints.remove(name, &mut self.dirty),
             Kind::Node => {
-                if let Some(known) = self.nodes.remove(&*name.name) {
-                    touch(&mut self.touched_nodes, &name.name, Some(&known));
+                let known = self.nodes.remove(&*name.name);
+                if let Some(known) = &known {
+                    touch(&mut self.touched_nodes, &name.name, Some(known));
                 }
+                known.is_some()
             }
             Kind::DestinationRule => self.rules.remove(name, &mut self.dirty),
-        }
+        };
+        self.revision += u64::from(known);
     }
 
     /// Marks the Services that may look different since Nodes changed.
@@ -156,7 +180,7 @@ impl Builder {
             return;
         }
         let moved = |node: &str| match touched.get(node) {
-            Some(before) => before.as_deref() != self.nodes.get(node).and_then(Node::zone),
+            Some(before) => before.as_deref() != self.nodes.get(node).and_then(|node| node.zone()),
             None => false,
         };
         let any_moved = touched.keys().any(|node| moved(node));
@@ -313,7 +337,12 @@ impl Sets {
         self.by_service.get(service).map_or(&[], Vec::as_slice)
     }
 
-    fn put(&mut self, set: Arc<EndpointSet>, dirty: &mut BTreeSet<NamespacedName>) {
+    fn values(&self) -> impl Iterator<Item = &Arc<EndpointSet>> {
+        self.by_service.values().flatten()
+    }
+
+    /// Adds or replaces a set, and marks its Service; says whether it is news.
+    fn put(&mut self, set: Arc<EndpointSet>, dirty: &mut BTreeSet<NamespacedName>) -> bool {
         if self.service_of.get(&set.name).is_some_and(|service| *service != set.service) {
             // Relabelled to another Service.
             self.remove(&set.name, dirty);
@@ -322,15 +351,17 @@ impl Sets {
         let sets = self.by_service.entry(set.service.clone()).or_default();
         let service = set.service.clone();
         match sets.binary_search_by(|other| other.name.cmp(&set.name)) {
-            Ok(place) if sets[place] == set => return,
+            Ok(place) if sets[place] == set => return false,
             Ok(place) => sets[place] = set,
             Err(place) => sets.insert(place, set),
         }
         dirty.insert(service);
+        true
     }
 
-    fn remove(&mut self, name: &NamespacedName, dirty: &mut BTreeSet<NamespacedName>) {
-        let Some(service) = self.service_of.remove(name) else { return };
+    /// Takes a set away, and marks its Service; says whether there was one.
+    fn remove(&mut self, name: &NamespacedName, dirty: &mut BTreeSet<NamespacedName>) -> bool {
+        let Some(service) = self.service_of.remove(name) else { return false };
         if let Some(sets) = self.by_service.get_mut(&service) {
             sets.retain(|set| set.name != *name);
             if sets.is_empty() {
@@ -338,6 +369,7 @@ impl Sets {
             }
         }
         dirty.insert(service);
+        true
     }
 }
 

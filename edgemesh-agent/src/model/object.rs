@@ -232,6 +232,11 @@ pub enum Kind {
     DestinationRule,
 }
 
+impl Kind {
+    /// All of them.
+    pub const ALL: [Self; 5] = [Self::Service, Self::EndpointSlice, Self::Endpoints, Self::Node, Self::DestinationRule];
+}
+
 impl fmt::Display for Kind {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(match self {

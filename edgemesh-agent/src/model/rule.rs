@@ -1,6 +1,7 @@
 //! Istio DestinationRules: which of them says how connections to a Service are balanced.
 
 use std::{
+    borrow::Cow,
     cmp::Reverse,
     collections::{BTreeMap, BTreeSet, HashMap},
     fmt,
@@ -59,7 +60,7 @@ pub struct Ignored {
     /// Its path: `spec.trafficPolicy.connectionPool`.
     pub field: Box<str>,
     /// Why it has none.
-    pub why: &'static str,
+    pub why: Cow<'static, str>,
 }
 
 impl fmt::Display for Ignored {
@@ -90,15 +91,14 @@ impl Rules {
         self.rules.keys()
     }
 
-    #[cfg(test)]
-    pub(super) fn values(&self) -> impl Iterator<Item = &DestinationRule> {
-        self.rules.values().map(|rule| &**rule)
+    pub(super) fn values(&self) -> impl Iterator<Item = &Arc<DestinationRule>> {
+        self.rules.values()
     }
 
-    /// Adds or replaces a rule, and marks the Services it matches or matched.
-    pub(super) fn put(&mut self, rule: DestinationRule, dirty: &mut BTreeSet<NamespacedName>) {
-        if self.rules.get(&rule.name).is_some_and(|known| **known == rule) {
-            return;
+    /// Adds or replaces a rule, and marks the Services it matches or matched; says whether it is news.
+    pub(super) fn put(&mut self, rule: Arc<DestinationRule>, dirty: &mut BTreeSet<NamespacedName>) -> bool {
+        if self.rules.get(&rule.name).is_some_and(|known| *known == rule) {
+            return false;
         }
         self.remove(&rule.name, dirty);
         dirty.insert(rule.name.clone());
@@ -106,14 +106,15 @@ impl Rules {
             dirty.insert(host.clone());
             self.by_host.entry(host.clone()).or_default().insert(rule.name.clone());
         }
-        self.rules.insert(rule.name.clone(), Arc::new(rule));
+        self.rules.insert(rule.name.clone(), rule);
+        true
     }
 
-    /// Takes a rule away, and marks the Services it matched.
-    pub(super) fn remove(&mut self, name: &NamespacedName, dirty: &mut BTreeSet<NamespacedName>) {
-        let Some(rule) = self.rules.remove(name) else { return };
+    /// Takes a rule away, and marks the Services it matched; says whether there was one.
+    pub(super) fn remove(&mut self, name: &NamespacedName, dirty: &mut BTreeSet<NamespacedName>) -> bool {
+        let Some(rule) = self.rules.remove(name) else { return false };
         dirty.insert(name.clone());
-        let Some(host) = &rule.host else { return };
+        let Some(host) = &rule.host else { return true };
         dirty.insert(host.clone());
         if let Some(names) = self.by_host.get_mut(host) {
             names.remove(name);
@@ -121,6 +122,7 @@ impl Rules {
                 self.by_host.remove(host);
             }
         }
+        true
     }
 
     /// The rule that counts for a Service, whatever the order in which rules came:

@@ -17,7 +17,7 @@ use std::{collections::HashMap, fmt, sync::Arc};
 use super::{Node, Place, PortEndpoint, Service, TrafficDistribution, TrafficPolicy};
 
 /// All known Nodes by name.
-pub type Nodes = HashMap<Arc<str>, Node>;
+pub type Nodes = HashMap<Arc<str>, Arc<Node>>;
 
 /// Where clients are: this node among all others.
 #[derive(Clone, Copy, Debug)]
@@ -31,7 +31,7 @@ pub struct Vantage<'a> {
 impl<'a> Vantage<'a> {
     /// This node's own object.
     pub fn node(&self) -> Option<&'a Node> {
-        self.nodes.get(self.name)
+        self.nodes.get(self.name).map(|node| &**node)
     }
 
     fn is_here(&self, place: &Place) -> bool {

@@ -28,7 +28,8 @@ const TAIL: usize = 2000;
 #[derive(Debug, Clone, Default)]
 pub struct AgentOptions {
     changes: Vec<(String, Value)>,
-    log: Option<String>,
+    variables: Vec<(String, String)>,
+    only: Option<Vec<String>>,
 }
 
 impl AgentOptions {
@@ -39,10 +40,24 @@ impl AgentOptions {
         self
     }
 
+    /// Sets an environment variable, such as those that edged gives to pods.
+    #[must_use]
+    pub fn env(mut self, name: &str, value: &str) -> Self {
+        self.variables.push((name.to_owned(), value.to_owned()));
+        self
+    }
+
     /// Sets `RUST_LOG`; `info` unless set.
     #[must_use]
     pub fn log(mut self, filter: &str) -> Self {
-        self.log = Some(filter.to_owned());
+        self.variables.push(("RUST_LOG".to_owned(), filter.to_owned()));
+        self
+    }
+
+    /// Gives it these capabilities and no others, named as in a pod's `securityContext`, such as `NET_ADMIN`.
+    #[must_use]
+    pub fn only(mut self, capabilities: &[String]) -> Self {
+        self.only = Some(capabilities.to_vec());
         self
     }
 }
@@ -78,12 +93,14 @@ impl Node {
         }
         let text = serde_yaml::to_string(&config).context("could not write a configuration as YAML")?;
         let path = self.write_file("agent.yaml", &text)?;
-        let command = self.agent(&["--config-file", &path.to_string_lossy()]);
-        match &options.log {
-            Some(filter) => command.env("RUST_LOG", filter),
-            None => command,
+        let mut command = self.agent(&["--config-file", &path.to_string_lossy()]);
+        for (name, value) in &options.variables {
+            command = command.env(name, value);
         }
-        .start()
+        if let Some(names) = &options.only {
+            command = command.without(&Capability::all_but(names)?);
+        }
+        command.start()
     }
 
     /// Prepares a run of the agent binary with any arguments, with `NODE_NAME` set to the node's name.
@@ -108,6 +125,14 @@ impl Node {
         self.agent(&all).output(2 * DEADLINE)
     }
 
+    /// Removes what an agent has left on this node, after it has ended.
+    pub fn cleanup(&self) -> Result<()> {
+        let config = self.write_file("cleanup.yaml", &self.agent_config().to_string())?;
+        let output = self.agent(&["cleanup", "--config-file", &config.to_string_lossy()]).output(2 * DEADLINE)?;
+        ensure!(output.status.success(), "cleanup: {}", String::from_utf8_lossy(&output.stderr).trim());
+        Ok(())
+    }
+
     /// The configuration of the lab's usual agent on this node.
     pub fn agent_config(&self) -> Value {
         json!({
@@ -119,6 +144,8 @@ impl Node {
                 "bridgeDeviceIP": "169.254.96.16",
                 "adminAddress": ADMIN,
                 "controlSocket": CONTROL_SOCKET,
+                // Nodes of a lab see the machine's /var.
+                "metadataSnapshot": self.snapshot_path(),
             },
             "modules": {
                 "edgeProxy": {
@@ -128,6 +155,11 @@ impl Node {
                 },
             },
         })
+    }
+
+    /// Where an agent of this node keeps what its API server delivered.
+    pub fn snapshot_path(&self) -> PathBuf {
+        self.lab().directory.join(self.name()).join("state/metadata.snapshot")
     }
 
     /// Writes a file into a directory of this node in the lab's directory; returns its path.
@@ -292,11 +324,20 @@ impl Agent {
 
     /// Its resident memory in bytes (VmRSS of proc_pid_status(5)).
     pub fn resident_bytes(&self) -> Result<u64> {
+        self.memory("VmRSS:")
+    }
+
+    /// The most it has had resident so far, in bytes (VmHWM of proc_pid_status(5)).
+    pub fn peak_bytes(&self) -> Result<u64> {
+        self.memory("VmHWM:")
+    }
+
+    fn memory(&self, field: &str) -> Result<u64> {
         let path = format!("/proc/{}/status", self.pid);
         let status = std::fs::read_to_string(&path).with_context(|| format!("could not read {path}"))?;
-        let line = status.lines().find_map(|line| line.strip_prefix("VmRSS:"));
+        let line = status.lines().find_map(|line| line.strip_prefix(field));
         let kib = line.and_then(|line| line.trim().strip_suffix(" kB")?.parse::<u64>().ok());
-        Ok(kib.with_context(|| format!("{path} has no VmRSS"))? * 1024)
+        Ok(kib.with_context(|| format!("{path} has no {field}"))? * 1024)
     }
 
     fn tail(&self) -> String {

@@ -198,13 +198,41 @@ impl Service {
         Ok(text)
     }
 
+    /// The Service, and core/v1 Endpoints with these endpoints: where the API has no `discovery.k8s.io/v1`.
+    pub fn yaml_with_endpoints(&self, endpoints: &[Endpoint]) -> Result<String> {
+        let (ready, not_ready): (Vec<&Endpoint>, Vec<&Endpoint>) =
+            endpoints.iter().partition(|endpoint| endpoint.fields["conditions"]["ready"] == true);
+        let addresses = |endpoints: &[&Endpoint]| -> Vec<Value> {
+            let address = |endpoint: &&Endpoint| json!({ "ip": endpoint.ip, "nodeName": endpoint.fields["nodeName"] });
+            endpoints.iter().map(address).collect()
+        };
+        let subsets = if endpoints.is_empty() {
+            json!([])
+        } else {
+            json!([{
+                "addresses": addresses(&ready),
+                "notReadyAddresses": addresses(&not_ready),
+                "ports": self.endpoint_ports(),
+            }])
+        };
+        let mut text = self.yaml()?;
+        text.push_str(&document(&json!({
+            "apiVersion": "v1",
+            "kind": "Endpoints",
+            "metadata": { "name": self.name, "namespace": self.namespace },
+            "subsets": subsets,
+        }))?);
+        Ok(text)
+    }
+
+    fn endpoint_ports(&self) -> Vec<Value> {
+        let port =
+            |port: &Port| json!({ "name": port.name, "protocol": protocol(port.transport), "port": port.target });
+        self.ports.iter().map(port).collect()
+    }
+
     /// One EndpointSlice of the Service, as YAML; `family` is `IPv4` or `IPv6`.
     pub fn slice(&self, name: &str, family: &str, endpoints: &[Endpoint]) -> Result<String> {
-        let ports: Vec<Value> = self
-            .ports
-            .iter()
-            .map(|port| json!({ "name": port.name, "protocol": protocol(port.transport), "port": port.target }))
-            .collect();
         let endpoints: Vec<&Value> = endpoints.iter().map(|endpoint| &endpoint.fields).collect();
         document(&json!({
             "apiVersion": "discovery.k8s.io/v1",
@@ -215,7 +243,7 @@ impl Service {
                 "labels": { "kubernetes.io/service-name": self.name },
             },
             "addressType": family,
-            "ports": ports,
+            "ports": self.endpoint_ports(),
             "endpoints": endpoints,
         }))
     }

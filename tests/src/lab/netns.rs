@@ -2,6 +2,7 @@
 
 use std::fs::File;
 use std::io::Write as _;
+use std::net::{SocketAddr, TcpListener};
 use std::os::fd::{AsFd, AsRawFd as _, BorrowedFd, OwnedFd};
 use std::process::{Command, Stdio};
 
@@ -44,13 +45,20 @@ impl Netns {
 
     /// Sets sysctls, given as paths below `/proc/sys/net`.
     pub(super) fn sysctl(&self, settings: &[(&str, &str)]) -> Result<()> {
-        on_a_thread(|| {
-            setns(&self.fd, CloneFlags::CLONE_NEWNET).context("could not enter a network namespace")?;
+        self.on_a_thread(|| {
             for (name, value) in settings {
                 let path = format!("/proc/sys/net/{name}");
                 std::fs::write(&path, value).with_context(|| format!("could not write {value} to {path}"))?;
             }
             Ok(())
+        })
+    }
+
+    /// Runs `work` inside, on a thread of its own.
+    pub(super) fn on_a_thread<T: Send>(&self, work: impl FnOnce() -> Result<T> + Send) -> Result<T> {
+        on_a_thread(|| {
+            setns(&self.fd, CloneFlags::CLONE_NEWNET).context("could not enter a network namespace")?;
+            work()
         })
     }
 
@@ -74,6 +82,12 @@ impl Netns {
         }
         let said = String::from_utf8_lossy(&output.stderr);
         bail!("`ip {}` failed: {}", failed_line(&said, batch), said.trim())
+    }
+
+    /// Opens a TCP listener inside; it stays there, whoever uses it.
+    pub(super) fn listen(&self, address: SocketAddr) -> Result<TcpListener> {
+        let failed = || format!("could not listen on {address} in a network namespace");
+        self.on_a_thread(|| TcpListener::bind(address).with_context(failed))
     }
 
     /// A path other processes can name the namespace by, while this one has it open.

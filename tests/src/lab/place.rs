@@ -14,6 +14,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context as _, Result, anyhow, bail, ensure};
 use nix::mount::{MntFlags, umount2};
 use nix::sched::{CloneFlags, setns, unshare};
+use nix::sys::prctl::set_no_new_privs;
 
 /// Where a child runs; what is `None` or empty it shares with the owner of the lab.
 #[derive(Debug, Clone, Copy, Default)]
@@ -28,22 +29,48 @@ pub(super) struct Place<'a> {
     pub(super) new_mount: bool,
     /// Mount points it does not see.
     pub(super) hidden: &'a [&'a Path],
-    /// Capabilities it can never have.
+    /// Capabilities that neither it nor what it runs can have.
     pub(super) without: &'a [Capability],
 }
 
 /// A capability a process can be run without; see capabilities(7).
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-#[repr(u8)]
-pub enum Capability {
+pub struct Capability(u8);
+
+impl Capability {
     /// CAP_NET_ADMIN
-    NetAdmin = 12,
+    pub const NET_ADMIN: Self = Self(12);
+    /// CAP_SYS_PTRACE
+    pub const SYS_PTRACE: Self = Self(19);
     /// CAP_SYS_ADMIN
-    SysAdmin = 21,
+    pub const SYS_ADMIN: Self = Self(21);
+    /// CAP_SYS_RESOURCE
+    pub const SYS_RESOURCE: Self = Self(24);
     /// CAP_PERFMON
-    Perfmon = 38,
+    pub const PERFMON: Self = Self(38);
     /// CAP_BPF
-    Bpf = 39,
+    pub const BPF: Self = Self(39);
+
+    /// All that this kernel knows but the named ones, named as in a pod's `securityContext`.
+    pub(super) fn all_but(names: &[String]) -> Result<Vec<Self>> {
+        let kept = names.iter().map(|name| Self::named(name)).collect::<Result<Vec<_>>>()?;
+        let path = "/proc/sys/kernel/cap_last_cap";
+        let last = std::fs::read_to_string(path).with_context(|| format!("could not read {path}"))?;
+        let last: u8 = last.trim().parse().with_context(|| format!("{path} holds no number"))?;
+        Ok((0..=last).map(Self).filter(|capability| !kept.contains(capability)).collect())
+    }
+
+    fn named(name: &str) -> Result<Self> {
+        Ok(match name {
+            "NET_ADMIN" => Self::NET_ADMIN,
+            "SYS_PTRACE" => Self::SYS_PTRACE,
+            "SYS_ADMIN" => Self::SYS_ADMIN,
+            "SYS_RESOURCE" => Self::SYS_RESOURCE,
+            "PERFMON" => Self::PERFMON,
+            "BPF" => Self::BPF,
+            other => bail!("the lab does not know the capability {other}"),
+        })
+    }
 }
 
 /// Has `command` run in `place`.
@@ -88,6 +115,10 @@ pub(super) fn enter(command: &mut Command, place: &Place<'_>) -> Result<()> {
         }
         for capability in &without {
             drop_capability(*capability)?;
+        }
+        if !without.is_empty() {
+            // What it runs shall not get them either, as with allowPrivilegeEscalation: false.
+            set_no_new_privs()?;
         }
         Ok(())
     };
@@ -153,7 +184,7 @@ fn drop_capability(capability: Capability) -> std::io::Result<()> {
     // _LINUX_CAPABILITY_VERSION_3 of <linux/capability.h>: two words per set.
     let mut header = Header { version: 0x2008_0522, pid: 0 };
     let mut data = [Data::default(); 2];
-    let number = capability as u8;
+    let Capability(number) = capability;
     // SAFETY: prctl reads its integer arguments only; capget and capset get pointers to a header and to the two data
     // records that version 3 means.
     unsafe {
@@ -190,14 +221,14 @@ mod tests {
         if !nix::unistd::geteuid().is_root() {
             return crate::lab::skip("dropping capabilities").unwrap();
         }
-        let without = [Capability::Bpf, Capability::SysAdmin];
+        let without = [Capability::BPF, Capability::SYS_ADMIN];
         let place = Place { without: &without, ..Place::default() };
         let out = run(&place, "cat", &["/proc/self/status"], crate::lab::DEADLINE).unwrap();
         let status = String::from_utf8(out.stdout).unwrap();
         let mask = status.lines().find_map(|line| line.strip_prefix("CapEff:")).unwrap().trim();
         let mask = u64::from_str_radix(mask, 16).unwrap();
-        let has = |capability: Capability| mask & (1 << capability as u8) != 0;
-        assert!(!has(Capability::Bpf) && !has(Capability::SysAdmin) && has(Capability::NetAdmin), "{mask:x}");
+        let has = |capability: Capability| mask & (1 << capability.0) != 0;
+        assert!(!has(Capability::BPF) && !has(Capability::SYS_ADMIN) && has(Capability::NET_ADMIN), "{mask:x}");
     }
 
     #[test]

@@ -3,7 +3,7 @@
 use std::fmt::Write as _;
 use std::fs::File;
 use std::io::{BufRead as _, BufReader};
-use std::net::IpAddr;
+use std::net::{IpAddr, SocketAddr, TcpListener};
 use std::os::fd::{AsFd as _, OwnedFd};
 use std::path::Path;
 use std::process::{Command, Stdio};
@@ -93,8 +93,10 @@ impl Site {
             netns.path(),
             site.bridge
         ))?;
+        // Without an address of its own a bridge takes the lowest of its ports, and changes it with each pod, which its
+        // neighbours learn half a minute later.
         let mut batch = String::from(
-            "link add cni0 type bridge forward_delay 0 mcast_snooping 0\nlink set cni0 up\nlink set eth0 up\n",
+            "link add cni0 address 02:00:00:00:00:01 type bridge forward_delay 0 mcast_snooping 0\nlink set cni0 up\nlink set eth0 up\n",
         );
         for subnet in &pod_subnets {
             add_address(&mut batch, *subnet, subnet.nth(1), "cni0");
@@ -153,6 +155,11 @@ impl Node {
     /// The cgroup of the node: its own processes are in `host` below it, its pods' in `pods/NAME`.
     pub fn cgroup(&self) -> &Path {
         &self.node.cgroup
+    }
+
+    /// Where this process finds a file that the node has at an absolute path.
+    pub fn file(&self, path: &str) -> std::path::PathBuf {
+        std::path::PathBuf::from(format!("/proc/{}/root{path}", self.node.pause))
     }
 
     /// The process that holds the node's mount and network namespaces.
@@ -220,6 +227,27 @@ impl Node {
         let what = format!("pod {name} on {}", node.name);
         let shell = Shell::start(&node.lab, &place, name, &what, &format!("{}.{name}", node.name))?;
         Ok(Pod::new(name, ips, shell, cgroup))
+    }
+
+    /// Runs `work` on a thread in the node's network namespace.
+    pub(super) fn on_a_thread<T: Send>(&self, work: impl FnOnce() -> Result<T> + Send) -> Result<T> {
+        self.node.netns.on_a_thread(work)
+    }
+
+    /// Opens a TCP listener of this process in the node's network namespace, such as on `127.0.0.1:10550`.
+    pub fn listen(&self, address: SocketAddr) -> Result<TcpListener> {
+        self.node.netns.listen(address)
+    }
+
+    /// Writes a file where the node's processes see it, below a `/run` that no other node has; in one step.
+    pub fn write_run_file(&self, name: &str, content: &[u8]) -> Result<()> {
+        let path = Path::new("/proc").join(self.node.pause.to_string()).join("root/run").join(name);
+        let draft = path.with_extension("draft");
+        let directory = path.parent().context("a file has no directory")?;
+        std::fs::create_dir_all(directory)
+            .and_then(|()| std::fs::write(&draft, content))
+            .and_then(|()| std::fs::rename(&draft, &path))
+            .with_context(|| format!("could not write {}", path.display()))
     }
 
     /// Sets a sysctl of the node, given as a path below `/proc/sys/net`.

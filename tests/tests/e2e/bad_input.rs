@@ -68,7 +68,7 @@ fn each_wrong_start_has_its_line_and_its_exit_code() -> Result<()> {
     assert_eq!(code, 78, "{line}");
     assert!(line.contains("/nonexistent"), "{line}");
 
-    let (code, line) = refuses(&node, |_| {}, |command| command.without(&[Capability::Bpf, Capability::SysAdmin]))?;
+    let (code, line) = refuses(&node, |_| {}, |command| command.without(&[Capability::BPF, Capability::SYS_ADMIN]))?;
     assert_eq!(code, 77, "{line}");
     assert!(line.contains("CAP_BPF"), "{line}");
 

@@ -223,8 +223,8 @@ fn probe_tells_what_the_kernel_offers_and_what_is_in_the_way() -> Result<()> {
     assert_eq!(left, [""; 0]);
 
     for (capabilities, words) in [
-        (&[Capability::Bpf, Capability::SysAdmin][..], "missing here: CAP_BPF"),
-        (&[Capability::Perfmon, Capability::SysAdmin][..], "CAP_PERFMON"),
+        (&[Capability::BPF, Capability::SYS_ADMIN][..], "missing here: CAP_BPF"),
+        (&[Capability::PERFMON, Capability::SYS_ADMIN][..], "CAP_PERFMON"),
     ] {
         let output = node.agent(&probe).without(capabilities).output(START)?;
         let text = String::from_utf8_lossy(&output.stdout).into_owned();

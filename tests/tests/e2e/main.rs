@@ -6,11 +6,13 @@ mod change;
 mod churn;
 mod cleanup;
 mod health;
+mod meta_server;
 mod outside;
 mod policy;
 mod restart;
 mod rules;
 mod sight;
+mod snapshot;
 mod translation;
 
 use std::{net::SocketAddr, time::Duration};

@@ -7,9 +7,14 @@ const TOOLS: [(&str, &str); 2] = [("ip", "iproute2"), ("nsenter", "util-linux")]
 /// Not on the PATH of every user, while the lab looks there.
 const SYSTEM: [&str; 3] = ["/usr/sbin", "/usr/bin", "/sbin"];
 
-/// The programs that are not here.
+/// The programs of the lab that are not here.
 pub(crate) fn missing() -> Vec<&'static str> {
-    TOOLS.iter().map(|(tool, _)| *tool).filter(|tool| locate(tool, env::var_os("PATH")).is_none()).collect()
+    missing_of(&TOOLS)
+}
+
+/// The programs, given with their packages, that are not here.
+pub(crate) fn missing_of(tools: &[(&'static str, &'static str)]) -> Vec<&'static str> {
+    tools.iter().map(|(tool, _)| *tool).filter(|tool| locate(tool, env::var_os("PATH")).is_none()).collect()
 }
 
 /// Whether there is an iptables, which only benchmarks compare with.
@@ -23,9 +28,14 @@ pub(crate) fn found() -> Vec<String> {
     paths.map(|path| path.display().to_string()).collect()
 }
 
-/// The packages that have `tools`.
+/// The packages that have some of the lab's programs.
 pub(crate) fn packages(tools: &[&str]) -> Vec<&'static str> {
-    TOOLS.iter().filter(|(tool, _)| tools.contains(tool)).map(|(_, package)| *package).collect()
+    packages_of(&TOOLS, tools)
+}
+
+/// The packages that have `wanted`, of programs given with their packages.
+pub(crate) fn packages_of(tools: &[(&'static str, &'static str)], wanted: &[&str]) -> Vec<&'static str> {
+    tools.iter().filter(|(tool, _)| wanted.contains(tool)).map(|(_, package)| *package).collect()
 }
 
 fn locate(tool: &str, path: Option<OsString>) -> Option<PathBuf> {

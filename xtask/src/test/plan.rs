@@ -11,11 +11,22 @@ pub(crate) enum Step {
     Build,
     Unit,
     E2e,
+    /// End-to-end tests against a Kubernetes API server.
+    Kubernetes,
     Doc,
 }
 
-const ALL: [Step; 8] =
-    [Step::Setup, Step::Fmt, Step::BuildEbpf, Step::Clippy, Step::Build, Step::Unit, Step::E2e, Step::Doc];
+const ALL: [Step; 9] = [
+    Step::Setup,
+    Step::Fmt,
+    Step::BuildEbpf,
+    Step::Clippy,
+    Step::Build,
+    Step::Unit,
+    Step::E2e,
+    Step::Kubernetes,
+    Step::Doc,
+];
 
 impl Step {
     pub(crate) fn name(self) -> &'static str {
@@ -27,6 +38,7 @@ impl Step {
             Self::Build => "build",
             Self::Unit => "unit",
             Self::E2e => "e2e",
+            Self::Kubernetes => "kubernetes",
             Self::Doc => "doc",
         }
     }
@@ -37,7 +49,7 @@ impl Step {
             Self::Setup | Self::Fmt | Self::Clippy | Self::Build | Self::Doc => &[],
             Self::BuildEbpf => &[Self::Setup],
             Self::Unit => &[Self::Build],
-            Self::E2e => &[Self::Setup, Self::BuildEbpf, Self::Build],
+            Self::E2e | Self::Kubernetes => &[Self::Setup, Self::BuildEbpf, Self::Build],
         }
     }
 }
@@ -54,10 +66,20 @@ impl Plan {
     /// `only` is the name of a step, or a part of the names of tests.
     pub(crate) fn new(only: Option<&str>) -> Self {
         let Some(only) = only else { return Self { steps: ALL.to_vec(), filter: None } };
-        let step = ALL.into_iter().find(|step| step.name() == only);
-        let wanted = step.map_or_else(|| vec![Step::Unit, Step::E2e], |step| vec![step]);
+        match ALL.into_iter().find(|step| step.name() == only) {
+            Some(step) => Self::of(&[step], None),
+            None => Self::of(&[Step::Unit, Step::E2e, Step::Kubernetes], Some(only)),
+        }
+    }
+
+    /// The end-to-end tests, or those whose names contain `filter`.
+    pub(crate) fn end_to_end(filter: Option<&str>) -> Self {
+        Self::of(&[Step::E2e, Step::Kubernetes], filter)
+    }
+
+    fn of(wanted: &[Step], filter: Option<&str>) -> Self {
         let steps = ALL.into_iter().filter(|step| wanted.iter().any(|w| w == step || w.needs().contains(step)));
-        Self { steps: steps.collect(), filter: step.is_none().then(|| only.to_owned()) }
+        Self { steps: steps.collect(), filter: filter.map(str::to_owned) }
     }
 }
 
@@ -96,7 +118,16 @@ mod tests {
     #[test]
     fn any_other_name_selects_tests_in_both_kinds() {
         let plan = Plan::new(Some("getpeername"));
-        assert_eq!(plan.steps, [Step::Setup, Step::BuildEbpf, Step::Build, Step::Unit, Step::E2e]);
+        let steps = [Step::Setup, Step::BuildEbpf, Step::Build, Step::Unit, Step::E2e, Step::Kubernetes];
+        assert_eq!(plan.steps, steps);
         assert_eq!(plan.filter.as_deref(), Some("getpeername"));
+    }
+
+    #[test]
+    fn end_to_end_tests_come_with_and_without_an_api_server() {
+        let plan = Plan::end_to_end(None);
+        assert_eq!(plan.steps, [Step::Setup, Step::BuildEbpf, Step::Build, Step::E2e, Step::Kubernetes]);
+        assert_eq!(plan.filter, None);
+        assert_eq!(Plan::end_to_end(Some("restart")).filter.as_deref(), Some("restart"));
     }
 }

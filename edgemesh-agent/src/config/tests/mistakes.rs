@@ -270,21 +270,14 @@ fn reads_what_yaml_leaves_to_taste() {
 
 #[test]
 fn says_how_to_give_a_source_where_there_is_none() {
-    let ways = "expected kubeAPIConfig.kubeConfig (or kubeAPIConfig.master), or kubeAPIConfig.staticDirectory, or to run in a \
-                pod of the cluster, with KUBERNETES_SERVICE_HOST set";
+    let ways = "expected it, or kubeAPIConfig.kubeConfig (or kubeAPIConfig.master), or kubeAPIConfig.staticDirectory, or \
+                kubeAPIConfig.source: metaServer";
     let cloud = Environment { kubernetes_port: true, kubernetes_service_host: false };
-    let cases = [
-        ("", NOWHERE, "f: ", "this is no pod of a cloud node, and KubeEdge's metaServer is not in this version"),
-        (
-            "kind: EdgeMeshAgent\nkubeAPIConfig: {metaServer: {server: https://127.0.0.1:10550}}",
-            NOWHERE,
-            "f:2: ",
-            "this is no pod of a cloud node, and KubeEdge's metaServer is not in this version",
-        ),
-        ("", cloud, "f: ", "KUBERNETES_PORT is set but KUBERNETES_SERVICE_HOST is not"),
-    ];
-    for (text, environment, place, reason) in cases {
+    for (text, environment, place) in
+        [("", cloud, "f: "), ("kind: EdgeMeshAgent\nkubeAPIConfig: {source: inCluster}", NOWHERE, "f:2: ")]
+    {
         let error = parse(text, "f", Leniency::Strict, &environment).unwrap_err().to_string();
+        let reason = "KUBERNETES_SERVICE_HOST is not set in this pod of the cluster";
         assert_eq!(error, format!("{place}kubeAPIConfig: no metadata source, as {reason}; {ways}"), "{text}");
     }
 }
@@ -293,6 +286,20 @@ fn says_how_to_give_a_source_where_there_is_none() {
 fn a_refused_source_is_no_missing_source() {
     let error = parse("kubeAPIConfig: {master: nowhere}", "f", Leniency::Strict, &NOWHERE).unwrap_err().to_string();
     assert!(error.starts_with("f:1: kubeAPIConfig.master: given") && !error.contains('\n'), "{error}");
+}
+
+#[test]
+fn refuses_a_source_beside_one_that_names_itself() {
+    let expected =
+        |key: &str| format!("agent.yaml:3: kubeAPIConfig.source: given together with {key}; expected one of the two");
+    for (other, key) in
+        [("master: https://m", "kubeAPIConfig.master"), ("staticDirectory: /m", "kubeAPIConfig.staticDirectory")]
+    {
+        let text = format!("kubeAPIConfig:\n  {other}\n  source: metaServer\n");
+        assert_eq!(refused(&text), [expected(key)]);
+    }
+    let lines = refused("kubeAPIConfig: {source: edge}");
+    assert!(lines[0].ends_with("expected auto, inCluster or metaServer") && lines.len() == 1, "{lines:?}");
 }
 
 #[test]

@@ -63,3 +63,84 @@ async fn outside_of_a_pod_the_in_cluster_source_says_what_to_do() {
     assert!(error.starts_with("cannot use the pod's ServiceAccount: "), "{error}");
     assert!(error.contains("automountServiceAccountToken"), "{error}");
 }
+
+#[tokio::test]
+async fn a_changed_kubeconfig_is_used_and_a_broken_one_leaves_the_last_good_client() {
+    let _installed_before = rustls::crypto::aws_lc_rs::default_provider().install_default();
+    let directory = tempfile::tempdir().unwrap();
+    let path = directory.path().join("kubeconfig");
+    let server = |port: u16| format!("server: 'http://127.0.0.1:{port}'");
+    // Replaced as a careful writer does, so that no half of it is seen.
+    let replace = |text: &str| {
+        fs::write(path.with_extension("new"), text).unwrap();
+        fs::rename(path.with_extension("new"), &path).unwrap();
+    };
+    let (first, second) = (Listener::bind().await, Listener::bind().await);
+    replace(&kubeconfig_text(&server(first.port()), "token: one"));
+    let api = kubeconfig(Some(&path), None).unwrap();
+    assert!(first.hears(&api).await.contains("authorization: Bearer one"));
+
+    replace("clusters: [");
+    let (_, problem) = api.client();
+    assert!(problem.unwrap().contains("failed to parse kubeconfig YAML"));
+    assert!(first.hears(&api).await.contains("authorization: Bearer one"), "the last good one stays");
+
+    // A kubeconfig that comes before the file it names.
+    let token = directory.path().join("token");
+    replace(&kubeconfig_text(&server(second.port()), "client-certificate: token, client-key: token, token: two"));
+    assert!(api.client().1.unwrap().contains("failed to read file"));
+    replace(&kubeconfig_text(&server(second.port()), "tokenFile: token"));
+    assert!(api.client().1.unwrap().contains("token"));
+    fs::write(&token, "two").unwrap();
+    assert_eq!(api.client().1, None);
+    assert!(second.hears(&api).await.contains("authorization: Bearer two"));
+}
+
+#[tokio::test]
+async fn a_token_in_a_file_is_read_anew_as_soon_as_it_changes() {
+    let _installed_before = rustls::crypto::aws_lc_rs::default_provider().install_default();
+    let directory = tempfile::tempdir().unwrap();
+    let (path, token) = (directory.path().join("kubeconfig"), directory.path().join("token"));
+    let listener = Listener::bind().await;
+    fs::write(&token, "first").unwrap();
+    let server = format!("server: 'http://127.0.0.1:{}'", listener.port());
+    fs::write(&path, kubeconfig_text(&server, "tokenFile: token")).unwrap();
+    let api = kubeconfig(Some(&path), None).unwrap();
+    assert!(listener.hears(&api).await.contains("authorization: Bearer first"));
+    fs::write(&token, "the second").unwrap();
+    assert!(listener.hears(&api).await.contains("authorization: Bearer the second"));
+}
+
+/// Hears what clients say, and answers nothing.
+struct Listener(tokio::net::TcpListener);
+
+impl Listener {
+    async fn bind() -> Self {
+        Self(tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap())
+    }
+
+    fn port(&self) -> u16 {
+        self.0.local_addr().unwrap().port()
+    }
+
+    /// The head of one request of a client.
+    async fn hears(&self, api: &ApiServer) -> String {
+        use tokio::io::AsyncReadExt as _;
+
+        let (client, _) = api.client();
+        let request = client.apiserver_version();
+        let hearing = async {
+            let (mut connection, _) = self.0.accept().await.unwrap();
+            let mut heard = Vec::new();
+            while !heard.ends_with(b"\r\n\r\n") {
+                heard.push(connection.read_u8().await.unwrap());
+            }
+            String::from_utf8(heard).unwrap()
+        };
+        tokio::select! {
+            heard = hearing => heard,
+            answer = request => panic!("answered by nobody: {answer:?}"),
+            () = tokio::time::sleep(Duration::from_secs(20)) => panic!("nothing was heard"),
+        }
+    }
+}

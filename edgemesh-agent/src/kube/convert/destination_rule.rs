@@ -125,7 +125,7 @@ impl Reader {
         }
         if self.left_out.1 > 0 {
             let field = format!("{} more", self.left_out.1).into();
-            ignored.push(Ignored { field, why: UNSUPPORTED });
+            ignored.push(Ignored { field, why: UNSUPPORTED.into() });
         }
         (ignored, faults)
     }
@@ -140,7 +140,7 @@ impl Reader {
 
     fn ignore(&mut self, field: String, why: &'static str) {
         if self.ignored.len() < MAX_REPORTED {
-            self.ignored.push(Ignored { field: field.into(), why });
+            self.ignored.push(Ignored { field: field.into(), why: why.into() });
         } else {
             self.left_out.1 += 1;
         }

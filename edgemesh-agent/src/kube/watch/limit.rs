@@ -9,7 +9,7 @@ use tokio::{
 
 /// Lets `burst` requests through at once, and `qps` a second in the long run.
 #[derive(Debug)]
-pub(super) struct Limiter {
+pub(in crate::kube) struct Limiter {
     interval: Duration,
     allowance: Duration,
     /// When the next request would be due if all kept to `interval` (the generic cell rate algorithm).
@@ -18,13 +18,13 @@ pub(super) struct Limiter {
 
 impl Limiter {
     /// A `qps` or `burst` of 0 counts as 1: a source that may not ask is none.
-    pub(super) fn new(qps: u32, burst: u32) -> Self {
+    pub(in crate::kube) fn new(qps: u32, burst: u32) -> Self {
         let interval = Duration::from_secs(1) / qps.max(1);
         Self { interval, allowance: interval * burst.max(1), due: Mutex::new(Instant::now()) }
     }
 
     /// Resolves when a request may be sent.
-    pub(super) async fn permit(&self) {
+    pub(in crate::kube) async fn permit(&self) {
         let at = {
             let mut due = self.due.lock().await;
             let now = Instant::now();

@@ -4,11 +4,10 @@ use std::time::{Duration, Instant};
 
 use hyper::Request;
 use k8s_openapi::apimachinery::pkg::apis::meta::v1 as meta;
-use kube::runtime::watcher::DefaultBackoff;
 use tokio::time::sleep;
 use tracing::{debug, info};
 
-use super::{Closed, Failure, Meaning, Session, Source, bounded, pause};
+use super::{Closed, Failure, Meaning, Pauses, Session, Source, bounded};
 use crate::{
     kube::convert::destination_rule::{DestinationRule, GROUP, PLURAL, VERSIONS},
     model::{Event, Kind},
@@ -23,15 +22,16 @@ const SEARCH: Duration = Duration::from_millis(50);
 impl Source {
     /// Follows the rules in whatever version they are served; a server without them is nothing to complain about.
     pub(super) async fn destination_rules(&self) -> Result<(), Closed> {
-        let mut backoff = DefaultBackoff::default();
-        let (mut followed, mut missed) = (false, false);
+        let mut pauses = Pauses::default();
+        // To begin with there may be rules that a snapshot holds.
+        let (mut known, mut missed) = (true, false);
         loop {
             if let Some(version) = self.rule_version().await? {
                 info!(version, "the API server serves DestinationRules");
-                (followed, missed) = (true, false);
-                Session::<DestinationRule>::new(self, Kind::DestinationRule, &version, None).follow().await?;
+                (known, missed) = (true, false);
+                Session::<DestinationRule>::new(self, Kind::DestinationRule, version, None).follow().await?;
                 // One that says in one place what it denies in another must not be asked in a tight loop.
-                pause(&mut backoff).await;
+                sleep(pauses.next()).await;
                 continue;
             }
             // What was wrong with them before no longer matters.
@@ -39,11 +39,11 @@ impl Source {
             self.listed(Kind::DestinationRule).await?;
             // A server that is starting may not know its custom resources yet (kubernetes/kubernetes#115241): only one
             // that says so again is believed.
-            if followed && missed {
-                info!("the API server serves no DestinationRules any more");
+            if known && missed {
+                info!("the API server serves no DestinationRules");
                 self.state.count(Kind::DestinationRule, 0);
                 self.events.send(Event::Replace(Kind::DestinationRule, Vec::new()), Instant::now()).await?;
-                followed = false;
+                known = false;
             }
             missed = true;
             sleep(SEARCH).await;
@@ -52,7 +52,7 @@ impl Source {
 
     /// The best version in which the server has rules, if any; asks until it is answered.
     async fn rule_version(&self) -> Result<Option<&'static str>, Closed> {
-        let mut backoff = DefaultBackoff::default();
+        let mut pauses = Pauses::default();
         loop {
             let failure = match self.ask_for_rules().await {
                 Ok(version) => {
@@ -67,7 +67,7 @@ impl Source {
                 // As for Nodes: what is refused may stay so.
                 self.listed(Kind::DestinationRule).await?;
             }
-            pause(&mut backoff).await;
+            self.pause(&mut pauses, failure.meaning()).await;
         }
     }
 
@@ -92,7 +92,7 @@ impl Source {
     async fn discover<T: serde::de::DeserializeOwned>(&self, path: &str) -> Result<Option<T>, Failure> {
         let request = Request::get(format!("/apis/{path}")).body(Vec::new()).map_err(kube::Error::HttpError)?;
         self.limiter.permit().await;
-        match bounded(self.client.request::<T>(request)).await {
+        match bounded(self.client().request::<T>(request)).await {
             Ok(answer) => Ok(Some(answer)),
             Err(failure) if failure.meaning() == Meaning::NotServed => Ok(None),
             Err(failure) => Err(failure),

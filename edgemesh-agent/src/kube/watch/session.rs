@@ -12,13 +12,12 @@ use futures::StreamExt;
 use kube::{
     Api, Resource, ResourceExt,
     api::{ListParams, WatchEvent, WatchParams},
-    runtime::watcher::DefaultBackoff,
 };
 use serde::de::DeserializeOwned;
-use tokio::time::{Instant, timeout};
+use tokio::time::{Instant, sleep, timeout};
 use tracing::{debug, info};
 
-use super::{ANSWER, Failure, Meaning, Source, bounded, pause, reset};
+use super::{ANSWER, Failure, Meaning, Pauses, Source, bounded};
 use crate::{
     kube::{
         convert::{Convert, ConvertError},
@@ -42,9 +41,10 @@ const WATCH_IDLE: Duration = Duration::from_secs(WATCH_SECONDS as u64 + 15);
 const WATCH_MINIMUM: Duration = Duration::from_secs(1);
 
 /// Follows all objects of one kind.
-pub(super) struct Session<'a, K> {
+pub(super) struct Session<'a, K: Resource> {
     source: &'a Source,
-    api: Api<K>,
+    /// Which version of the resource, where it has several.
+    api: K::DynamicType,
     kind: Kind,
     resource: String,
     /// The kind that is not watched because this one is.
@@ -71,11 +71,10 @@ impl<'a, K> Session<'a, K>
 where
     K: Resource + Convert + Clone + Debug + DeserializeOwned + Send + 'static,
 {
-    pub(super) fn new(source: &'a Source, kind: Kind, api: &K::DynamicType, instead_of: Option<Kind>) -> Self {
-        let group = K::group(api);
+    pub(super) fn new(source: &'a Source, kind: Kind, api: K::DynamicType, instead_of: Option<Kind>) -> Self {
+        let group = K::group(&api);
         let dot = if group.is_empty() { "" } else { "." };
-        let resource = format!("{}{dot}{group}", K::plural(api));
-        let api = Api::all_with(source.client.clone(), api);
+        let resource = format!("{}{dot}{group}", K::plural(&api));
         Self { source, api, kind, resource, instead_of, delivered: HashSet::new(), invalid: BTreeSet::new() }
     }
 
@@ -85,7 +84,7 @@ where
     ///
     /// The receiver of events is gone.
     pub(super) async fn follow(mut self) -> Result<(), Closed> {
-        let mut backoff = DefaultBackoff::default();
+        let mut pauses = Pauses::default();
         let mut version = None;
         let (mut in_vain, mut expired) = (false, false);
         loop {
@@ -103,12 +102,12 @@ where
                         // One may have been bad luck. More are a server that ends every watch, which must not make
                         // this a tight loop.
                         if in_vain {
-                            pause(&mut backoff).await;
+                            sleep(pauses.next()).await;
                         }
                         in_vain = true;
                     } else if watched {
                         (in_vain, expired) = (false, false);
-                        reset(&mut backoff);
+                        pauses.reset();
                     }
                 }
                 Err(Trouble::Closed) => return Err(Closed),
@@ -120,7 +119,7 @@ where
                             version = None;
                             // Usual after a long absence, whose long pauses must not delay the list any further.
                             if !std::mem::replace(&mut expired, true) {
-                                reset(&mut backoff);
+                                pauses.reset();
                                 continue;
                             }
                         }
@@ -128,9 +127,6 @@ where
                             // Custom resources come and go; that Kubernetes' own are missing is a fault.
                             if self.kind != Kind::DestinationRule {
                                 self.source.failed(verb, &self.resource, &failure);
-                            }
-                            for subject in &self.invalid {
-                                self.source.conditions.clear(INVALID, subject);
                             }
                             self.go_without().await?;
                             return Ok(());
@@ -141,7 +137,7 @@ where
                         }
                         Meaning::Unreachable => self.source.failed(verb, &self.resource, &failure),
                     }
-                    pause(&mut backoff).await;
+                    self.source.pause(&mut pauses, failure.meaning()).await;
                 }
             }
         }
@@ -155,6 +151,10 @@ where
         }
     }
 
+    fn api(&self) -> Api<K> {
+        Api::all_with(self.source.client(), &self.api)
+    }
+
     /// Gives the version from which to watch.
     async fn list(&mut self) -> Result<String, Trouble> {
         let failed = |failure| Trouble::Request { failure, resume: None };
@@ -163,7 +163,7 @@ where
             let mut params = ListParams::default().limit(PAGE);
             params.continue_token = token;
             self.source.limiter.permit().await;
-            let page = bounded(self.api.list(&params)).await.map_err(failed)?;
+            let page = bounded(self.api().list(&params)).await.map_err(failed)?;
             self.source.answered();
             for item in page.items {
                 let (object, problem) = convert(&item, self.kind);
@@ -190,6 +190,7 @@ where
         }
         self.delivered = objects.iter().map(|object| fingerprint(object.name())).collect();
         self.source.state.count(self.kind, objects.len());
+        self.source.state.synced(SystemTime::now());
         self.send(Event::Replace(self.kind, objects)).await?;
         if let Some(other) = self.instead_of {
             self.source.state.count(other, 0);
@@ -203,7 +204,7 @@ where
     async fn watch(&mut self, mut version: String) -> Result<String, Trouble> {
         let params = WatchParams::default().timeout(WATCH_SECONDS);
         self.source.limiter.permit().await;
-        let stream = bounded(self.api.watch(&params, &version)).await;
+        let stream = bounded(self.api().watch(&params, &version)).await;
         let failed = |failure, version: String| Trouble::Request { failure, resume: Some(version) };
         let stream = match stream {
             Ok(stream) => stream,
@@ -291,8 +292,20 @@ where
     }
 }
 
+impl<K: Resource> Drop for Session<'_, K> {
+    fn drop(&mut self) {
+        // Whoever follows the kind next finds out anew.
+        for subject in &self.invalid {
+            self.source.conditions.clear(INVALID, subject);
+        }
+    }
+}
+
 /// The object as far as it can be used, and the subject and text of what is wrong with it.
-fn convert<K: Convert + ResourceExt>(item: &K, kind: Kind) -> (Option<Object>, Option<(String, String)>) {
+pub(in crate::kube) fn convert<K: Convert + ResourceExt>(
+    item: &K,
+    kind: Kind,
+) -> (Option<Object>, Option<(String, String)>) {
     match item.convert() {
         Ok(converted) => {
             let faults: Vec<String> = converted.faults.iter().map(ToString::to_string).collect();

@@ -194,7 +194,7 @@ fn endpoints_of(service: &Service, port: &ServicePort, around: &mut Surroundings
 /// The place with the zone of its node, where it names none itself: core/v1 Endpoints never do.
 fn in_zone(place: &Arc<Place>, vantage: &Vantage<'_>, places: &mut Shared<Place>) -> Arc<Place> {
     let node = place.node.as_deref().filter(|_| place.zone.is_none()).and_then(|name| vantage.nodes.get(name));
-    match node.and_then(Node::zone) {
+    match node.and_then(|node| node.zone()) {
         None => Arc::clone(place),
         Some(zone) => {
             let mut place = Arc::new(Place { zone: Some(zone.into()), ..Place::clone(place) });

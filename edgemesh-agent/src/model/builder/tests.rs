@@ -255,7 +255,7 @@ fn any_event() -> impl Strategy<Value = Event> {
                 rule.balance = Balance::SourceIp;
             }
             if too_much {
-                rule.ignored = vec![Ignored { field: "spec.x".into(), why: "not supported" }];
+                rule.ignored = vec![Ignored { field: "spec.x".into(), why: "not supported".into() }];
             }
             Object::DestinationRule(rule.into())
         });
@@ -306,7 +306,7 @@ proptest! {
         }
         incremental.build();
         let mut fresh = Builder::new(ServiceFilter::UnlabelledOnly, "edge1");
-        fresh.apply(Event::Replace(Kind::Node, incremental.nodes.values().cloned().map(|node| Object::Node(node.into())).collect()));
+        fresh.apply(Event::Replace(Kind::Node, incremental.nodes.values().cloned().map(Object::Node).collect()));
         fresh.apply(Event::Replace(
             Kind::Service,
             incremental.services.values().map(|service| Object::Service(Arc::clone(service))).collect(),
@@ -316,7 +316,7 @@ proptest! {
             incremental.slices.by_service.values().flatten().cloned().map(Object::EndpointSlice).collect(),
         ));
         for rule in incremental.rules.values() {
-            fresh.apply(Event::Apply(Object::DestinationRule(rule.clone().into())));
+            fresh.apply(Event::Apply(Object::DestinationRule(Arc::clone(rule))));
         }
         fresh.build();
         prop_assert_eq!(&incremental.table.services, &fresh.table.services);

@@ -25,7 +25,7 @@ fn node(name: &str, labels: &[(&str, &str)]) -> Node {
 }
 
 fn nodes(list: &[Node]) -> Nodes {
-    list.iter().map(|node| (std::sync::Arc::clone(&node.name.name), node.clone())).collect()
+    list.iter().map(|node| (Arc::clone(&node.name.name), Arc::new(node.clone()))).collect()
 }
 
 /// Ready, and nowhere in particular.

@@ -196,7 +196,7 @@ fn only_the_services_a_rule_matches_are_resolved_again() {
 #[test]
 fn what_a_rule_asks_for_in_vain_is_noted_where_it_counts_and_nowhere_else() {
     let mut greedy = rule("default/web");
-    greedy.ignored = vec![Ignored { field: "spec.trafficPolicy.tls".into(), why: "not supported" }];
+    greedy.ignored = vec![Ignored { field: "spec.trafficPolicy.tls".into(), why: "not supported".into() }];
     let greedy_for = |host: &str| DestinationRule { host: Some(name(host)), ..greedy.clone() };
     let headless = Service { kind: ServiceKind::Headless, cluster_ips: vec![], ..service("headless", &[]) };
     let mut builder = builder([put(web()), put(service("api", &["10.96.0.2"])), put(headless)]);
