@@ -109,7 +109,10 @@ async fn build_on(
     let snapshot = config.common.metadata_snapshot.as_deref().filter(|_| !is_static);
     let snapshot = snapshot.map(|path| {
         let (url, state) = (source.status().source, source.clone());
-        let source = snapshot::Source { url, connected: Box::new(move || state.status().answers()) };
+        let source = snapshot::Source {
+            url,
+            connected: Box::new(move || state.status().health == kube::SourceHealth::Connected),
+        };
         Snapshot::open(path, source, node, conditions.clone())
     });
     let snapshot_state = snapshot.as_ref().map(Snapshot::state);
