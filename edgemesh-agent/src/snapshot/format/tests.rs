@@ -12,8 +12,10 @@ use crate::model::{
     ProxyLabels, Service, ServiceKind, ServicePort, SessionAffinity, Subset, TrafficDistribution, TrafficPolicy,
 };
 
-/// Written by version 1 of the format: it is never to change, and always to be read.
-const GOLDEN: &[u8] = include_bytes!("golden-v1.snapshot");
+/// Written by this version of the format.
+const GOLDEN: &[u8] = include_bytes!("golden-v2.snapshot");
+/// Written by version 1: it is never to change, and always to be read.
+const GOLDEN_1: &[u8] = include_bytes!("golden-v1.snapshot");
 
 fn written(contents: &Contents) -> Vec<u8> {
     let mut bytes = Vec::new();
@@ -61,15 +63,16 @@ fn everything() -> Contents {
         ..Service::new(name("plain"), ServiceKind::ClusterIp)
     };
     let others = [ServiceKind::Headless, ServiceKind::NodePort, ServiceKind::ExternalName].map(|kind| {
-        Object::Service(
-            Service::new(NamespacedName::new("kube-system", format!("{kind:?}").to_lowercase()), kind).into(),
-        )
+        let name = NamespacedName::new("kube-system", format!("{kind:?}").to_lowercase());
+        let external_name = (kind == ServiceKind::ExternalName).then(|| "www.example.org".into());
+        Object::Service(Service { external_name, ..Service::new(name, kind) }.into())
     });
     let place = Place {
         node: Some("edge1".into()),
         zone: Some("z\u{fc}rich \"1\"".into()),
         for_zones: ["a".into(), "b".into()].into(),
         for_nodes: ["edge1".into()].into(),
+        hostname: Some("full-0".into()),
     };
     let endpoint = |ip: &str, place: &Place, [ready, serving, terminating]: [bool; 3]| Endpoint {
         address: ip.parse().unwrap(),
@@ -134,15 +137,33 @@ fn the_format_is_what_it_always_was() {
 }
 
 #[test]
+fn what_version_1_did_not_know_is_absent() {
+    let mut expected = everything();
+    for object in expected.sections.iter_mut().flat_map(|section| &mut section.objects) {
+        match object {
+            Object::Service(service) => Arc::make_mut(service).external_name = None,
+            Object::EndpointSlice(set) | Object::Endpoints(set) => {
+                let subsets = &mut Arc::make_mut(set).subsets;
+                for endpoint in subsets.iter_mut().flat_map(|subset| &mut subset.endpoints) {
+                    Arc::make_mut(&mut endpoint.place).hostname = None;
+                }
+            }
+            Object::Node(_) | Object::DestinationRule(_) => {}
+        }
+    }
+    assert_eq!(read(GOLDEN_1).unwrap(), expected);
+}
+
+#[test]
 fn what_is_no_snapshot_is_told_apart() {
     let refusal = |bytes: &[u8]| read(bytes).unwrap_err().to_string();
     assert_eq!(refusal(b""), "it ends too early");
     assert_eq!(refusal(b"apiVersion: v1\n"), "it is no snapshot of an edgemesh-agent");
     assert_eq!(refusal(b"\xff\xfe\n"), "it is no snapshot of an edgemesh-agent");
     assert_eq!(refusal(&[0; 4096]), "it is damaged: line 1 is too long");
-    let newer = "it has version 2 of the format, and this agent knows no later one than 1";
-    assert_eq!(refusal(b"edgemesh-metadata-snapshot 2\nanything"), newer);
-    for version in ["0", "01", "", "+1", "-1", "1 ", "one", "18446744073709551616"] {
+    let newer = "it has version 3 of the format, and this agent knows no later one than 2";
+    assert_eq!(refusal(b"edgemesh-metadata-snapshot 3\nanything"), newer);
+    for version in ["0", "01", "02", "", "+1", "-1", "1 ", "one", "18446744073709551616"] {
         let text = format!("edgemesh-metadata-snapshot {version}\n");
         assert_eq!(refusal(text.as_bytes()), "it is damaged: its version is none", "{version:?}");
     }
@@ -154,7 +175,7 @@ fn what_is_no_snapshot_is_told_apart() {
 #[test]
 fn a_file_that_says_how_much_is_to_come_is_not_believed() {
     let head = r#"{"of":{"source":"s","node":"n"},"taken":1,"sections":[{"kind":"Service","as_of":1,"objects":18446744073709551615}]}"#;
-    let text = format!("edgemesh-metadata-snapshot 1\n{head}\n");
+    let text = format!("edgemesh-metadata-snapshot 2\n{head}\n");
     assert_eq!(read(text.as_bytes()).unwrap_err().to_string(), "it ends too early");
 }
 
@@ -227,9 +248,10 @@ fn a_service() -> impl Strategy<Value = Object> {
     (
         (a_name(), kind, [addresses(), addresses(), addresses()], option::of(vec(prefix, 0..3))),
         (vec(port, 0..3), affinity, a_policy(), a_policy(), distribution),
-        (vec(a_text(), 0..3), any::<[bool; 4]>()),
+        (vec(a_text(), 0..3), any::<[bool; 4]>(), option::of(a_text())),
     )
-        .prop_map(|(a, b, (topology_keys, [within_node_group, publish_not_ready, edgemesh, standard]))| {
+        .prop_map(|(a, b, (topology_keys, flags, external_name))| {
+            let [within_node_group, publish_not_ready, edgemesh, standard] = flags;
             let (name, kind, [cluster_ips, external_ips, load_balancer_ips], source_ranges) = a;
             let (ports, affinity, internal_policy, external_policy, distribution) = b;
             let service = Service {
@@ -247,6 +269,7 @@ fn a_service() -> impl Strategy<Value = Object> {
                 within_node_group,
                 topology_keys,
                 publish_not_ready,
+                external_name,
                 proxy_labels: ProxyLabels { edgemesh, standard },
             };
             Object::Service(service.into())
@@ -255,8 +278,8 @@ fn a_service() -> impl Strategy<Value = Object> {
 
 fn a_set() -> impl Strategy<Value = Arc<EndpointSet>> {
     let texts = || vec(a_text(), 0..3).prop_map(Vec::into_boxed_slice);
-    let place = (option::of(a_text()), option::of(a_text()), texts(), texts())
-        .prop_map(|(node, zone, for_zones, for_nodes)| Place { node, zone, for_zones, for_nodes });
+    let place = (option::of(a_text()), option::of(a_text()), texts(), texts(), option::of(a_text()))
+        .prop_map(|(node, zone, for_zones, for_nodes, hostname)| Place { node, zone, for_zones, for_nodes, hostname });
     let endpoint = (any::<IpAddr>(), any::<[bool; 3]>(), place).prop_map(|(address, [a, b, c], place)| Endpoint {
         address,
         ready: a,
