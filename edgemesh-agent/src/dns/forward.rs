@@ -5,28 +5,61 @@
 //! `routes`, how good an upstream is in `upstream`, how one is spoken to in `exchange`, when the next is asked in
 //! `flight`; `cache` and `message` know no IO and no clock.
 
+mod cache;
+mod exchange;
+mod flight;
+mod follow;
 mod message;
+mod probe;
 mod question;
+mod resolv_conf;
+mod routes;
+mod upstream;
 
 use std::{
+    collections::HashMap,
+    hash::{BuildHasher as _, RandomState},
     net::SocketAddr,
     path::PathBuf,
-    sync::Arc,
+    sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock},
     time::{Duration, Instant},
 };
 
 use serde::Serialize;
-use tokio::sync::watch;
+use tokio::{
+    sync::{Notify, OwnedSemaphorePermit, Semaphore, mpsc, watch},
+    time::timeout_at,
+};
 
-use self::message::{Extended, Message, NXDOMAIN};
+use self::{
+    cache::{Bounds, Cache, Hit},
+    flight::{Outcome, Race},
+    message::{Extended, Message, NXDOMAIN},
+    routes::Routes,
+};
 pub use self::{
     message::{ClientView, TtlLimits},
     question::Question,
 };
 use crate::{conditions::Conditions, lifecycle::Tasks, model::ServiceTable};
 
-/// The longest that a question takes.
+/// The longest that a question takes: most clients ask again after 5 s.
 pub const DEADLINE: Duration = Duration::from_secs(4);
+/// The same while the upstreams of the name are known to be silent.
+const DEADLINE_OF_SILENT: Duration = Duration::from_millis(1500);
+/// Whoever waits for an answer gets a stale one, if there is one, after as long (RFC 8767 section 5 suggests less than 1.8 s).
+pub const STALE_AFTER: Duration = Duration::from_secs(1);
+
+/// How many questions are on their way at most …
+const FLIGHTS: usize = 512;
+/// … with how many sockets …
+const SOCKETS: usize = 512;
+/// … and how many of them for nobody.
+const REFRESHES: usize = 32;
+const REFRESH_QUEUE: usize = 256;
+/// The cache is in parts, each with a lock of its own, unless it is small.
+const MOST_SHARDS: usize = 16;
+const LEAST_SHARD: usize = 512;
 
 /// TTL of records that are past their own (RFC 8767 section 4).
 const STALE_TTL: u32 = 30;
@@ -172,44 +205,227 @@ pub struct Reply {
 #[derive(Debug)]
 struct Inner {
     settings: Settings,
+    /// By hash of the question.
+    shards: Box<[Mutex<Cache>]>,
+    hashes: RandomState,
+    routes: RwLock<Arc<Routes>>,
+    /// Questions on their way; each is asked once for all who wait for it. That also ends the loop of an upstream that asks
+    /// us back: its question is on its way already.
+    flights: Mutex<HashMap<Question, watch::Receiver<Option<Reply>>>>,
+    sockets: Arc<Semaphore>,
+    /// Questions to be asked again though nobody waits.
+    refresh: mpsc::Sender<Question>,
+    /// An upstream has fallen silent, or upstreams have changed.
+    look_after: Notify,
+    conditions: Conditions,
+    tasks: Tasks,
 }
 
 impl Forwarder {
-    /// Starts to follow its upstreams, as a task of `tasks`; `tables` is what `cacheDNS` finds the cluster's DNS in.
+    /// Starts to follow its upstreams, as tasks of `tasks`; `tables` is what `cacheDNS` finds the cluster's DNS in.
     ///
-    /// Nothing is waited for: before the first upstream is known, questions that need one are answered with SERVFAIL.
+    /// Nothing is waited for: as long as no upstream is known, questions are answered from the cache or with SERVFAIL.
     pub fn start(
         settings: Settings,
         tables: watch::Receiver<Arc<ServiceTable>>,
         conditions: Conditions,
         tasks: &Tasks,
     ) -> Self {
-        drop((tables, conditions, tasks.stopping()));
-        Self(Arc::new(Inner { settings }))
+        let count = (settings.cache.max_entries / LEAST_SHARD).clamp(1, MOST_SHARDS);
+        let bounds = Bounds {
+            entries: settings.cache.max_entries / count,
+            bytes: settings.cache.max_bytes / count,
+            stale: settings.cache.stale,
+        };
+        let (refresh, refreshes) = mpsc::channel(REFRESH_QUEUE);
+        let forwarder = Self(Arc::new(Inner {
+            shards: (0..count).map(|_| Mutex::new(Cache::new(bounds))).collect(),
+            hashes: RandomState::new(),
+            routes: RwLock::new(Arc::new(Routes::new(&settings.stub_domains, &settings.own))),
+            flights: Mutex::default(),
+            sockets: Arc::new(Semaphore::new(SOCKETS)),
+            refresh,
+            look_after: Notify::new(),
+            conditions,
+            tasks: tasks.clone(),
+            settings,
+        }));
+        let follow = follow::Follow::new(forwarder.clone(), tables);
+        forwarder.spawn(follow.run());
+        forwarder.spawn(forwarder.clone().refresh(refreshes));
+        forwarder.spawn(probe::run(forwarder.clone()));
+        forwarder
     }
 
     /// The answer if the cache has one that may be given now: without waiting, and without an allocation.
+    ///
+    /// It is a stale one where asking would be in vain: the upstreams of the name were silent when they were last asked,
+    /// or could not answer just this a moment ago.
     pub fn cached(&self, question: &Question, now: Instant) -> Option<Reply> {
-        let _ = (question, now, &self.0.settings);
-        None
+        let hit = self.shard(question).get(question, now, || self.routes().group(question.name()).is_silent())?;
+        if hit.refresh {
+            // Where there is much to refresh, it is not urgent.
+            let _full = self.0.refresh.try_send(*question);
+        }
+        Some(Reply::of(hit))
     }
 
-    /// Asks upstreams, or waits with others for the answer to the same question. Takes at most [`DEADLINE`]; it never
-    /// fails, as SERVFAIL is an answer too.
+    /// Asks upstreams, or waits with others for the answer to the same question. Takes at most [`DEADLINE`], and not longer
+    /// than [`STALE_AFTER`] where there is a stale answer; it never fails, as SERVFAIL is an answer too.
+    ///
+    /// `now` is when the client asked. To be called when [`Forwarder::cached`] has nothing.
     pub async fn resolve(&self, question: &Question, now: Instant) -> Reply {
-        tokio::task::yield_now().await;
-        Reply { message: Arc::new(Message::failure(question)), since: now, stale: false, source: Source::None }
+        let patience = if self.shard(question).has_last_resort(question, now) { STALE_AFTER } else { DEADLINE };
+        let answered = async {
+            let mut answer = self.join(question, None)?;
+            answer.wait_for(Option::is_some).await.ok()?.clone()
+        };
+        match timeout_at((now + patience).into(), answered).await {
+            Ok(Some(reply)) => return reply,
+            Ok(None) => {}
+            Err(_elapsed) => self.shard(question).note_failure(question, now + patience),
+        }
+        self.last_resort(question, now).unwrap_or_else(|| Reply::failure(question, now))
     }
 
     /// What it knows of its upstreams, and what its cache holds.
     pub fn status(&self) -> ForwarderStatus {
-        ForwarderStatus { upstreams: Vec::new(), cache: CacheStatus::default() }
+        let routes = self.routes();
+        let upstreams = routes.upstreams().iter().map(|upstream| routes.status(upstream)).collect();
+        let mut cache = CacheStatus::default();
+        for shard in &self.0.shards {
+            let shard = shard.lock().unwrap_or_else(PoisonError::into_inner);
+            let counts = shard.counts();
+            cache.entries += shard.len();
+            cache.bytes += shard.bytes();
+            cache.hits += counts.hits;
+            cache.misses += counts.misses;
+            cache.stale += counts.stale;
+            cache.refreshed += counts.refreshed;
+            cache.evicted += counts.evicted;
+        }
+        ForwarderStatus { upstreams, cache }
     }
 
     /// How a question would be answered now.
     pub fn explain(&self, question: &Question, now: Instant) -> Explanation {
-        let _ = (question, now);
-        Explanation { domain: ".".to_owned(), upstreams: Vec::new(), cached: None }
+        let routes = self.routes();
+        let group = routes.group(question.name());
+        let cached = self.shard(question).look(question, now).map(|(message, since, expires)| Cached {
+            age: now.saturating_duration_since(since).as_secs(),
+            remaining: expires.saturating_duration_since(now).as_secs(),
+            expired: now >= expires,
+            rcode: message.rcode(),
+            answers: message.answers(),
+        });
+        let upstreams = group.ranked().iter().map(|upstream| routes.status(upstream)).collect();
+        Explanation { domain: group.domain(), upstreams, cached }
+    }
+
+    /// What is given where nobody answers.
+    fn last_resort(&self, question: &Question, now: Instant) -> Option<Reply> {
+        self.shard(question).last_resort(question, now).map(Reply::of)
+    }
+
+    /// The answer to a question that is on its way, now if it was not yet; None where there are too many. `permit` is
+    /// held until it is there.
+    fn join(
+        &self,
+        question: &Question,
+        permit: Option<OwnedSemaphorePermit>,
+    ) -> Option<watch::Receiver<Option<Reply>>> {
+        let mut flights = self.0.flights.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(answer) = flights.get(question)
+            && answer.has_changed().is_ok()
+        {
+            return Some(answer.clone());
+        }
+        if flights.len() >= FLIGHTS {
+            return None;
+        }
+        let (tell, answer) = watch::channel(None);
+        flights.insert(*question, answer.clone());
+        self.spawn(self.clone().fly(*question, tell, permit));
+        Some(answer)
+    }
+
+    async fn fly(self, question: Question, tell: watch::Sender<Option<Reply>>, permit: Option<OwnedSemaphorePermit>) {
+        let routes = self.routes();
+        let group = routes.group(question.name());
+        let deadline = tokio::time::Instant::now() + if group.is_silent() { DEADLINE_OF_SILENT } else { DEADLINE };
+        let mut race = Race::new(question, group.ranked(), self.0.settings.cache.ttl, Arc::clone(&self.0.sockets));
+        let outcome = race.run(deadline).await;
+        let reply = self.land(&question, outcome, tokio::time::Instant::now().into_std());
+        self.0.flights.lock().unwrap_or_else(PoisonError::into_inner).remove(&question);
+        tell.send_replace(Some(reply));
+        drop(permit);
+        if group.upstreams.iter().any(|upstream| upstream.is_silent()) {
+            self.0.look_after.notify_one();
+        }
+        race.rest().await;
+        if group.upstreams.iter().any(|upstream| upstream.is_silent()) {
+            self.0.look_after.notify_one();
+        }
+    }
+
+    /// Keeps what came, and makes it an answer.
+    fn land(&self, question: &Question, outcome: Outcome, now: Instant) -> Reply {
+        let (message, source) = match outcome {
+            Outcome::Answer(message, address) => {
+                let message = Arc::new(message);
+                self.shard(question).put(question, Arc::clone(&message), now);
+                return Reply { message, since: now, stale: false, source: Source::Upstream(address) };
+            }
+            Outcome::Excuse(message, address) => (Arc::new(message), Source::Upstream(address)),
+            Outcome::Silence => (Arc::new(Message::failure(question)), Source::None),
+        };
+        let mut shard = self.shard(question);
+        shard.fail(question, Arc::clone(&message), now);
+        let known = shard.last_resort(question, now);
+        known.map_or(Reply { message, since: now, stale: false, source }, Reply::of)
+    }
+
+    /// Asks what is to be asked again, few at a time.
+    async fn refresh(self, mut questions: mpsc::Receiver<Question>) {
+        let permits = Arc::new(Semaphore::new(REFRESHES));
+        while let Some(question) = questions.recv().await {
+            let Ok(permit) = Arc::clone(&permits).acquire_owned().await else { return };
+            self.join(&question, Some(permit));
+        }
+    }
+
+    fn shard(&self, question: &Question) -> MutexGuard<'_, Cache> {
+        let shards = &self.0.shards;
+        let index = (self.0.hashes.hash_one(question.key()) as usize) % shards.len();
+        shards[index].lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn routes(&self) -> Arc<Routes> {
+        Arc::clone(&self.0.routes.read().unwrap_or_else(PoisonError::into_inner))
+    }
+
+    /// Makes `servers` the upstreams for all names outside stub domains. Says whether any is left without ourselves;
+    /// where none is, those before stay.
+    fn set_servers(&self, servers: &[SocketAddr]) -> bool {
+        let own = &self.0.settings.own;
+        if servers.iter().all(|&server| routes::is_own(server, own)) {
+            return false;
+        }
+        let mut routes = self.0.routes.write().unwrap_or_else(PoisonError::into_inner);
+        if let Some(changed) = routes.with_rest(servers, own) {
+            tracing::info!(?servers, "upstream name servers");
+            *routes = Arc::new(changed);
+            self.0.look_after.notify_one();
+        }
+        true
+    }
+
+    /// Runs until told to stop.
+    fn spawn(&self, future: impl Future<Output = ()> + Send + 'static) {
+        let stop = self.0.tasks.stopping();
+        self.0.tasks.spawn(async move {
+            stop.run_until_cancelled(future).await;
+        });
     }
 }
 
@@ -224,6 +440,16 @@ pub enum Source {
 }
 
 impl Reply {
+    fn of(hit: Hit) -> Self {
+        // A failure that is remembered is nobody's answer.
+        let source = if hit.message.lifetime().is_some() { Source::Cache } else { Source::None };
+        Self { message: hit.message, since: hit.since, stale: hit.stale, source }
+    }
+
+    fn failure(question: &Question, now: Instant) -> Self {
+        Self { message: Arc::new(Message::failure(question)), since: now, stale: false, source: Source::None }
+    }
+
     /// Writes the copy for one client into `out` and returns its length, at most `to.limit` and `out.len()`: with its id
     /// and the case of its question, TTLs lowered by what has passed, an OPT only where it sent one, and truncated (TC)
     /// where it is too long. Returns 0 where not even the question fits.
