@@ -98,12 +98,12 @@ fn dns(mut settings: Value) -> AgentOptions {
 
 fn services() -> Result<String> {
     let web = Service::new("web", &["10.96.0.10", "fd00:10:96::10"]).port("http", Transport::Tcp, 80, 8080);
-    let db = Service::new("db", &["None"]).port("sql", Transport::Tcp, 5432, 5432);
+    let db = Service::new("db", &[]).port("sql", Transport::Tcp, 5432, 5432);
     let pods = ["10.244.1.21", "10.244.2.22"]
         .iter()
         .enumerate()
         .map(|(number, ip)| Ok(Endpoint::new(ip.parse()?, "edge1").field("hostname", format!("db-{number}"))));
-    let many = Service::new("many", &["None"]).port("main", Transport::Tcp, 80, 80);
+    let many = Service::new("many", &[]).port("main", Transport::Tcp, 80, 80);
     let crowd: Result<Vec<Endpoint>> =
         (1..=MANY).map(|last| Ok(Endpoint::new(format!("10.245.0.{last}").parse()?, "edge2"))).collect();
     Ok([web.yaml()?, db.yaml_with(&pods.collect::<Result<Vec<_>>>()?)?, many.yaml_with(&crowd?)?].join("---\n"))
