@@ -18,8 +18,11 @@ use std::{
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 
 use self::limit::Limit;
-pub use self::listen::{Listener, Listening};
-pub(super) use self::{listen::listen, udp::THREADS};
+pub use self::listen::Listener;
+pub(super) use self::{
+    listen::{Listening, listen},
+    udp::THREADS,
+};
 use super::{
     answer::{self, Answer},
     forward::{self, ClientView, Forwarder, Question, Reply},

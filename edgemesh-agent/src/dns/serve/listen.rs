@@ -25,7 +25,7 @@ const UNAVAILABLE: &str = "DnsAddressUnavailable";
 
 /// Which addresses are listened on. Clones are one.
 #[derive(Clone, Debug, Default)]
-pub struct Listening(Arc<Mutex<Vec<Listener>>>);
+pub(in crate::dns) struct Listening(Arc<Mutex<Vec<Listener>>>);
 
 /// An address on which queries are to be answered.
 #[derive(Clone, Debug, Serialize)]
@@ -39,7 +39,7 @@ pub struct Listener {
 
 impl Listening {
     /// All of them, in the order they were configured.
-    pub fn list(&self) -> Vec<Listener> {
+    pub(in crate::dns) fn list(&self) -> Vec<Listener> {
         self.0.lock().unwrap_or_else(PoisonError::into_inner).clone()
     }
 
