@@ -158,13 +158,17 @@ impl Zone {
 
     /// The SOA record; its owner is [`Zone::authority`].
     pub fn soa(&self) -> Soa<'_> {
-        // As CoreDNS has them. Serials wrap (RFC 1982).
-        let serial = u32::try_from(self.table.generation & u64::from(u32::MAX)).unwrap_or_default();
+        // The names are CoreDNS's.
         Soa {
             name_server: Name::below(Label::of("ns"), &self.dns),
             mailbox: Name::below(Label::of("hostmaster"), self.domain().as_wire()),
-            serial,
+            serial: self.serial(),
         }
+    }
+
+    /// Counts up with each table, and wraps (RFC 1982).
+    pub fn serial(&self) -> u32 {
+        u32::try_from(self.table.generation & u64::from(u32::MAX)).unwrap_or_default()
     }
 
     /// In wire form, the zone that a name found here belongs to: the cluster domain, or the one of reverse names.

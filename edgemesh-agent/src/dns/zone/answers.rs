@@ -1,9 +1,6 @@
 //! Records, made one by one as they are asked for.
 
-use std::{
-    iter::FusedIterator,
-    net::{IpAddr, Ipv4Addr, Ipv6Addr},
-};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
 use super::{
     index::Reverse,
@@ -153,8 +150,6 @@ impl<'z> Iterator for Section<'z> {
         }
     }
 }
-
-impl FusedIterator for Section<'_> {}
 
 impl<'z> Set<'z> {
     /// What is at an index: None beyond the end, and Some(None) where there is nothing for the question.
