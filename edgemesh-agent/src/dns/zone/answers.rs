@@ -91,8 +91,8 @@ impl<'z> Answers<'z> {
         Section { set: self.set, next: 0 }
     }
 
-    /// What the additional section may hold: the addresses of the targets of SRV and NS records, each record once. Nothing
-    /// is allocated.
+    /// What the additional section may hold: the addresses of the targets of SRV and NS records, each record once.
+    /// Nothing is allocated.
     pub fn additionals(&self) -> impl Iterator<Item = Record<'z>> + Clone + use<'z> {
         let (owner, ips, targets) = match self.set {
             Set::NameServer(name, ips) => (Some(name), ips, None),
