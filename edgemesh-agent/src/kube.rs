@@ -7,6 +7,7 @@
 mod client;
 mod convert;
 mod events;
+mod invalid;
 mod manifest;
 mod meta_server;
 mod state;

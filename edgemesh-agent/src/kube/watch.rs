@@ -12,7 +12,7 @@
 pub(super) mod limit;
 mod pauses;
 mod rules;
-pub(super) mod session;
+mod session;
 
 use std::{
     sync::atomic::{AtomicU8, Ordering},
