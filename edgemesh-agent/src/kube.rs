@@ -24,6 +24,7 @@ use crate::{
     conditions::Conditions,
     config::{SourceConfig, SourceKind},
     lifecycle::Tasks,
+    model::Kind,
 };
 
 /// Why a source cannot even begin; everything that may pass by itself is a condition instead.
@@ -85,5 +86,14 @@ pub fn start(
         SourceKind::Kubeconfig { path, master } => {
             watch::start(client::kubeconfig(path.as_deref(), master.as_deref())?, config, events, conditions, tasks)
         }
+    }
+}
+
+/// Every cluster has a Service `default/kubernetes` with its endpoints, and this very Node: an empty list of them says
+/// that something is broken. Of rules there may be none.
+fn may_be_empty(kind: Kind) -> bool {
+    match kind {
+        Kind::DestinationRule => true,
+        Kind::Service | Kind::Endpoints | Kind::EndpointSlice | Kind::Node => false,
     }
 }

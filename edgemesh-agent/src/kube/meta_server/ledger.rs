@@ -11,7 +11,10 @@
 
 use std::collections::{HashMap, HashSet};
 
-use crate::model::{Event, Kind, NamespacedName, Object};
+use crate::{
+    kube::may_be_empty,
+    model::{Event, Kind, NamespacedName, Object},
+};
 
 /// One object as metaServer gave it.
 #[derive(Clone, Debug, PartialEq)]
@@ -291,15 +294,6 @@ impl Ledger {
         self.entries.remove(name)?.object?;
         self.usable -= 1;
         Some(Event::Delete(self.kind, name.clone()))
-    }
-}
-
-/// Every cluster has a Service `default/kubernetes` with its endpoints, and this very Node: an empty list of them says
-/// that something is broken. Of rules there may be none.
-fn may_be_empty(kind: Kind) -> bool {
-    match kind {
-        Kind::DestinationRule => true,
-        Kind::Service | Kind::Endpoints | Kind::EndpointSlice | Kind::Node => false,
     }
 }
 

@@ -23,6 +23,7 @@ use crate::{
         convert::Convert,
         events::Closed,
         invalid::{Invalid, convert, subject},
+        may_be_empty,
     },
     model::{Event, Kind, NamespacedName},
 };
@@ -155,12 +156,14 @@ where
     async fn list(&mut self) -> Result<String, Trouble> {
         let failed = |failure| Trouble::Request { failure, resume: None };
         let (mut objects, mut invalid, mut token) = (Vec::new(), Vec::new(), None::<String>);
+        let mut empty = true;
         let version = loop {
             let mut params = ListParams::default().limit(PAGE);
             params.continue_token = token;
             self.source.limiter.permit().await;
             let page = bounded(self.api().list(&params)).await.map_err(failed)?;
             self.source.answered();
+            empty &= page.items.is_empty();
             for item in page.items {
                 let (object, problem) = convert(&item, self.kind);
                 objects.extend(object);
@@ -172,6 +175,9 @@ where
             }
         };
         let version = version.ok_or_else(|| failed(Failure::NoVersion))?;
+        if empty && !may_be_empty(self.kind) {
+            return Err(failed(Failure::Empty));
+        }
         // Not `allowed` yet: an account that may list but not watch would make that condition come and go.
         self.source.conditions.clear(ANSWER, &self.resource);
         debug!(resource = self.resource, objects = objects.len(), version, "listed");

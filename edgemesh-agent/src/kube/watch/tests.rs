@@ -3,7 +3,10 @@ use std::{collections::BTreeSet, net::SocketAddr, time::Instant};
 use serde_json::{Value, json};
 use tokio::sync::mpsc;
 
-use super::{fake::FakeServer, *};
+use super::{
+    fake::{FakeServer, Fault},
+    *,
+};
 use crate::{
     conditions::Condition,
     config::SourceKind,
@@ -47,7 +50,9 @@ fn describe(event: &Event) -> String {
         Event::Apply(applied) => format!("apply {} {}", applied.kind(), object(applied)),
         Event::Delete(kind, name) => format!("delete {kind} {name}"),
         Event::Replace(kind, objects) => {
-            format!("replace {kind} [{}]", objects.iter().map(object).collect::<Vec<_>>().join(" "))
+            // What every cluster has goes without saying.
+            let said = objects.iter().filter(|object| &*object.name().name != "kubernetes");
+            format!("replace {kind} [{}]", said.map(object).collect::<Vec<_>>().join(" "))
         }
         Event::Synced => "synced".to_owned(),
     }
@@ -158,7 +163,7 @@ async fn lists_page_by_page_and_follows_changes() {
     bench.expect(&["delete EndpointSlice shop/a-1"]).await;
     let status = bench.state.status();
     assert!(status.answers() && status.last_error.is_none(), "{status:?}");
-    assert_eq!((status.objects["Service"], status.objects["EndpointSlice"]), (6, 0));
+    assert_eq!((status.objects["Service"], status.objects["EndpointSlice"]), (7, 1));
     assert!(bench.conditions.list().is_empty());
     assert!(bench.tasks.drain(PATIENCE).await);
 }
@@ -178,7 +183,7 @@ async fn nodes_are_followed_like_everything_else() {
     bench.expect(&["apply Node edge2"]).await;
     server.delete("nodes", "edge1");
     bench.expect(&["delete Node edge1"]).await;
-    assert_eq!(bench.state.status().objects["Node"], 1);
+    assert_eq!(bench.state.status().objects["Node"], 2);
     let mut bad = node("edge2", "b");
     bad["status"] = json!({"addresses": [{"type": "InternalIP", "address": "?"}]});
     server.put("nodes", bad);
@@ -463,6 +468,58 @@ async fn a_list_that_breaks_off_replaces_nothing() {
     server.world().break_second_page = false;
     bench.expect(&["replace Service [shop/a:80 shop/b:80 shop/c:80]", "synced"]).await;
     bench.no_condition().await;
+}
+
+#[tokio::test]
+async fn no_failure_takes_anything_away_and_each_is_told() {
+    for (resource, fault, reason, part) in [
+        ("services", Fault::Empty, ANSWER, "the list is empty"),
+        ("endpointslices", Fault::Empty, ANSWER, "the list is empty"),
+        ("services", Fault::Status(404), ANSWER, "404 not this time"),
+        ("services", Fault::Status(500), ANSWER, "500 not this time"),
+        ("services", Fault::Garbage, ANSWER, "expected value at line 1"),
+        ("services", Fault::Truncated, UNREACHABLE, "cannot reach the API server http"),
+        ("services", Fault::Silence, UNREACHABLE, "no answer within"),
+    ] {
+        let server = FakeServer::start().await;
+        server.put("services", service("a", 80));
+        server.put("endpointslices", slice("a-1", "a"));
+        let mut bench = Bench::synced(&server).await;
+        {
+            let mut world = server.world();
+            for watched in ["services", "endpointslices"] {
+                // Has it list again.
+                world.refused.insert(format!("watch {watched}"), 410);
+            }
+            world.faults.insert(resource.to_owned(), fault);
+        }
+        server.interrupt();
+        let subject = match (reason, resource) {
+            (UNREACHABLE, _) => "",
+            (_, "services") => "services",
+            _ => SLICES,
+        };
+        let condition = bench.condition(reason, subject).await;
+        assert!(condition.message.contains(part), "{part} in {condition:?}");
+        while let Ok(received) = bench.events.try_recv() {
+            let event = describe(&received.event);
+            // The other one was listed again, too; and that there are no rules is said late.
+            let whole = ["Service [shop/a:80]", "EndpointSlice [shop/a-1]", "Endpoints []", "DestinationRule []"];
+            let replaced = event.strip_prefix("replace ").unwrap_or(&event);
+            assert!(whole.contains(&replaced), "{event} after {fault:?}");
+        }
+        {
+            let mut world = server.world();
+            world.refused.clear();
+            world.faults.clear();
+        }
+        let wanted = match resource {
+            "services" => "replace Service [shop/a:80]",
+            _ => "replace EndpointSlice [shop/a-1]",
+        };
+        while bench.next().await != wanted {}
+        bench.no_condition().await;
+    }
 }
 
 #[tokio::test]
