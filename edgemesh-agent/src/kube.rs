@@ -14,7 +14,9 @@ mod state;
 mod static_dir;
 mod watch;
 
-use std::path::PathBuf;
+use std::{collections::BTreeMap, path::PathBuf};
+
+use tokio::sync::oneshot;
 
 pub use self::{
     events::{Events, Received},
@@ -63,6 +65,10 @@ pub enum Error {
     Inotify(std::io::Error),
 }
 
+/// What a snapshot that is in force was complete as of ([`Event::Reached`](crate::model::Event::Reached)), by kind; nothing where there is none. A source
+/// that needs it waits for it: the sender is to be used or dropped.
+pub type Restored = oneshot::Receiver<BTreeMap<Kind, u64>>;
+
 /// Starts the configured source for `node` on `tasks`; must be called within a tokio runtime.
 ///
 /// What it finds goes to `events`: `Replace` for each kind, then `Synced`, then changes. The source
@@ -76,12 +82,15 @@ pub fn start(
     config: &SourceConfig,
     node: &str,
     events: Events,
+    restored: Restored,
     conditions: Conditions,
     tasks: &Tasks,
 ) -> Result<SourceState, Error> {
     match &config.kind {
         SourceKind::Static { directory } => static_dir::start(directory, events, conditions, tasks),
-        SourceKind::MetaServer(meta_server) => meta_server::start(meta_server, config, node, events, conditions, tasks),
+        SourceKind::MetaServer(meta_server) => {
+            meta_server::start(meta_server, config, node, events, restored, conditions, tasks)
+        }
         SourceKind::InCluster => watch::start(client::in_cluster()?, config, events, conditions, tasks),
         SourceKind::Kubeconfig { path, master } => {
             watch::start(client::kubeconfig(path.as_deref(), master.as_deref())?, config, events, conditions, tasks)

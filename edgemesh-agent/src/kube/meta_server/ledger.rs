@@ -109,13 +109,15 @@ struct Grave {
 }
 
 impl Ledger {
-    pub(super) fn new(kind: Kind) -> Self {
+    /// `reached` is what [`Self::reached`] said in an earlier run whose objects are in force: to what is stored, this one
+    /// knows as much.
+    pub(super) fn new(kind: Kind, reached: Option<u64>) -> Self {
         Self {
             kind,
             entries: HashMap::new(),
             usable: 0,
             graves: HashMap::new(),
-            proof: None,
+            proof: reached,
             proofs: 0,
             settled: false,
             regressions: 0,
@@ -133,6 +135,11 @@ impl Ledger {
     /// Everything that can be had has been delivered: what two online lists have, or what was stored.
     pub(super) fn is_delivered(&self) -> bool {
         self.proofs >= 2 || self.stored
+    }
+
+    /// The version as of which everything has been told, and nothing else is in force.
+    pub(super) fn reached(&self) -> Option<u64> {
+        self.proof.filter(|_| self.settled && !self.doubtful)
     }
 
     /// Another online list is wanted soon, as the last one alone is not enough to take anything away.

@@ -100,7 +100,8 @@ enum Woken {
 }
 
 impl<'a, K: Known + Send + 'static> Session<'a, K> {
-    pub(super) fn new(source: &'a Source, kind: Kind, place: Place) -> Self {
+    /// `reached` is the version as of which an earlier agent knew everything, where what it knew is in force.
+    pub(super) fn new(source: &'a Source, kind: Kind, place: Place, reached: Option<u64>) -> Self {
         let now = Instant::now();
         Self {
             source,
@@ -108,7 +109,7 @@ impl<'a, K: Known + Send + 'static> Session<'a, K> {
             place,
             chosen: 0,
             narrow: false,
-            ledger: Ledger::new(kind),
+            ledger: Ledger::new(kind, reached),
             watch: None,
             may_watch: false,
             list_at: now,
@@ -206,6 +207,9 @@ impl<'a, K: Known + Send + 'static> Session<'a, K> {
         let missed = !events.is_empty();
         self.invalid.replace(&problems);
         self.send(events).await?;
+        if let Some(version) = self.ledger.reached().filter(|_| online) {
+            self.source.events.send(Event::Reached(self.kind, version), Instant::now().into_std()).await?;
+        }
         if self.ledger.is_delivered() || !is_essential(self.kind) && (narrow || online) {
             self.source.listed(self.kind).await?;
         }

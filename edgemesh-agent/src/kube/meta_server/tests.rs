@@ -6,7 +6,10 @@ use std::{collections::BTreeMap, net::TcpListener};
 
 use edgemesh_tests::meta_server::{Door, FakeMetaServer, Fault, Link};
 use serde_json::{Value, json};
-use tokio::{sync::mpsc, time::timeout};
+use tokio::{
+    sync::{mpsc, oneshot},
+    time::timeout,
+};
 
 use super::{
     health::{ANSWER, EMPTY, FORBIDDEN, OFFLINE, SLOW, UNREACHABLE},
@@ -35,6 +38,8 @@ struct Bench {
     tasks: Tasks,
     /// What the events say there is.
     known: BTreeMap<String, String>,
+    /// What was said to be complete, and as of when.
+    reached: BTreeMap<Kind, u64>,
     synced: bool,
 }
 
@@ -83,12 +88,20 @@ impl Bench {
     }
 
     fn start_with(meta_server: MetaServerConfig) -> Result<Self, Error> {
+        Self::start_after(meta_server, &BTreeMap::new())
+    }
+
+    /// With what an agent before has left: what its objects were complete as of.
+    fn start_after(meta_server: MetaServerConfig, reached: &BTreeMap<Kind, u64>) -> Result<Self, Error> {
         let _installed_before = rustls::crypto::aws_lc_rs::default_provider().install_default();
         let (sender, events) = Events::channel(16);
         let (conditions, tasks) = (Conditions::default(), Tasks::default());
         let config = SourceConfig { kind: SourceKind::MetaServer(meta_server), qps: 100, burst: 200 };
-        let state = kube::start(&config, "edge1", sender, conditions.clone(), &tasks)?;
-        Ok(Self { events, conditions, state, tasks, known: BTreeMap::new(), synced: false })
+        let (restore, restored) = oneshot::channel();
+        restore.send(reached.clone()).unwrap();
+        let state = kube::start(&config, "edge1", sender, restored, conditions.clone(), &tasks)?;
+        let (known, reached) = (BTreeMap::new(), BTreeMap::new());
+        Ok(Self { events, conditions, state, tasks, known, reached, synced: false })
     }
 
     /// One that has said all that there is, and watches.
@@ -128,6 +141,7 @@ impl Bench {
                     self.take(Event::Apply(object));
                 }
             }
+            Event::Reached(kind, version) => drop(self.reached.insert(kind, version)),
             Event::Synced => self.synced = true,
         }
     }
@@ -298,6 +312,41 @@ async fn rule_5_ghosts_stored_on_the_node_stay_away_once_a_list_of_the_api_serve
     let lists = fake.count("list", "services");
     bench.until("it was listed", |_| fake.count("list", "services") > lists + 1).await;
     assert!(bench.knows(&["Service shop/a:80", "Service shop/b:80"]), "{:?}", bench.known);
+}
+
+#[tokio::test]
+async fn rules_4_5_and_9_a_restart_offline_brings_back_neither_ghosts_nor_what_was_stored_before_the_snapshot() {
+    let fake = fake();
+    fake.put(service("a", 80));
+    fake.put(service("ghost", 80));
+    let server = || config(format!("http://{}", fake.address()), OFTEN, PATIENCE);
+    let mut bench = Bench::synced(&fake, OFTEN).await;
+    bench.learns(&["Service shop/a:80", "Service shop/ghost:80"]).await;
+    bench.until("all is stored", |_| fake.stored().contains(&"/core/v1/services/shop/ghost".to_owned())).await;
+    // From here on watches are told nothing, and the node stores nothing; lists tell the agent all the same.
+    fake.restart_cloudcore();
+    fake.delete("services", "shop", "ghost");
+    let changed = fake.put(service("a", 81));
+    bench.learns(&["Service shop/a:81"]).await;
+    bench.until("that is known to be all", |bench| bench.reached.get(&Kind::Service) >= Some(&changed)).await;
+    let (known, reached) = (bench.known.clone(), bench.reached.clone());
+    drop(bench);
+    fake.link(Link::Down);
+
+    // Without what was known before, all that is stored counts.
+    let mut bench = Bench::start(&fake, OFTEN);
+    bench.until("the ghost is back", |bench| bench.known.contains_key("Service shop/ghost")).await;
+    drop(bench);
+    let mut bench = Bench::start_after(server(), &reached).unwrap();
+    bench.known = known;
+    bench.until("it is in sync", |bench| bench.synced).await;
+    let lists = fake.count("list", "services");
+    bench.until("it was listed again", |_| fake.count("list", "services") > lists + 1).await;
+    assert!(bench.knows(&["Service shop/a:81"]), "{:?}", bench.known);
+    fake.put(service("b", 80));
+    fake.link(Link::Up);
+    bench.learns(&["Service shop/a:81", "Service shop/b:80"]).await;
+    bench.well().await;
 }
 
 #[tokio::test]
@@ -509,7 +558,7 @@ async fn kinds_that_are_refused_are_told_and_hold_nothing_back() {
     bench.until("it is in sync", |bench| bench.synced).await;
     bench.learns(&["Service shop/a:80"]).await;
     let condition = bench.condition(FORBIDDEN, "nodes").await;
-    assert!(condition.message.contains("get, list and watch on nodes to the agent's ServiceAccount"), "{condition:?}");
+    assert!(condition.message.contains("list and watch on nodes to the agent's ServiceAccount"), "{condition:?}");
     bench.condition(FORBIDDEN, "destinationrules.networking.istio.io").await;
     assert_eq!(bench.state.status().health, SourceHealth::Degraded);
     fake.allow();
@@ -609,7 +658,7 @@ async fn keeps_to_the_rate_of_requests_that_is_set() {
     let (sender, _events) = Events::channel(64);
     let tasks = Tasks::default();
     let config = SourceConfig { kind, qps: 5, burst: 1 };
-    let _state = kube::start(&config, "edge1", sender, Conditions::default(), &tasks).unwrap();
+    let _state = kube::start(&config, "edge1", sender, oneshot::channel().1, Conditions::default(), &tasks).unwrap();
     let made = async {
         while fake.requests().len() < 6 {
             sleep(Duration::from_millis(2)).await;

@@ -1,7 +1,7 @@
 use std::{collections::BTreeSet, net::SocketAddr, time::Instant};
 
 use serde_json::{Value, json};
-use tokio::sync::mpsc;
+use tokio::sync::{mpsc, oneshot};
 
 use super::{
     fake::{FakeServer, Fault},
@@ -54,6 +54,7 @@ fn describe(event: &Event) -> String {
             let said = objects.iter().filter(|object| &*object.name().name != "kubernetes");
             format!("replace {kind} [{}]", said.map(object).collect::<Vec<_>>().join(" "))
         }
+        Event::Reached(kind, version) => format!("reached {kind} {version}"),
         Event::Synced => "synced".to_owned(),
     }
 }
@@ -69,7 +70,7 @@ impl Bench {
         let (conditions, tasks) = (Conditions::default(), Tasks::default());
         let kind = SourceKind::Kubeconfig { path: None, master: Some(master.to_owned()) };
         let config = SourceConfig { kind, qps: 100, burst: 200 };
-        let state = kube::start(&config, "edge1", sender, conditions.clone(), &tasks).unwrap();
+        let state = kube::start(&config, "edge1", sender, oneshot::channel().1, conditions.clone(), &tasks).unwrap();
         Self { events, conditions, state, tasks, rules_seen: false }
     }
 
