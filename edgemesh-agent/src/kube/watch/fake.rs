@@ -228,7 +228,8 @@ impl Shared {
     fn is_silent(&self, request: &Request<Incoming>) -> bool {
         let resource = request.uri().path().rsplit('/').next().unwrap();
         let world = self.world.lock().unwrap();
-        world.silent.contains(resource) || world.faults.get(resource) == Some(&Fault::Silence)
+        let is_list = !request.uri().query().is_some_and(|query| query.contains("watch="));
+        world.silent.contains(resource) || is_list && world.faults.get(resource) == Some(&Fault::Silence)
     }
 
     fn answer(self: &Arc<Self>, request: &Request<Incoming>) -> Response<Body> {
