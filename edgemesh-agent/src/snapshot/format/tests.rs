@@ -12,8 +12,9 @@ use crate::model::{
     ProxyLabels, Service, ServiceKind, ServicePort, SessionAffinity, Subset, TrafficDistribution, TrafficPolicy,
 };
 
-/// Written by version 1 of the format: it is never to change, and always to be read.
-const GOLDEN: &[u8] = include_bytes!("golden-v1.snapshot");
+/// Written by each version of the format: they are never to change, and always to be read.
+const GOLDEN_1: &[u8] = include_bytes!("golden-v1.snapshot");
+const GOLDEN: &[u8] = include_bytes!("golden-v2.snapshot");
 
 fn written(contents: &Contents) -> Vec<u8> {
     let mut bytes = Vec::new();
@@ -107,7 +108,7 @@ fn everything() -> Contents {
         ignored: vec![Ignored { field: "spec.trafficPolicy.tls".into(), why: "not supported".into() }],
         ..DestinationRule::new(name("full"))
     };
-    let section = |kind, as_of, objects| Section { kind, as_of, objects };
+    let section = |kind, as_of, objects| Section { kind, as_of, reached: None, objects };
     let services = [Object::Service(full.into()), Object::Service(plain.into())].into_iter().chain(others).collect();
     Contents {
         identity: Identity {
@@ -117,7 +118,7 @@ fn everything() -> Contents {
         },
         taken: 1_767_225_600,
         sections: vec![
-            section(Kind::Service, 1_767_225_600, services),
+            Section { reached: Some(1007), ..section(Kind::Service, 1_767_225_600, services) },
             section(Kind::EndpointSlice, 1_767_225_600, vec![Object::EndpointSlice(slice.into())]),
             section(Kind::Endpoints, 1_767_225_600, vec![Object::Endpoints(old.into())]),
             section(Kind::Node, 1_767_139_200, vec![Object::Node(node.into())]),
@@ -131,6 +132,9 @@ fn the_format_is_what_it_always_was() {
     let bytes = written(&everything());
     assert_eq!(String::from_utf8_lossy(&bytes), String::from_utf8_lossy(GOLDEN), "a change needs a new VERSION");
     assert_eq!(read(GOLDEN).unwrap(), everything());
+    let mut of_version_1 = everything();
+    of_version_1.sections.iter_mut().for_each(|section| section.reached = None);
+    assert_eq!(read(GOLDEN_1).unwrap(), of_version_1);
 }
 
 #[test]
@@ -140,8 +144,8 @@ fn what_is_no_snapshot_is_told_apart() {
     assert_eq!(refusal(b"apiVersion: v1\n"), "it is no snapshot of an edgemesh-agent");
     assert_eq!(refusal(b"\xff\xfe\n"), "it is no snapshot of an edgemesh-agent");
     assert_eq!(refusal(&[0; 4096]), "it is damaged: line 1 is too long");
-    let newer = "it has version 2 of the format, and this agent knows no later one than 1";
-    assert_eq!(refusal(b"edgemesh-metadata-snapshot 2\nanything"), newer);
+    let newer = "it has version 3 of the format, and this agent knows no later one than 2";
+    assert_eq!(refusal(b"edgemesh-metadata-snapshot 3\nanything"), newer);
     for version in ["0", "01", "", "+1", "-1", "1 ", "one", "18446744073709551616"] {
         let text = format!("edgemesh-metadata-snapshot {version}\n");
         assert_eq!(refusal(text.as_bytes()), "it is damaged: its version is none", "{version:?}");
@@ -168,7 +172,8 @@ fn a_file_without_services_is_none() {
 fn an_object_that_could_not_be_read_back_is_not_written() {
     let name: String = "x".repeat(MAX_LINE as usize);
     let service = Service::new(NamespacedName::new("default", name), ServiceKind::ClusterIp);
-    let section = Section { kind: Kind::Service, as_of: 1, objects: vec![Object::Service(service.into())] };
+    let section =
+        Section { kind: Kind::Service, as_of: 1, reached: None, objects: vec![Object::Service(service.into())] };
     let contents = Contents { sections: vec![section], ..everything() };
     assert_eq!(write(&contents, io::sink()).unwrap_err().kind(), io::ErrorKind::FileTooLarge);
 }
@@ -297,7 +302,8 @@ fn a_rule() -> impl Strategy<Value = Object> {
 
 fn contents() -> impl Strategy<Value = Contents> {
     let section = |kind, objects: BoxedStrategy<Object>| {
-        (any::<u64>(), vec(objects, 0..4)).prop_map(move |(as_of, objects)| Section { kind, as_of, objects })
+        (any::<u64>(), option::of(any::<u64>()), vec(objects, 0..4))
+            .prop_map(move |(as_of, reached, objects)| Section { kind, as_of, reached, objects })
     };
     let sections = (
         section(Kind::Service, a_service().boxed()),
