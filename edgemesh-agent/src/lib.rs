@@ -11,6 +11,7 @@ pub mod cleanup;
 pub mod conditions;
 pub mod config;
 pub mod dataplane;
+pub mod dns;
 pub mod health;
 pub mod kube;
 pub mod lifecycle;

@@ -79,6 +79,9 @@ pub struct Service {
     pub topology_keys: Vec<Box<str>>,
     /// `spec.publishNotReadyAddresses`: the readiness of endpoints does not matter.
     pub publish_not_ready: bool,
+    /// `spec.externalName`, lower case and without a final dot: what DNS leads to. None for all other kinds of Services,
+    /// and where it is unusable.
+    pub external_name: Option<Box<str>>,
     pub proxy_labels: ProxyLabels,
 }
 
@@ -100,6 +103,7 @@ impl Service {
             within_node_group: false,
             topology_keys: Vec::new(),
             publish_not_ready: false,
+            external_name: None,
             proxy_labels: ProxyLabels::default(),
         }
     }
@@ -182,7 +186,7 @@ pub struct Endpoint {
     pub place: Arc<Place>,
 }
 
-/// Where an endpoint is, and which clients it is meant for.
+/// Where an endpoint is, which clients it is meant for, and what it is called: all that most endpoints of a node share.
 #[derive(Clone, Debug, Default, Eq, Hash, PartialEq)]
 pub struct Place {
     pub node: Option<Box<str>>,
@@ -191,6 +195,9 @@ pub struct Place {
     pub for_zones: Box<[Box<str>]>,
     /// `hints.forNodes`; empty for none.
     pub for_nodes: Box<[Box<str>]>,
+    /// The endpoint's own label below its Service in DNS (pods have one by `hostname` and `subdomain`, those of
+    /// StatefulSets always); most have none.
+    pub hostname: Option<Box<str>>,
 }
 
 /// A core/v1 Node.

@@ -12,8 +12,11 @@
 //! because it is linked in anyway (for TLS) and fast enough; a sum of 32 bits would let one in four thousand million
 //! damaged files through, and damage on flash comes in whole blocks.
 //!
-//! A file of a later version is never interpreted. [`VERSION`] counts up with any change of the lines, and a reader is to
-//! keep reading the versions before it.
+//! A file of a later version is never interpreted. [`VERSION`] counts up with any change of the lines, and a reader keeps
+//! reading the versions before it: so far they differ in fields that the earlier ones do not have.
+//!
+//! 1. The first.
+//! 2. `reached` of sections, `external_name` of Services, `hostname` of endpoints.
 
 mod line;
 
@@ -25,7 +28,7 @@ use serde::{Deserialize, Serialize};
 use self::line::Line;
 use crate::model::{Kind, Object, Place, Shared};
 
-/// The version written; earlier ones are read. Version 1 lacked `reached`.
+/// The version written.
 const VERSION: u64 = 2;
 const MAGIC: &str = "edgemesh-metadata-snapshot";
 const SUM: &str = "sha256";

@@ -8,7 +8,10 @@ use std::{
 
 use k8s_openapi::api::core::v1 as core;
 
-use super::{Convert, ConvertError, Converted, Fault, address, invalid, object_name, port, port_and_protocol, quote};
+use super::{
+    Convert, ConvertError, Converted, Fault, address, check_name, invalid, is_label, object_name, port,
+    port_and_protocol, quote,
+};
 use crate::model::{
     IpPrefix, NamespacedName, Object, Protocol, ProxyLabels, Service, ServiceKind, ServicePort, SessionAffinity,
     TrafficDistribution, TrafficPolicy,
@@ -40,6 +43,9 @@ impl Convert for core::Service {
         if service.kind == ServiceKind::LoadBalancer {
             service.load_balancer_ips = load_balancer_ips(self, &mut faults);
             service.source_ranges = source_ranges(spec, &mut faults);
+        }
+        if service.kind == ServiceKind::ExternalName {
+            service.external_name = external_name(spec, &mut faults);
         }
         service.ports = ports(spec.ports.as_deref().unwrap_or_default(), service.kind, &mut faults);
         service.affinity = affinity(spec, &mut faults);
@@ -96,6 +102,28 @@ fn cluster_ips(spec: &core::ServiceSpec, faults: &mut Vec<Fault>) -> Result<Vec<
         return Err(ConvertError::Invalid(faults.swap_remove(before)));
     }
     Ok(addresses)
+}
+
+/// Without a usable one the Service is known, and leads nowhere.
+///
+/// What looks like an IPv4 address is legal for the API server, whose documentation says that DNS servers do not resolve
+/// it; as an alias, it would be a name below the top-level domain `4`.
+fn external_name(spec: &core::ServiceSpec, faults: &mut Vec<Fault>) -> Option<Box<str>> {
+    let text = spec.external_name.as_deref().unwrap_or_default();
+    let name = text.strip_suffix('.').unwrap_or(text);
+    let problem = if name.is_empty() {
+        "missing; the Service leads nowhere".to_owned()
+    } else if name.parse::<IpAddr>().is_ok() {
+        format!("{} is an address, which no alias in DNS can lead to", quote(text))
+    } else if let Err(problem) = check_name(name) {
+        problem
+    } else if !name.split('.').all(is_label) {
+        format!("{} is not a DNS name; expected labels of 1 to 63 characters between dots", quote(text))
+    } else {
+        return Some(name.into());
+    };
+    faults.push(Fault { field: "spec.externalName".into(), problem });
+    None
 }
 
 fn external_ips(spec: &core::ServiceSpec, faults: &mut Vec<Fault>) -> Vec<IpAddr> {

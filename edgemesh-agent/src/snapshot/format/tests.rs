@@ -62,15 +62,16 @@ fn everything() -> Contents {
         ..Service::new(name("plain"), ServiceKind::ClusterIp)
     };
     let others = [ServiceKind::Headless, ServiceKind::NodePort, ServiceKind::ExternalName].map(|kind| {
-        Object::Service(
-            Service::new(NamespacedName::new("kube-system", format!("{kind:?}").to_lowercase()), kind).into(),
-        )
+        let name = NamespacedName::new("kube-system", format!("{kind:?}").to_lowercase());
+        let external_name = (kind == ServiceKind::ExternalName).then(|| "www.example.org".into());
+        Object::Service(Service { external_name, ..Service::new(name, kind) }.into())
     });
     let place = Place {
         node: Some("edge1".into()),
         zone: Some("z\u{fc}rich \"1\"".into()),
         for_zones: ["a".into(), "b".into()].into(),
         for_nodes: ["edge1".into()].into(),
+        hostname: Some("full-0".into()),
     };
     let endpoint = |ip: &str, place: &Place, [ready, serving, terminating]: [bool; 3]| Endpoint {
         address: ip.parse().unwrap(),
@@ -132,9 +133,25 @@ fn the_format_is_what_it_always_was() {
     let bytes = written(&everything());
     assert_eq!(String::from_utf8_lossy(&bytes), String::from_utf8_lossy(GOLDEN), "a change needs a new VERSION");
     assert_eq!(read(GOLDEN).unwrap(), everything());
-    let mut of_version_1 = everything();
-    of_version_1.sections.iter_mut().for_each(|section| section.reached = None);
-    assert_eq!(read(GOLDEN_1).unwrap(), of_version_1);
+}
+
+#[test]
+fn what_version_1_did_not_know_is_absent() {
+    let mut expected = everything();
+    expected.sections.iter_mut().for_each(|section| section.reached = None);
+    for object in expected.sections.iter_mut().flat_map(|section| &mut section.objects) {
+        match object {
+            Object::Service(service) => Arc::make_mut(service).external_name = None,
+            Object::EndpointSlice(set) | Object::Endpoints(set) => {
+                let subsets = &mut Arc::make_mut(set).subsets;
+                for endpoint in subsets.iter_mut().flat_map(|subset| &mut subset.endpoints) {
+                    Arc::make_mut(&mut endpoint.place).hostname = None;
+                }
+            }
+            Object::Node(_) | Object::DestinationRule(_) => {}
+        }
+    }
+    assert_eq!(read(GOLDEN_1).unwrap(), expected);
 }
 
 #[test]
@@ -146,7 +163,7 @@ fn what_is_no_snapshot_is_told_apart() {
     assert_eq!(refusal(&[0; 4096]), "it is damaged: line 1 is too long");
     let newer = "it has version 3 of the format, and this agent knows no later one than 2";
     assert_eq!(refusal(b"edgemesh-metadata-snapshot 3\nanything"), newer);
-    for version in ["0", "01", "", "+1", "-1", "1 ", "one", "18446744073709551616"] {
+    for version in ["0", "01", "02", "", "+1", "-1", "1 ", "one", "18446744073709551616"] {
         let text = format!("edgemesh-metadata-snapshot {version}\n");
         assert_eq!(refusal(text.as_bytes()), "it is damaged: its version is none", "{version:?}");
     }
@@ -158,7 +175,7 @@ fn what_is_no_snapshot_is_told_apart() {
 #[test]
 fn a_file_that_says_how_much_is_to_come_is_not_believed() {
     let head = r#"{"of":{"source":"s","node":"n"},"taken":1,"sections":[{"kind":"Service","as_of":1,"objects":18446744073709551615}]}"#;
-    let text = format!("edgemesh-metadata-snapshot 1\n{head}\n");
+    let text = format!("edgemesh-metadata-snapshot 2\n{head}\n");
     assert_eq!(read(text.as_bytes()).unwrap_err().to_string(), "it ends too early");
 }
 
@@ -232,9 +249,10 @@ fn a_service() -> impl Strategy<Value = Object> {
     (
         (a_name(), kind, [addresses(), addresses(), addresses()], option::of(vec(prefix, 0..3))),
         (vec(port, 0..3), affinity, a_policy(), a_policy(), distribution),
-        (vec(a_text(), 0..3), any::<[bool; 4]>()),
+        (vec(a_text(), 0..3), any::<[bool; 4]>(), option::of(a_text())),
     )
-        .prop_map(|(a, b, (topology_keys, [within_node_group, publish_not_ready, edgemesh, standard]))| {
+        .prop_map(|(a, b, (topology_keys, flags, external_name))| {
+            let [within_node_group, publish_not_ready, edgemesh, standard] = flags;
             let (name, kind, [cluster_ips, external_ips, load_balancer_ips], source_ranges) = a;
             let (ports, affinity, internal_policy, external_policy, distribution) = b;
             let service = Service {
@@ -252,6 +270,7 @@ fn a_service() -> impl Strategy<Value = Object> {
                 within_node_group,
                 topology_keys,
                 publish_not_ready,
+                external_name,
                 proxy_labels: ProxyLabels { edgemesh, standard },
             };
             Object::Service(service.into())
@@ -260,8 +279,8 @@ fn a_service() -> impl Strategy<Value = Object> {
 
 fn a_set() -> impl Strategy<Value = Arc<EndpointSet>> {
     let texts = || vec(a_text(), 0..3).prop_map(Vec::into_boxed_slice);
-    let place = (option::of(a_text()), option::of(a_text()), texts(), texts())
-        .prop_map(|(node, zone, for_zones, for_nodes)| Place { node, zone, for_zones, for_nodes });
+    let place = (option::of(a_text()), option::of(a_text()), texts(), texts(), option::of(a_text()))
+        .prop_map(|(node, zone, for_zones, for_nodes, hostname)| Place { node, zone, for_zones, for_nodes, hostname });
     let endpoint = (any::<IpAddr>(), any::<[bool; 3]>(), place).prop_map(|(address, [a, b, c], place)| Endpoint {
         address,
         ready: a,

@@ -1,0 +1,3 @@
+//! Cluster DNS on the node.
+
+pub mod zone;
