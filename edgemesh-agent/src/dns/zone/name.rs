@@ -9,9 +9,11 @@ use std::{
 /// The longest name, in wire form.
 pub(super) const MAX_NAME: usize = 255;
 /// The longest label, without its length.
-const MAX_LABEL: usize = 63;
+pub(super) const MAX_LABEL: usize = 63;
 /// No name of [`MAX_NAME`] bytes has more.
 const MAX_LABELS: usize = MAX_NAME / 2;
+/// The longest cluster domain, in wire form: half of what there is, so that names have room below it.
+const MAX_DOMAIN: usize = 128;
 
 /// The domain under which Kubernetes publishes Services, such as `cluster.local`.
 #[derive(Clone, Debug, Eq, Hash, PartialEq)]
@@ -36,7 +38,8 @@ impl FromStr for ClusterDomain {
 
     /// Reads `cluster.local` or `cluster.local.`, in any case.
     fn from_str(text: &str) -> Result<Self, Self::Err> {
-        wire(text).map(Self).ok_or_else(|| ParseDomainError(text.to_owned()))
+        let domain = wire(text).filter(|domain| domain.len() <= MAX_DOMAIN);
+        domain.map(Self).ok_or_else(|| ParseDomainError(text.to_owned()))
     }
 }
 
@@ -48,7 +51,10 @@ impl fmt::Display for ClusterDomain {
 
 /// A text that is no domain.
 #[derive(Clone, Debug, Eq, PartialEq, thiserror::Error)]
-#[error("{0:?} is not a domain; expected labels of letters, digits, '-' and '_' between dots, such as cluster.local")]
+#[error(
+    "{0:?} is not a cluster domain; expected labels of letters, digits, '-' and '_' between dots, such as \
+     cluster.local, and at most 126 characters"
+)]
 pub struct ParseDomainError(String);
 
 /// A name, in two parts so that the names of endpoints need not be stored.
@@ -59,9 +65,9 @@ pub struct Name<'z> {
 }
 
 impl<'z> Name<'z> {
-    /// The name below `parent`; None if it would be too long to be one.
-    pub(super) fn below(first: Label, parent: &'z [u8]) -> Option<Self> {
-        (first.as_wire().len() + parent.len() <= MAX_NAME).then_some(Self { first, rest: parent })
+    /// A name below `parent`, which must leave room for it: domains, and the Services that are published, do.
+    pub(super) fn below(first: Label, parent: &'z [u8]) -> Self {
+        Self { first, rest: parent }
     }
 
     /// A name that is stored whole.
@@ -83,8 +89,10 @@ impl<'z> Name<'z> {
 impl fmt::Display for Name<'_> {
     /// Presentation form, with the final dot.
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "{}{}.", text(self.first()), if self.first().is_empty() { "" } else { "." })?;
-        f.write_str(&text(self.rest))
+        if !self.first().is_empty() {
+            write!(f, "{}.", text(self.first()))?;
+        }
+        write!(f, "{}.", text(self.rest))
     }
 }
 
@@ -101,25 +109,29 @@ pub(super) struct Label([u8; 1 + MAX_LABEL]);
 impl Label {
     const NONE: Self = Self([0; 1 + MAX_LABEL]);
 
-    /// None if the text is empty, or too long for a label.
-    pub(super) fn of(text: &str) -> Option<Self> {
+    /// Of a text that is too long for a label, what fits into one.
+    pub(super) fn of(text: &str) -> Self {
         let mut label = Self::NONE;
-        label.write_str(text).ok().filter(|()| !text.is_empty())?;
-        Some(label)
+        let fitting = text.len().min(MAX_LABEL);
+        let places = label.0.iter_mut().skip(1).zip(text.bytes().take(fitting));
+        places.for_each(|(place, byte)| *place = byte);
+        label.0[0] = u8::try_from(fitting).unwrap_or_default();
+        label
     }
 
     /// The label of an endpoint that has no hostname, as CoreDNS makes it (endpointHostname in its plugin/kubernetes).
     pub(super) fn of_ip(ip: IpAddr) -> Self {
         let mut label = Self::NONE;
-        // At most 45 bytes, so this never fails.
+        // No address is as long as a label, so this never fails.
         let _ = write!(label, "{ip}");
         let length = usize::from(label.0[0]);
-        for byte in &mut label.0[1..=length] {
+        for byte in label.0.iter_mut().skip(1).take(length) {
             if matches!(byte, b'.' | b':') {
                 *byte = b'-';
             }
         }
-        if label.0[length] == b'-' {
+        // No name may end with a dash.
+        if label.as_wire().last() == Some(&b'-') {
             let _ = label.write_char('0');
         }
         label
