@@ -1,9 +1,10 @@
 //! What the Kubernetes DNS specification says about a [`ServiceTable`]: pure, no IO and no clock.
 //!
 //! Version 1.1.0 of the specification (docs/specification.md in kubernetes/dns). Where it is silent, CoreDNS's
-//! plugin/kubernetes is the measure, as that is what clusters are used to; names of endpoints below Services with a ClusterIP,
-//! pod records for every namespace (`pods insecure`) and SRV records of a Service's own name are from there. Unlike
-//! CoreDNS's, a name above one that exists is never NXDOMAIN (RFC 8020), and `_port._protocol` has SRV records alone.
+//! plugin/kubernetes is the measure, as that is what clusters are used to: names of endpoints below Services with a
+//! ClusterIP, pod records (`pods insecure`) and SRV records of a Service's own name are from there. Unlike CoreDNS's, a name
+//! above one that exists is never NXDOMAIN (RFC 8020), `_port._protocol` has SRV records alone, and only endpoints of
+//! headless Services have reverse names.
 //!
 //! ```text
 //! <domain>                                            SOA, NS
@@ -158,13 +159,17 @@ impl Zone {
 
     /// The SOA record; its owner is [`Zone::authority`].
     pub fn soa(&self) -> Soa<'_> {
-        // As CoreDNS has them. Serials wrap (RFC 1982).
-        let serial = u32::try_from(self.table.generation & u64::from(u32::MAX)).unwrap_or_default();
+        // The names are CoreDNS's.
         Soa {
             name_server: Name::below(Label::of("ns"), &self.dns),
             mailbox: Name::below(Label::of("hostmaster"), self.domain().as_wire()),
-            serial,
+            serial: self.serial(),
         }
+    }
+
+    /// Counts up with each table, and wraps (RFC 1982).
+    pub fn serial(&self) -> u32 {
+        u32::try_from(self.table.generation & u64::from(u32::MAX)).unwrap_or_default()
     }
 
     /// In wire form, the zone that a name found here belongs to: the cluster domain, or the one of reverse names.
@@ -247,8 +252,8 @@ enum Located<'z> {
     Reverse(&'z [Reverse]),
 }
 
-/// Pods are not known: any address has a name in any namespace, as with CoreDNS's `pods insecure`. CoreDNS knows at least
-/// namespaces; here, one without Services would be missing.
+/// Pods are not known: any address has a name in any namespace, as with CoreDNS's `pods insecure`. CoreDNS at least knows
+/// the namespaces; here those without Services would be missing.
 fn locate_pod<'z>(labels: &Labels<'_>, count: usize) -> Located<'z> {
     let legal = |byte: &u8| byte.is_ascii_lowercase() || byte.is_ascii_digit() || *byte == b'-';
     if !labels.get(count - 2).iter().all(legal) {

@@ -296,6 +296,9 @@ pub enum Event {
     Delete(Kind, NamespacedName),
     /// All objects of this kind; what is not among them does not exist.
     Replace(Kind, Vec<Object>),
+    /// What was told of this kind before is all of it as of this `resourceVersion`, and whatever else claims to be older
+    /// than that is not to be believed. For the snapshot: only metaServer says so, and wants to be told after a restart.
+    Reached(Kind, u64),
     /// Everything that exists has been delivered at least once. Before this nothing is taken away from the data plane.
     Synced,
 }

@@ -1,9 +1,6 @@
 //! Records, made one by one as they are asked for.
 
-use std::{
-    iter::FusedIterator,
-    net::{IpAddr, Ipv4Addr, Ipv6Addr},
-};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
 use super::{
     index::Reverse,
@@ -94,8 +91,8 @@ impl<'z> Answers<'z> {
         Section { set: self.set, next: 0 }
     }
 
-    /// What the additional section may hold: the addresses of the targets of SRV and NS records, each record once. Nothing
-    /// is allocated.
+    /// What the additional section may hold: the addresses of the targets of SRV and NS records, each record once.
+    /// Nothing is allocated.
     pub fn additionals(&self) -> impl Iterator<Item = Record<'z>> + Clone + use<'z> {
         let (owner, ips, targets) = match self.set {
             Set::NameServer(name, ips) => (Some(name), ips, None),
@@ -153,8 +150,6 @@ impl<'z> Iterator for Section<'z> {
         }
     }
 }
-
-impl FusedIterator for Section<'_> {}
 
 impl<'z> Set<'z> {
     /// What is at an index: None beyond the end, and Some(None) where there is nothing for the question.

@@ -52,8 +52,8 @@ impl fmt::Display for ClusterDomain {
 /// A text that is no domain.
 #[derive(Clone, Debug, Eq, PartialEq, thiserror::Error)]
 #[error(
-    "{0:?} is not a cluster domain; expected labels of letters, digits, '-' and '_' between dots, such as cluster.local, and \
-     at most 126 characters"
+    "{0:?} is not a cluster domain; expected labels of letters, digits, '-' and '_' between dots, such as \
+     cluster.local, and at most 126 characters"
 )]
 pub struct ParseDomainError(String);
 

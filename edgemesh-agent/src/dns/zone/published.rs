@@ -63,8 +63,8 @@ pub(super) struct Target {
 }
 
 impl Published {
-    /// None for a Service whose name or namespace is no label, which the API server allows for neither, and for one whose
-    /// name leaves no room for names of endpoints below it, as it may be under a domain of more than 57 characters.
+    /// None for a Service whose name or namespace is no label, which the API server allows for neither, and for one
+    /// whose name leaves no room for names of endpoints below it: only under a domain of more than 57 characters.
     pub(super) fn new(entry: &Arc<ServiceEntry>, svc: &[u8]) -> Option<Self> {
         let name = [&*Self::key_of(entry)?, svc].concat();
         if name.len() + 1 + MAX_LABEL > MAX_NAME {
@@ -114,8 +114,8 @@ impl Published {
 
     /// Whether the Service's own name exists.
     ///
-    /// A headless Service without a published endpoint does not: the specification says that the answer should be NXDOMAIN
-    /// (2.4.1), and CoreDNS does so for all names below, too (findServices finds no record, so errNoItems stands).
+    /// A headless Service without a published endpoint does not: the specification says that the answer should be
+    /// NXDOMAIN (2.4.1), and CoreDNS does so for all names below, too (in findServices errNoItems stands).
     pub(super) fn exists(&self) -> bool {
         match &self.records {
             Records::ClusterIps { .. } | Records::Alias(_) => true,
