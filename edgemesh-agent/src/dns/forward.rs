@@ -7,6 +7,8 @@
 
 mod cache;
 mod exchange;
+#[cfg(test)]
+mod fake;
 mod flight;
 mod follow;
 mod message;
@@ -482,3 +484,6 @@ impl Reply {
         self.message.rcode()
     }
 }
+
+#[cfg(test)]
+mod tests;

@@ -17,7 +17,7 @@ use super::{
 };
 
 /// After all have been asked, how long until they are asked once more, as the packet may be lost.
-const AGAIN: Duration = Duration::from_millis(800);
+const AGAIN: Duration = Duration::from_millis(500);
 /// How often one upstream is asked, and how many queries there are in all where there are fewer upstreams.
 const ROUNDS: usize = 3;
 const QUERIES: usize = 6;

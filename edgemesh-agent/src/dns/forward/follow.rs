@@ -83,9 +83,8 @@ impl Follow {
     fn detect(&mut self, auto_detect: bool, configured: &[SocketAddr]) {
         const SUBJECT: &str = "cacheDNS";
         let table = Arc::clone(&self.tables.borrow_and_update());
-        let mut servers = if auto_detect { cluster_dns(&table) } else { BTreeSet::new() };
-        servers.extend(configured);
-        let servers: Vec<SocketAddr> = servers.into_iter().collect();
+        let found = if auto_detect { cluster_dns(&table) } else { BTreeSet::new() };
+        let servers: Vec<SocketAddr> = found.into_iter().chain(configured.iter().copied()).collect();
         if self.forwarder.set_servers(&servers) {
             self.forwarder.0.conditions.clear(MISSING, SUBJECT);
         } else if table.complete || !auto_detect {

@@ -11,8 +11,9 @@ use std::{
 
 use super::{Question, UpstreamStatus};
 
-/// An upstream that says nothing for so long, to anybody, is taken for silent.
-pub(super) const SILENCE: Duration = Duration::from_secs(1);
+/// An upstream that says nothing for so long, to anybody, is taken for silent. Shorter than [`super::STALE_AFTER`], so that
+/// only the first who meets the silence waits for it.
+pub(super) const SILENCE: Duration = Duration::from_millis(800);
 /// From silence to the first probe; each pause is twice the one before …
 const FIRST_PAUSE: Duration = Duration::from_millis(250);
 /// … up to this, so that fresh answers come within 5 s of its return, a lost probe included.
@@ -201,3 +202,6 @@ fn random() -> f64 {
     let _always = aws_lc_rs::rand::fill(&mut bytes);
     f64::from(u32::from_ne_bytes(bytes)) / (f64::from(u32::MAX) + 1.0)
 }
+
+#[cfg(test)]
+mod tests;
