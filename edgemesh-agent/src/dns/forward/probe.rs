@@ -29,7 +29,7 @@ pub(super) async fn run(forwarder: Forwarder) {
                 let (forwarder, upstream) = (forwarder.clone(), Arc::clone(&upstream));
                 probes.push(async move {
                     let limits = &forwarder.0.settings.cache.ttl;
-                    let attempt = flight::attempt(&upstream, &question, limits, &forwarder.0.sockets);
+                    let attempt = flight::attempt(&upstream, &question, limits);
                     // What came of it is noted at the upstream.
                     let _late = timeout(PATIENCE, attempt).await;
                 });

@@ -9,6 +9,8 @@ use std::{
     time::{Duration, Instant},
 };
 
+use tokio::sync::Semaphore;
+
 use super::{Question, UpstreamStatus};
 
 /// An upstream that says nothing for so long, to anybody, is taken for silent. Shorter than [`super::STALE_AFTER`], so that
@@ -22,6 +24,9 @@ const LAST_PAUSE: Duration = Duration::from_secs(2);
 const HEDGE: Duration = Duration::from_millis(200);
 const SHORTEST_HEDGE: Duration = Duration::from_millis(50);
 
+/// How many queries are on their way to one upstream at most.
+const SOCKETS: usize = 256;
+
 /// A server that questions are sent to.
 #[derive(Debug)]
 pub(super) struct Upstream {
@@ -29,6 +34,8 @@ pub(super) struct Upstream {
     health: Mutex<Health>,
     /// As in `health`, to be read without a lock.
     silent: AtomicBool,
+    /// One for each query on its way: those to a silent upstream must not take what others need.
+    pub(super) sockets: Semaphore,
     /// Whether it repeats the case of names.
     keeps_case: AtomicBool,
     /// Whether it understands EDNS.
@@ -108,6 +115,7 @@ impl Upstream {
             address,
             health: Mutex::default(),
             silent: AtomicBool::new(false),
+            sockets: Semaphore::new(SOCKETS),
             keeps_case: AtomicBool::new(true),
             edns: AtomicBool::new(true),
             asked: AtomicU64::new(0),
