@@ -10,6 +10,7 @@ mod generated;
 mod iptables;
 mod load;
 mod memory;
+mod offline;
 mod report;
 mod scene;
 mod spread;
@@ -53,7 +54,9 @@ enum Figure {
     Memory,
     /// From start to ready, one change and memory at 10,000 Services with 100,000 endpoints
     Load,
-    /// The same from a real Kubernetes API server; left out where KUBEBUILDER_ASSETS names none
+    /// From start to the first connection with neither an API server nor anything in the kernel
+    Offline,
+    /// The same as `load` from a real Kubernetes API server; left out where KUBEBUILDER_ASSETS names none
     Api,
 }
 
@@ -82,6 +85,7 @@ impl Figure {
             Self::Change => change::measure(effort),
             Self::Memory => memory::measure(effort),
             Self::Load => load::measure(effort),
+            Self::Offline => offline::measure(effort),
             Self::Api => api::measure(effort),
         }
     }

@@ -424,7 +424,7 @@ fn respond(status: StatusCode, kind: &'static str, body: impl Into<Bytes>) -> Re
 
 #[cfg(test)]
 mod tests {
-    use tokio::io::AsyncWriteExt;
+    use tokio::{io::AsyncWriteExt, sync::oneshot};
 
     use super::*;
     use crate::{
@@ -442,7 +442,7 @@ mod tests {
             readiness: Readiness::default(),
             conditions: Conditions::default(),
             tables: watch::channel(Arc::default()).1,
-            source: kube::start(&config, "node", events, Conditions::default(), tasks).unwrap(),
+            source: kube::start(&config, "node", events, oneshot::channel().1, Conditions::default(), tasks).unwrap(),
             snapshot: None,
             dataplane: None,
             device: None,

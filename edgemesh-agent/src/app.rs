@@ -95,7 +95,8 @@ async fn build_on(
 ) -> Result<Bound, StartError> {
     let (events, received) = kube::Events::channel(EVENTS);
     let (publish, tables) = watch::channel(Arc::<ServiceTable>::default());
-    let source = kube::start(&config.source, node, events, conditions.clone(), tasks)?;
+    let (tell_restored, restored) = oneshot::channel();
+    let source = kube::start(&config.source, node, events, restored, conditions.clone(), tasks)?;
     let builder = Builder::new(config.proxy.filter, node);
     let latency = Latency::default();
     let publish = Publisher {
@@ -112,6 +113,7 @@ async fn build_on(
         let source = snapshot::Source {
             url,
             connected: Box::new(move || state.status().health == kube::SourceHealth::Connected),
+            restored: tell_restored,
         };
         Snapshot::open(path, source, node, conditions.clone())
     });

@@ -7,13 +7,16 @@
 mod client;
 mod convert;
 mod events;
+mod invalid;
 mod manifest;
 mod meta_server;
 mod state;
 mod static_dir;
 mod watch;
 
-use std::path::PathBuf;
+use std::{collections::BTreeMap, path::PathBuf};
+
+use tokio::sync::oneshot;
 
 pub use self::{
     events::{Events, Received},
@@ -23,6 +26,7 @@ use crate::{
     conditions::Conditions,
     config::{SourceConfig, SourceKind},
     lifecycle::Tasks,
+    model::Kind,
 };
 
 /// Why a source cannot even begin; everything that may pass by itself is a condition instead.
@@ -61,6 +65,10 @@ pub enum Error {
     Inotify(std::io::Error),
 }
 
+/// What a snapshot that is in force was complete as of ([`Event::Reached`](crate::model::Event::Reached)), by kind; nothing where there is none. A source
+/// that needs it waits for it: the sender is to be used or dropped.
+pub type Restored = oneshot::Receiver<BTreeMap<Kind, u64>>;
+
 /// Starts the configured source for `node` on `tasks`; must be called within a tokio runtime.
 ///
 /// What it finds goes to `events`: `Replace` for each kind, then `Synced`, then changes. The source
@@ -74,15 +82,27 @@ pub fn start(
     config: &SourceConfig,
     node: &str,
     events: Events,
+    restored: Restored,
     conditions: Conditions,
     tasks: &Tasks,
 ) -> Result<SourceState, Error> {
     match &config.kind {
         SourceKind::Static { directory } => static_dir::start(directory, events, conditions, tasks),
-        SourceKind::MetaServer(meta_server) => meta_server::start(meta_server, config, node, events, conditions, tasks),
+        SourceKind::MetaServer(meta_server) => {
+            meta_server::start(meta_server, config, node, events, restored, conditions, tasks)
+        }
         SourceKind::InCluster => watch::start(client::in_cluster()?, config, events, conditions, tasks),
         SourceKind::Kubeconfig { path, master } => {
             watch::start(client::kubeconfig(path.as_deref(), master.as_deref())?, config, events, conditions, tasks)
         }
+    }
+}
+
+/// Every cluster has a Service `default/kubernetes` with its endpoints, and this very Node: an empty list of them says
+/// that something is broken. Of rules there may be none.
+fn may_be_empty(kind: Kind) -> bool {
+    match kind {
+        Kind::DestinationRule => true,
+        Kind::Service | Kind::Endpoints | Kind::EndpointSlice | Kind::Node => false,
     }
 }

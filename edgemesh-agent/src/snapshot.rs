@@ -14,7 +14,7 @@ mod schedule;
 mod state;
 
 use std::{
-    collections::BTreeSet,
+    collections::{BTreeMap, BTreeSet},
     fs::File,
     io::{self, Read},
     path::{Path, PathBuf},
@@ -22,6 +22,7 @@ use std::{
 };
 
 use tokio::{
+    sync::oneshot,
     task::{JoinError, JoinHandle, spawn_blocking},
     time::{Instant, sleep_until},
 };
@@ -51,11 +52,14 @@ const CLUSTER_CA: &str = "/var/run/secrets/kubernetes.io/serviceaccount/ca.crt";
 /// The snapshot of one agent, in the hands of the task that has the builder.
 pub struct Snapshot {
     file: SnapshotFile,
-    source: Source,
+    url: String,
+    connected: Box<dyn Fn() -> bool + Send>,
     node: String,
     conditions: Conditions,
     state: SnapshotState,
-    loading: Option<JoinHandle<Found>>,
+    loading: Option<Loading>,
+    /// What the objects of a kind are complete as of.
+    reached: BTreeMap<Kind, u64>,
     /// How long before the start it was taken, in words.
     age: String,
     /// When to say that it is still in force.
@@ -76,6 +80,14 @@ pub struct Source {
     pub url: String,
     /// Whether it answers now.
     pub connected: Box<dyn Fn() -> bool + Send>,
+    /// Is told what the restored objects were complete as of, by kind ([`Event::Reached`]).
+    pub restored: oneshot::Sender<BTreeMap<Kind, u64>>,
+}
+
+/// A file that is being read.
+struct Loading {
+    found: JoinHandle<Found>,
+    restored: oneshot::Sender<BTreeMap<Kind, u64>>,
 }
 
 /// What was there at the start.
@@ -91,15 +103,18 @@ impl Snapshot {
     /// Begins to read the file, on a thread of its own; must be called within a tokio runtime.
     pub fn open(path: &Path, source: Source, node: &str, conditions: Conditions) -> Self {
         let file = SnapshotFile::new(path.to_owned());
-        let (reader, url, name) = (file.clone(), source.url.clone(), node.to_owned());
-        let loading = spawn_blocking(move || load(&reader, &identity(url, name)));
+        let Source { url, connected, restored } = source;
+        let (reader, server, name) = (file.clone(), url.clone(), node.to_owned());
+        let loading = spawn_blocking(move || load(&reader, &identity(server, name)));
         Self {
             state: SnapshotState::new(path),
             file,
-            source,
+            url,
+            connected,
             node: node.to_owned(),
             conditions,
-            loading: Some(loading),
+            loading: Some(Loading { found: loading, restored }),
+            reached: BTreeMap::new(),
             age: String::new(),
             notice: None,
             live: BTreeSet::new(),
@@ -117,11 +132,8 @@ impl Snapshot {
 
     /// Gives the builder what the file holds; says whether there was anything. Called once, before any event.
     pub async fn restore(&mut self, builder: &mut Builder) -> bool {
-        let found = match &mut self.loading {
-            Some(loading) => loading.await.unwrap_or_else(|error| Found::Unusable(unexpected(&error).to_string())),
-            None => return false,
-        };
-        self.loading = None;
+        let Some(Loading { found, restored }) = self.loading.take() else { return false };
+        let found = found.await.unwrap_or_else(|error| Found::Unusable(unexpected(&error).to_string()));
         let (now, path) = (SystemTime::now(), self.file.path().display());
         let contents = match found {
             Found::Contents(contents) => contents,
@@ -145,9 +157,12 @@ impl Snapshot {
         let objects: usize = contents.sections.iter().map(|section| section.objects.len()).sum();
         info!(%path, objects, "restored the metadata snapshot, taken {}", self.age);
         self.state.restored(&contents);
-        for Section { kind, objects, .. } in contents.sections {
+        for Section { kind, reached, objects, .. } in contents.sections {
+            self.reached.extend(reached.map(|version| (kind, version)));
             builder.apply(Event::Replace(kind, objects));
         }
+        // The source may have ended.
+        let _ = restored.send(self.reached.clone());
         builder.apply(Event::Synced);
         self.revision = builder.revision();
         self.notice = Some(Instant::now() + NOTICE);
@@ -176,6 +191,11 @@ impl Snapshot {
                 self.take_over(left, now);
                 Some(Event::Replace(left, Vec::new()))
             }
+            Event::Reached(kind, version) => {
+                // Not worth a write by itself: what a list has changed is written, and this with it.
+                self.reached.insert(*kind, *version);
+                None
+            }
             Event::Apply(_) | Event::Delete(..) => None,
         }
     }
@@ -201,7 +221,7 @@ impl Snapshot {
             if self.notice.is_some_and(|at| at <= wake) {
                 self.notice = None;
                 self.tell(SystemTime::now());
-            } else if self.schedule.is_needed() || (self.source.connected)() {
+            } else if self.schedule.is_needed() || (self.connected)() {
                 return;
             } else {
                 // Nobody stands behind what is known: it is not to look younger than it is.
@@ -220,7 +240,7 @@ impl Snapshot {
                 // Objects can come without a list of all.
                 let given = self.live.contains(&kind) || !objects.is_empty();
                 let as_of = self.state.as_of(kind).or_else(|| given.then_some(taken))?;
-                Some(Section { kind, as_of, objects })
+                Some(Section { kind, as_of, reached: self.reached.get(&kind).copied(), objects })
             })
             .collect();
         self.revision = builder.revision();
@@ -229,7 +249,7 @@ impl Snapshot {
             return;
         }
         self.state.writing(taken);
-        let (file, source, node) = (self.file.clone(), self.source.url.clone(), self.node.clone());
+        let (file, source, node) = (self.file.clone(), self.url.clone(), self.node.clone());
         self.writing =
             Some(spawn_blocking(move || file.write(&Contents { identity: identity(source, node), taken, sections })));
     }
@@ -242,7 +262,7 @@ impl Snapshot {
             self.written(outcome);
         }
         self.follow(builder);
-        if self.synced && (self.schedule.is_needed() || (self.source.connected)()) {
+        if self.synced && (self.schedule.is_needed() || (self.connected)()) {
             self.write(builder, SystemTime::now());
             if let Some(writing) = self.writing.take() {
                 let outcome = writing.await;
@@ -279,7 +299,7 @@ impl Snapshot {
              meanwhile is not known; its own conditions say why",
             self.age,
             kinds.join(", "),
-            self.source.url
+            self.url
         );
         self.conditions.raise(IN_FORCE, "", message, now);
     }

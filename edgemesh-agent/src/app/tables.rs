@@ -207,7 +207,7 @@ impl SightOfNode {
         let message = format!(
             "the Node {} is not known: node ports are answered on 127.0.0.1 alone, and neither zones, node groups nor \
              topologyKeys limit endpoints ({concerned} Services are concerned, see `services`); grant the agent's \
-             account get, list and watch on nodes (or add the Node's manifest), and check NODE_NAME",
+             account list and watch on nodes (or add the Node's manifest), and check NODE_NAME",
             self.name
         );
         self.conditions.raise(NODE_UNKNOWN, self.name.clone(), message, now);

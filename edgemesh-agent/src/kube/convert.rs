@@ -20,6 +20,8 @@ use crate::model::{Endpoint, EndpointPort, EndpointSet, NamespacedName, Object, 
 const SERVICE_NAME_LABEL: &str = "kubernetes.io/service-name";
 /// RFC 1123 subdomains, as the API server demands of names.
 const MAX_NAME: usize = 253;
+/// The longest label of a DNS name (RFC 1035).
+const MAX_LABEL: usize = 63;
 /// A message quotes at most so much of a wrong value.
 const MAX_QUOTE: usize = 64;
 
@@ -259,6 +261,7 @@ fn slice_endpoint(
             for_nodes: hints.and_then(|hints| hints.for_nodes.as_ref()).map_or_else(Box::default, |nodes| {
                 nodes.iter().filter_map(|node| non_empty(Some(&node.name))).collect()
             }),
+            hostname: hostname(endpoint.hostname.as_deref(), || format!("endpoints[{i}].hostname"), faults),
         }),
     })
 }
@@ -275,19 +278,36 @@ fn endpoints_subset(i: usize, subset: &core::EndpointSubset, faults: &mut Vec<Fa
     let lists = [("addresses", &subset.addresses, true), ("notReadyAddresses", &subset.not_ready_addresses, false)];
     for (list, entries, ready) in lists {
         for (j, entry) in entries.as_deref().unwrap_or_default().iter().enumerate() {
+            let path = || format!("subsets[{i}].{list}[{j}]");
             match address(&entry.ip) {
-                Ok(address) => endpoints.push(Endpoint {
-                    address,
-                    ready,
-                    serving: ready,
-                    terminating: false,
-                    place: Arc::new(Place { node: non_empty(entry.node_name.as_deref()), ..Place::default() }),
-                }),
-                Err(problem) => faults.push(Fault { field: format!("subsets[{i}].{list}[{j}].ip"), problem }),
+                Ok(address) => {
+                    let node = non_empty(entry.node_name.as_deref());
+                    let hostname = hostname(entry.hostname.as_deref(), || format!("{}.hostname", path()), faults);
+                    let place = Arc::new(Place { node, hostname, ..Place::default() });
+                    endpoints.push(Endpoint { address, ready, serving: ready, terminating: false, place });
+                }
+                Err(problem) => faults.push(Fault { field: format!("{}.ip", path()), problem }),
             }
         }
     }
     Subset { ports, endpoints }
+}
+
+/// A wrong one costs the endpoint its name and nothing else.
+fn hostname(text: Option<&str>, field: impl FnOnce() -> String, faults: &mut Vec<Fault>) -> Option<Box<str>> {
+    let text = text.filter(|text| !text.is_empty())?;
+    if is_label(text) && check_name(text).is_ok() {
+        return Some(text.into());
+    }
+    let expected = "at most 63 lower-case letters, digits and '-', beginning and ending with a letter or digit";
+    let problem = format!("{} is not a DNS label; expected {expected}", quote(text));
+    faults.push(Fault { field: field(), problem });
+    None
+}
+
+/// Whether a name that is otherwise legal fits into one label of a DNS name (RFC 1035).
+fn is_label(text: &str) -> bool {
+    (1..=MAX_LABEL).contains(&text.len()) && !text.contains('.')
 }
 
 fn non_empty(text: Option<&str>) -> Option<Box<str>> {

@@ -12,7 +12,9 @@
 //!    server in a row.
 //! 7. An answer that takes more than 3 s, or is empty, makes the source degraded, with the hint of KubeEdge's guide.
 //! 8. The token is read anew for each request; a refusal is told by its cause.
-//! 9. The agent has a snapshot of its own, which is fed by the events like everything else.
+//! 9. The agent has a snapshot of its own, which is fed by the events like everything else. It holds the version as of which
+//!    it is all there was, so that rules 4 and 5 go on after a restart: else an agent that starts offline would be told of
+//!    ghosts again, and of endpoints as they were stored long ago.
 //!
 //! The deciding is pure: [`answer`] says what the bytes mean, [`ledger`] which of them count (rules 2 to 6), [`health`]
 //! how the source fares (rule 7), [`refusal`] why it is refused (rule 8). [`session`] is the loop around it, one for each
@@ -47,7 +49,7 @@ use self::{
     session::{Place, Session},
 };
 use super::{
-    Error, Events, SourceState,
+    Error, Events, Restored, SourceState,
     convert::destination_rule::{DestinationRule, GROUP, PLURAL, VERSIONS},
     events::Closed,
     watch::{GRACE, Listed, limit::Limiter},
@@ -83,6 +85,7 @@ pub(super) fn start(
     config: &SourceConfig,
     node: &str,
     events: Events,
+    restored: Restored,
     conditions: Conditions,
     tasks: &Tasks,
 ) -> Result<SourceState, Error> {
@@ -106,7 +109,7 @@ pub(super) fn start(
         tokio::select! {
             () = stop.cancelled() => {}
             () = source.events.closed() => {}
-            () = source.run() => {}
+            () = source.run(restored) => {}
         }
     });
     Ok(state)
@@ -129,15 +132,21 @@ struct Source {
 }
 
 impl Source {
-    async fn run(&self) {
+    async fn run(&self, restored: Restored) {
+        // A file of this node, without which nothing of the source would be used either.
+        let reached = restored.await.unwrap_or_default();
+        let reached = |kind| reached.get(&kind).copied();
         let place = |paths: Vec<String>| Place { paths, narrower: None };
         let core = |plural: &str| vec![format!("/api/v1/{plural}")];
         let rules = VERSIONS.iter().map(|version| format!("/apis/{GROUP}/{version}/{PLURAL}")).collect();
         let nodes = Place { narrower: Some(format!("metadata.name%3D{}", self.node)), ..place(core("nodes")) };
-        let services = Session::<core::Service>::new(self, Kind::Service, place(core("services")));
-        let endpoints = Session::<core::Endpoints>::new(self, Kind::Endpoints, place(core("endpoints")));
-        let nodes = Session::<core::Node>::new(self, Kind::Node, nodes);
-        let rules = Session::<DestinationRule>::new(self, Kind::DestinationRule, place(rules));
+        let services =
+            Session::<core::Service>::new(self, Kind::Service, place(core("services")), reached(Kind::Service));
+        let endpoints =
+            Session::<core::Endpoints>::new(self, Kind::Endpoints, place(core("endpoints")), reached(Kind::Endpoints));
+        let nodes = Session::<core::Node>::new(self, Kind::Node, nodes, reached(Kind::Node));
+        let rules =
+            Session::<DestinationRule>::new(self, Kind::DestinationRule, place(rules), reached(Kind::DestinationRule));
         let kicks = || self.kick.subscribe();
         let (_, _, _, _, _, ()) = tokio::join!(
             endpoints.follow(kicks()),

@@ -4,7 +4,8 @@
 //! here: it does not tell that an interrupted watch was taken up again, so a condition could never be cleared on a quiet
 //! cluster; it puts no bound on a list; and it retries a watch that is answered 410 without listing anew.
 //!
-//! Nothing is ever removed because of an error: [`Event::Replace`] follows only from a list that was read to its end.
+//! Nothing is ever removed because of an error: [`Event::Replace`] follows only from a list that was read to its end, and
+//! from none that is empty where no cluster's is.
 //!
 //! Services and one of the two endpoint kinds are needed for [`Event::Synced`]. Nodes and DestinationRules are waited for
 //! only as long as the server has not refused them, or said that it has no such thing, and not for long.
@@ -12,7 +13,7 @@
 pub(super) mod limit;
 mod pauses;
 mod rules;
-pub(super) mod session;
+mod session;
 
 use std::{
     sync::atomic::{AtomicU8, Ordering},
@@ -42,7 +43,10 @@ const ANSWER: &str = "ApiServerError";
 const CREDENTIALS: &str = "ApiServerCredentials";
 
 /// For answers that are not streamed: discovery, and one page of a list.
-const ANSWER_TIMEOUT: Duration = Duration::from_secs(60);
+#[cfg(not(test))]
+const ANSWER_TIMEOUT: Duration = Duration::from_secs(30);
+#[cfg(test)]
+const ANSWER_TIMEOUT: Duration = Duration::from_secs(8);
 /// How long Nodes and rules may take once Services and endpoints are known.
 pub(super) const GRACE: Duration = Duration::from_secs(5);
 /// How often a server that has no EndpointSlices is asked whether it has them by now, as after an upgrade.
@@ -141,6 +145,8 @@ enum Failure {
     TimedOut(Duration),
     #[error("the answer has no resourceVersion, so the resource cannot be watched")]
     NoVersion,
+    #[error("the list is empty, which no cluster's is, so the last known state is served on")]
+    Empty,
 }
 
 /// What a [`Failure`] means for what to do next.
@@ -165,7 +171,7 @@ impl Failure {
                 401 | 403 => Meaning::Forbidden,
                 _ => Meaning::Answered,
             },
-            Self::Api(kube::Error::SerdeError(_)) | Self::NoVersion => Meaning::Answered,
+            Self::Api(kube::Error::SerdeError(_)) | Self::NoVersion | Self::Empty => Meaning::Answered,
             Self::Api(_) | Self::TimedOut(_) => Meaning::Unreachable,
         }
     }
@@ -176,7 +182,7 @@ impl Failure {
                 let message = status.message.split_whitespace().collect::<Vec<_>>().join(" ");
                 format!("{} {message}", status.code).trim_end().to_owned()
             }
-            Self::Api(_) | Self::TimedOut(_) | Self::NoVersion => chain(self),
+            Self::Api(_) | Self::TimedOut(_) | Self::NoVersion | Self::Empty => chain(self),
         }
     }
 }

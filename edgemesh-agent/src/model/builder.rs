@@ -79,6 +79,7 @@ impl Builder {
                     self.put(object);
                 }
             }
+            Event::Reached(..) => {}
             Event::Synced => self.synced = true,
         }
     }

@@ -79,6 +79,11 @@ pub struct Service {
     pub topology_keys: Vec<Box<str>>,
     /// `spec.publishNotReadyAddresses`: the readiness of endpoints does not matter.
     pub publish_not_ready: bool,
+    /// `spec.externalName`, lower case and without a final dot: what DNS leads to. None for all other kinds of Services,
+    /// and where it is unusable.
+    pub external_name: Option<Box<str>>,
+    /// The label `k8s-app` is `kube-dns`: it is the DNS of the cluster.
+    pub cluster_dns: bool,
     pub proxy_labels: ProxyLabels,
 }
 
@@ -100,6 +105,8 @@ impl Service {
             within_node_group: false,
             topology_keys: Vec::new(),
             publish_not_ready: false,
+            external_name: None,
+            cluster_dns: false,
             proxy_labels: ProxyLabels::default(),
         }
     }
@@ -182,7 +189,7 @@ pub struct Endpoint {
     pub place: Arc<Place>,
 }
 
-/// Where an endpoint is, and which clients it is meant for.
+/// Where an endpoint is, which clients it is meant for, and what it is called: all that most endpoints of a node share.
 #[derive(Clone, Debug, Default, Eq, Hash, PartialEq)]
 pub struct Place {
     pub node: Option<Box<str>>,
@@ -191,6 +198,9 @@ pub struct Place {
     pub for_zones: Box<[Box<str>]>,
     /// `hints.forNodes`; empty for none.
     pub for_nodes: Box<[Box<str>]>,
+    /// The endpoint's own label below its Service in DNS (pods have one by `hostname` and `subdomain`, those of
+    /// StatefulSets always); most have none.
+    pub hostname: Option<Box<str>>,
 }
 
 /// A core/v1 Node.
@@ -289,6 +299,9 @@ pub enum Event {
     Delete(Kind, NamespacedName),
     /// All objects of this kind; what is not among them does not exist.
     Replace(Kind, Vec<Object>),
+    /// What was told of this kind before is all of it as of this `resourceVersion`, and whatever else claims to be older
+    /// than that is not to be believed. For the snapshot: only metaServer says so, and wants to be told after a restart.
+    Reached(Kind, u64),
     /// Everything that exists has been delivered at least once. Before this nothing is taken away from the data plane.
     Synced,
 }

@@ -1,6 +1,12 @@
 //! The immutable tables that everything downstream of the builder reads.
 
-use std::{collections::BTreeMap, fmt, net::SocketAddr, num::NonZeroU32, sync::Arc};
+use std::{
+    collections::BTreeMap,
+    fmt,
+    net::{IpAddr, SocketAddr},
+    num::NonZeroU32,
+    sync::Arc,
+};
 
 use super::{DestinationRule, NamespacedName, Place, Protocol, Service, ServicePort, Verdicts};
 
@@ -36,6 +42,9 @@ pub struct ServiceEntry {
     pub service: Arc<Service>,
     /// One for each of `service.ports`, in that order.
     pub ports: Vec<ServedPort>,
+    /// Of a headless Service, the endpoints that none of its ports leads to, ordered by address: all of them where it has
+    /// no ports. Only DNS knows them.
+    pub portless: Vec<PortlessEndpoint>,
     /// What the data plane is to translate; empty for Services that it leaves alone.
     pub frontends: Vec<Frontend>,
     /// The DestinationRule that says how its frontends are balanced; None without one, and without frontends.
@@ -62,6 +71,15 @@ pub struct PortEndpoint {
     /// Whether new connections may go here, and why.
     pub verdicts: Verdicts,
     /// Its zone is that of its Node where the endpoint itself names none.
+    pub place: Arc<Place>,
+}
+
+/// An endpoint of a headless Service without a port.
+#[derive(Clone, Debug, Eq, PartialEq)]
+pub struct PortlessEndpoint {
+    pub ip: IpAddr,
+    pub ready: bool,
+    pub terminating: bool,
     pub place: Arc<Place>,
 }
 

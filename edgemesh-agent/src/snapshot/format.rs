@@ -1,8 +1,8 @@
 //! What is in the file, and nothing of where it is.
 //!
 //! ```text
-//! edgemesh-metadata-snapshot 1
-//! {"of":{"source":"https://10.0.0.1:6443","node":"edge1"},"taken":1767225600,"sections":[{"kind":"Service","as_of":1767225600,"objects":2}, …]}
+//! edgemesh-metadata-snapshot 2
+//! {"of":{"source":"https://10.0.0.1:6443","node":"edge1"},"taken":1767225600,"sections":[{"kind":"Service","as_of":1767225600,"reached":1007,"objects":2}, …]}
 //! one object a line, section by section
 //! sha256 0f5c…
 //! ```
@@ -12,8 +12,11 @@
 //! because it is linked in anyway (for TLS) and fast enough; a sum of 32 bits would let one in four thousand million
 //! damaged files through, and damage on flash comes in whole blocks.
 //!
-//! A file of another version is never interpreted. [`VERSION`] counts up with any change of the lines, and a reader is to
-//! keep reading the versions before it.
+//! A file of a later version is never interpreted. [`VERSION`] counts up with any change of the lines, and a reader keeps
+//! reading the versions before it: so far they differ in fields that the earlier ones do not have.
+//!
+//! 1. The first.
+//! 2. `reached` of sections, `external_name` and `cluster_dns` of Services, `hostname` of endpoints.
 
 mod line;
 
@@ -26,7 +29,7 @@ use self::line::Line;
 use crate::model::{Kind, Object, Place, Shared};
 
 /// The version written.
-const VERSION: u64 = 1;
+const VERSION: u64 = 2;
 const MAGIC: &str = "edgemesh-metadata-snapshot";
 const SUM: &str = "sha256";
 /// 10,000 Services with 100,000 endpoints are 11 MiB.
@@ -64,6 +67,8 @@ pub(super) struct Section {
     pub(super) kind: Kind,
     /// When the source last stood behind them; seconds since the Unix epoch.
     pub(super) as_of: u64,
+    /// The `resourceVersion` as of which these were all objects of the kind, where the source can tell.
+    pub(super) reached: Option<u64>,
     pub(super) objects: Vec<Object>,
 }
 
@@ -81,6 +86,9 @@ struct Head {
 struct SectionHead {
     kind: line::KindWord,
     as_of: u64,
+    /// Since version 2.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    reached: Option<u64>,
     objects: u64,
 }
 
@@ -113,6 +121,7 @@ pub(super) fn write(contents: &Contents, out: impl Write) -> io::Result<()> {
     let heads = contents.sections.iter().map(|section| SectionHead {
         kind: section.kind.into(),
         as_of: section.as_of,
+        reached: section.reached,
         objects: section.objects.len() as u64,
     });
     let head = Head { of: contents.identity.clone(), taken: contents.taken, sections: heads.collect() };
@@ -151,7 +160,7 @@ pub(super) fn read(input: impl BufRead) -> Result<Contents, Flaw> {
             objects.push(object);
         }
         objects.shrink_to_fit();
-        sections.push(Section { kind, as_of: section.as_of, objects });
+        sections.push(Section { kind, as_of: section.as_of, reached: section.reached, objects });
     }
     input.check_sum()?;
     if !sections.iter().any(|section| section.kind == Kind::Service) {
@@ -165,8 +174,8 @@ fn check_version(line: &[u8]) -> Result<(), Flaw> {
     let line = str::from_utf8(line).map_err(|_| Flaw::Foreign)?;
     let version = line.strip_prefix(MAGIC).and_then(|rest| rest.strip_prefix(' ')).ok_or(Flaw::Foreign)?;
     match version.parse() {
-        Ok(VERSION) if version == VERSION.to_string() => Ok(()),
         Ok(newer) if newer > VERSION => Err(Flaw::Newer(newer)),
+        Ok(known @ 1..) if version == known.to_string() => Ok(()),
         _ => Err(Flaw::Damaged("its version is none".to_owned())),
     }
 }

@@ -123,7 +123,7 @@ impl SnapshotState {
         let kept = contents
             .sections
             .iter()
-            .map(|Section { kind, as_of, objects }| (*kind, Kept { objects: objects.len(), as_of: *as_of }));
+            .map(|Section { kind, as_of, objects, .. }| (*kind, Kept { objects: objects.len(), as_of: *as_of }));
         inner.kept = kept.collect();
     }
 

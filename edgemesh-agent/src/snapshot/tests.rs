@@ -1,4 +1,5 @@
 use std::{
+    collections::BTreeMap,
     fs,
     os::unix::fs::PermissionsExt,
     sync::{
@@ -25,6 +26,8 @@ struct Run {
     snapshot: Snapshot,
     builder: Builder,
     connected: Arc<AtomicBool>,
+    /// What the source was told at the start.
+    reached: BTreeMap<Kind, u64>,
 }
 
 impl World {
@@ -43,11 +46,14 @@ impl World {
     async fn start_as(&self, server: &str, node: &str) -> (Run, bool) {
         let connected = Arc::new(AtomicBool::new(false));
         let state = Arc::clone(&connected);
-        let source = Source { url: server.to_owned(), connected: Box::new(move || state.load(Ordering::SeqCst)) };
+        let (restored, reached) = oneshot::channel();
+        let source =
+            Source { url: server.to_owned(), connected: Box::new(move || state.load(Ordering::SeqCst)), restored };
         let mut snapshot = Snapshot::open(&self.path(), source, node, self.conditions.clone());
         let mut builder = Builder::new(Default::default(), node);
         let restored = snapshot.restore(&mut builder).await;
-        (Run { snapshot, builder, connected }, restored)
+        let reached = reached.await.unwrap_or_default();
+        (Run { snapshot, builder, connected, reached }, restored)
     }
 
     /// Leaves the file of an agent that had one Service, one slice, one Endpoints and one Node.
@@ -191,6 +197,29 @@ async fn a_kind_that_the_source_does_not_deliver_stays_and_keeps_its_age() {
 }
 
 #[tokio::test]
+async fn what_a_kind_was_complete_as_of_is_told_to_the_source_at_the_next_start() {
+    let world = World::new();
+    world.learn().await;
+    let (mut run, _) = world.start().await;
+    assert_eq!(run.reached, BTreeMap::new(), "the source said nothing of it");
+    run.deliver([
+        Event::Replace(Kind::Service, vec![service("web")]),
+        Event::Reached(Kind::Service, 1007),
+        Event::Synced,
+    ]);
+    run.snapshot.finish(&run.builder).await;
+    // A source that delivers another kind alone leaves it as it was.
+    for _ in 0..2 {
+        let (mut run, _) = world.start().await;
+        assert_eq!(run.reached, BTreeMap::from([(Kind::Service, 1007)]));
+        run.deliver([Event::Replace(Kind::Node, vec![node("edge1")]), Event::Synced]);
+        run.snapshot.finish(&run.builder).await;
+    }
+    let (run, restored) = world.start_as("https://10.0.0.2:6443", "edge1").await;
+    assert!(!restored && run.reached.is_empty(), "of another cluster: {:?}", run.reached);
+}
+
+#[tokio::test]
 async fn endpoints_of_the_kind_that_the_source_does_not_have_go_with_its_first_synced() {
     let world = World::new();
     world.learn().await;
@@ -318,8 +347,16 @@ fn the_cas_of_clusters_tell_them_apart_where_both_are_known() {
 }
 
 #[tokio::test]
-async fn a_damaged_file_is_set_aside_and_one_in_a_foreign_directory_is_left_alone() {
+async fn a_damaged_or_newer_file_is_set_aside_and_one_in_a_foreign_directory_is_left_alone() {
     let world = World::new();
+    world.learn().await;
+    let newer = fs::read_to_string(world.path()).unwrap().replacen(" 2\n", " 3\n", 1);
+    fs::write(world.path(), &newer).unwrap();
+    let (_, restored) = world.start().await;
+    assert!(!restored && world.message().contains("it has version 3 of the format"), "{}", world.message());
+    let aside = world.path().with_extension("snapshot.unusable-1");
+    assert_eq!(fs::read_to_string(aside).unwrap(), newer, "for the agent that wrote it");
+
     world.learn().await;
     let mut bytes = fs::read(world.path()).unwrap();
     *bytes.last_mut().unwrap() ^= 1;

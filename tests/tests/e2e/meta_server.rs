@@ -1,6 +1,10 @@
 //! An agent on a node of KubeEdge, whose metaServer is all it has to learn from.
 
-use std::{collections::BTreeMap, time::Duration};
+use std::{
+    collections::BTreeMap,
+    io::Write as _,
+    time::{Duration, Instant, SystemTime},
+};
 
 use anyhow::{Context as _, Result, ensure};
 use edgemesh_tests::{
@@ -296,6 +300,98 @@ fn an_agent_that_is_restarted_offline_serves_what_meta_server_has_stored() -> Re
 }
 
 #[test]
+fn an_agent_restarted_with_neither_cloud_nor_store_nor_kernel_serves_its_snapshot_and_says_why() -> Result<()> {
+    let Some(edge) = Edge::raise(Door::Open)? else { return Ok(()) };
+    let agent = edge.start(&Edge::options())?;
+    edge.all_is_well()?;
+    eventually(START, "the snapshot is written", || Ok(edge.status()?["snapshot"]["size_bytes"].is_u64()))?;
+    agent.kill()?;
+    // The power was lost, edgecore was installed anew, and dynamicController is off: every request takes ten seconds and
+    // gives an empty list.
+    edge.fake.wipe_store();
+    edge.fake.link(Link::HalfOpen(Duration::from_secs(10)));
+    edge.node.cleanup()?;
+    let hasty = edge.client.within(Duration::from_millis(100));
+    ensure!(hasty.tcp(at(ECHO, 80)?).is_err(), "something is left in the kernel");
+
+    let (begun, started) = (seconds()?, Instant::now());
+    let agent = edge.node.start_agent(&Edge::options())?;
+    eventually(START, "the first connection", || Ok(hasty.tcp(at(ECHO, 80)?)?.name == "a"))?;
+    ensure!(started.elapsed() < Duration::from_secs(10), "metaServer was waited for: {:?}", started.elapsed());
+    agent.wait_ready(START)?;
+    edge.condition_comes("MetaServerSlow services", &["took 10 s", "dynamicController.enable"])?;
+    edge.condition_comes("SnapshotInForce ", &["Service, Endpoints, Node", "its own conditions say why"])?;
+    let source = edge.health_is("degraded")?;
+    let since = source["since"].as_u64().context("no time")?;
+    ensure!((begun..=seconds()?).contains(&since) && source["last_sync"].is_null(), "{source}");
+    ensure!(source["reason"].as_str().is_some_and(|reason| reason.contains("10 s to list")), "{source}");
+    ensure!(source["hint"].as_str().is_some_and(|hint| hint.contains("metaServer.enable")), "{source}");
+    let text = String::from_utf8_lossy(&edge.node.cli(&["status"])?.stdout).into_owned();
+    for part in ["DEGRADED for", "because: it took 10 s", "STILL IN FORCE: 3 Endpoints as of "] {
+        assert!(text.contains(part), "{part} in {text}");
+    }
+    // Every list of all kinds has come to nothing by now, more than once.
+    let lists = edge.fake.count("list", "endpoints");
+    eventually(START, "it was listed again", || Ok(edge.fake.count("list", "endpoints") > lists + 1))?;
+    assert_eq!(edge.services()?, ["echo", "kubernetes", "other"]);
+    for (ip, pod) in [(ECHO, &edge.a), (OTHER, &edge.b)] {
+        assert_eq!(edge.client.tcp(at(ip, 80)?)?.name, pod.name());
+    }
+
+    let hammer = edge.client.hammer(Transport::Tcp, at(ECHO, 80)?, 1)?;
+    edge.fake.delete("services", "default", "other");
+    edge.fake.delete("endpoints", "default", "other");
+    edge.fake.link(Link::Up);
+    edge.is_gone("other")?;
+    edge.all_is_well()?;
+    assert_eq!(edge.services()?, ["echo", "kubernetes"]);
+    assert!(!matches!(edge.client.connect(at(OTHER, 80)?)?, Attempt::Connected(_)));
+    let status = edge.status()?;
+    assert_eq!(status["snapshot"]["still_served"], json!({}), "{status}");
+    assert!(status["source"]["last_sync"].as_u64() >= Some(since), "{status}");
+    assert_eq!(hammer.stop()?.failures, BTreeMap::new());
+    Ok(())
+}
+
+#[test]
+fn two_thousand_services_come_through_meta_server() -> Result<()> {
+    const SERVICES: u32 = 2000;
+    let Some(edge) = Edge::raise(Door::Open)? else { return Ok(()) };
+    for n in 0..SERVICES {
+        let (name, [high, low]) = (format!("many-{n:04}"), [n / 250, n % 250 + 1]);
+        let addresses: Vec<Value> =
+            (0..10).map(|host| json!({"ip": format!("10.{}.{high}.{low}", 100 + host), "nodeName": "far"})).collect();
+        let metadata = json!({"name": name, "namespace": "default"});
+        edge.fake.put(json!({
+            "apiVersion": "v1", "kind": "Endpoints", "metadata": metadata,
+            "subsets": [{"addresses": addresses, "ports": [{"name": "tcp", "port": 7001}]}],
+        }));
+        edge.fake.put(json!({
+            "apiVersion": "v1", "kind": "Service", "metadata": metadata,
+            "spec": {"type": "ClusterIP", "clusterIP": format!("10.97.{high}.{low}"), "ports": [{"name": "tcp", "port": 80}]},
+        }));
+    }
+    let begun = Instant::now();
+    let agent = edge.start(&Edge::options().set(RELIST, 300))?;
+    let ready = begun.elapsed();
+    edge.leads_to(ECHO, &edge.a)?;
+    edge.all_is_well()?;
+    let status = edge.status()?;
+    // With `echo`, `other` and Kubernetes' own.
+    let all = json!(SERVICES + 3);
+    assert_eq!([&status["source"]["objects"]["Service"], &status["source"]["objects"]["Endpoints"]], [&all, &all]);
+    let mib = |bytes: u64| bytes as f64 / f64::from(1 << 20);
+    let line = format!(
+        "{SERVICES} Services with 10 endpoints each by metaServer: ready {ready:.1?} after the start, {:.1} MiB resident, \
+         {:.1} MiB at most",
+        mib(agent.resident_bytes()?),
+        mib(agent.peak_bytes()?)
+    );
+    // Past the test harness, which shows what a passing test prints to nobody.
+    writeln!(std::io::stderr(), "{line}").context("could not write to standard error")
+}
+
+#[test]
 fn https_with_the_token_of_the_service_account_and_what_is_said_of_a_wrong_one() -> Result<()> {
     let account = |expires: u64| {
         token(&json!({
@@ -337,4 +433,9 @@ fn https_with_the_token_of_the_service_account_and_what_is_said_of_a_wrong_one()
     let log = agent.log()?;
     assert!(!log.contains(good.rsplit('.').next().unwrap_or(&good)), "no part of a token is logged");
     Ok(())
+}
+
+/// Seconds since the Unix epoch.
+fn seconds() -> Result<u64> {
+    Ok(SystemTime::now().duration_since(SystemTime::UNIX_EPOCH)?.as_secs())
 }

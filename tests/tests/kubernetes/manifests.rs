@@ -208,6 +208,12 @@ fn the_daemonset_takes_the_place_of_edgemeshs_and_keeps_nothing_of_it() -> Resul
     assert_eq!(names(&pod["volumes"]), ours);
     assert_eq!(names(&pod["containers"][0]["volumeMounts"]), ours);
     assert_eq!(names(&pod["containers"][0]["env"]), BTreeSet::from(["NODE_NAME".to_owned()]));
+    // /etc/edgemesh/psk: of two sources that have the file, kubelet takes the later.
+    let sources = pod["volumes"].as_array().into_iter().flatten().find(|volume| volume["name"] == "config");
+    let sources = sources.context("no volume of the configuration")?["projected"]["sources"].clone();
+    let psk = |kind: &str| json!({ kind: { "name": "edgemesh-agent-psk", "optional": true } });
+    let sources = sources.as_array().context("no sources")?;
+    assert!(sources.ends_with(&[psk("configMap"), psk("secret")]), "{sources:?}");
     Ok(())
 }
 

@@ -21,7 +21,8 @@ impl Bench {
         let (events, received) = mpsc::channel(EVENTS);
         let (publish, tables) = watch::channel(Arc::default());
         let (conditions, readiness, tasks) = (Conditions::default(), Readiness::default(), Tasks::default());
-        let source = Source { url: "https://10.0.0.1".to_owned(), connected: Box::new(|| true) };
+        let source =
+            Source { url: "https://10.0.0.1".to_owned(), connected: Box::new(|| true), restored: oneshot::channel().0 };
         let snapshot = path.map(|path| Snapshot::open(path, source, "edge1", conditions.clone()));
         let publish = Publisher {
             tables: publish,

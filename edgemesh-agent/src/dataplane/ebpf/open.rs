@@ -1,11 +1,14 @@
 //! Bringing the programs up: load, adopt what an earlier agent pinned, attach or update in place.
 
 use std::{
+    collections::BTreeMap,
     fs::{self, File},
     io,
     os::fd::{AsFd, OwnedFd},
+    panic::resume_unwind,
     path::PathBuf,
     sync::{Arc, Mutex, PoisonError},
+    thread,
 };
 
 use aya::{
@@ -221,10 +224,7 @@ pub(super) fn open(config: &EbpfConfig) -> Result<Opened, OpenError> {
         loader.map_pin_path(name, pins.sockets.join(name));
     }
     let mut object = loader.load(bytes).map_err(load_error)?;
-    for (name, _) in PROGRAMS {
-        let program = program(&mut object, name)?;
-        load(|| program.load()).map_err(|error| program_error(name, &error))?;
-    }
+    load_programs(&mut object)?;
     debug!(has_set_retval, host_netns, "eBPF programs are loaded");
 
     let frontends = map(&mut object, "FRONTENDS")?;
@@ -269,6 +269,28 @@ pub(super) fn open(config: &EbpfConfig) -> Result<Opened, OpenError> {
         opened.attach()?;
     }
     Ok(opened)
+}
+
+/// Loads all [`PROGRAMS`] at once: nearly all of a start is the verifier's, and it verifies one program on each CPU.
+fn load_programs(object: &mut Object) -> Result<(), OpenError> {
+    let mut wanted: BTreeMap<&str, &'static str> = PROGRAMS.iter().map(|(name, _)| (*name, *name)).collect();
+    let results: Vec<Result<(), OpenError>> = thread::scope(|scope| {
+        let mut threads = Vec::new();
+        for (name, program) in object.programs_mut() {
+            let Some(name) = wanted.remove(name) else { continue };
+            threads.push(scope.spawn(move || {
+                let program: &mut CgroupSockAddr =
+                    program.try_into().map_err(|_| OpenError::Foreign { kind: "program", name })?;
+                load(|| program.load()).map_err(|error| program_error(name, &error))
+            }));
+        }
+        threads.into_iter().map(|thread| thread.join().unwrap_or_else(|panic| resume_unwind(panic))).collect()
+    });
+    results.into_iter().collect::<Result<(), OpenError>>()?;
+    match wanted.into_values().next() {
+        Some(name) => Err(OpenError::Foreign { kind: "program", name }),
+        None => Ok(()),
+    }
 }
 
 fn program<'a>(object: &'a mut Object, name: &'static str) -> Result<&'a mut CgroupSockAddr, OpenError> {

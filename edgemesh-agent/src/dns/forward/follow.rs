@@ -107,12 +107,12 @@ impl Follow {
     }
 }
 
-/// The ClusterIPs of the cluster's DNS, by the names that EdgeMesh looks for (pkg/dns/dns.go).
+/// The ClusterIPs of the cluster's DNS, by the names and the label that EdgeMesh looks for (pkg/dns/dns.go).
 fn cluster_dns(table: &ServiceTable) -> BTreeSet<SocketAddr> {
     let services = table.services.iter().map(|entry| &entry.service);
     let is_dns = |namespace: &str, name: &str| namespace == "kube-system" && matches!(name, "coredns" | "kube-dns");
     services
-        .filter(|service| is_dns(&service.name.namespace, &service.name.name))
+        .filter(|service| service.cluster_dns || is_dns(&service.name.namespace, &service.name.name))
         .filter(|service| !matches!(service.kind, ServiceKind::Headless | ServiceKind::ExternalName))
         .flat_map(|service| &service.cluster_ips)
         .map(|&address| SocketAddr::new(address, PORT))

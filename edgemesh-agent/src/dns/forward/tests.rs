@@ -360,6 +360,7 @@ fn table(services: &[(&str, &str, &str)]) -> ServiceTable {
         let kind = if address.is_empty() { ServiceKind::Headless } else { ServiceKind::ClusterIp };
         let mut service = Service::new(NamespacedName::new(*namespace, *name), kind);
         service.cluster_ips = address.parse().into_iter().collect();
+        service.cluster_dns = *name == "labelled";
         builder.apply(Event::Apply(Object::Service(service.into())));
     }
     builder.apply(Event::Synced);
@@ -380,7 +381,7 @@ async fn the_clusters_dns_is_found_and_followed() {
         upstreams.iter().map(|upstream| upstream.address.to_string()).collect::<Vec<_>>()
     };
     assert_eq!(servers(), ["10.96.0.10:53", "192.0.2.9:5353"]);
-    lab.tables.send_replace(Arc::new(table(&[("kube-system", "coredns", "10.96.0.12")])));
+    lab.tables.send_replace(Arc::new(table(&[("dns", "labelled", "10.96.0.12")])));
     eventually("followed", async || servers() == ["10.96.0.12:53", "192.0.2.9:5353"]).await;
     assert!(lab.reasons().is_empty());
 }

@@ -12,7 +12,7 @@ use kube::{Resource, core::NamespaceResourceScope};
 use serde::Deserialize;
 use serde_json::{Map, Value};
 
-use super::{Convert, ConvertError, Converted, Fault, object_name, quote};
+use super::{Convert, ConvertError, Converted, Fault, MAX_LABEL, object_name, quote};
 use crate::model::{self, Balance, Ignored, NamespacedName, Object};
 
 /// The API group of Istio's networking objects.
@@ -26,8 +26,6 @@ pub(in crate::kube) const PLURAL: &str = "destinationrules";
 const CLUSTER_DOMAIN: &str = "cluster.local";
 /// More faults, or more ignored fields, of one rule would only bury the first.
 const MAX_REPORTED: usize = 8;
-/// The longest label of a DNS name (RFC 1035).
-const MAX_LABEL: usize = 63;
 /// Beyond this a key is no field name of any Istio, and is quoted.
 const MAX_KEY: usize = 64;
 

@@ -8,7 +8,10 @@ use std::{
 
 use k8s_openapi::api::core::v1 as core;
 
-use super::{Convert, ConvertError, Converted, Fault, address, invalid, object_name, port, port_and_protocol, quote};
+use super::{
+    Convert, ConvertError, Converted, Fault, address, check_name, invalid, is_label, object_name, port,
+    port_and_protocol, quote,
+};
 use crate::model::{
     IpPrefix, NamespacedName, Object, Protocol, ProxyLabels, Service, ServiceKind, ServicePort, SessionAffinity,
     TrafficDistribution, TrafficPolicy,
@@ -18,6 +21,8 @@ use crate::model::{
 const EDGEMESH_PROXY_LABEL: &str = "service.edgemesh.kubeedge.io/service-proxy-name";
 /// KEP-2447.
 const STANDARD_PROXY_LABEL: &str = "service.kubernetes.io/service-proxy-name";
+/// What the Services of CoreDNS and kube-dns have always been found by.
+const CLUSTER_DNS_LABEL: (&str, &str) = ("k8s-app", "kube-dns");
 /// KubeEdge; `range-nodegroup` is its only value (see KubeEdge's nodegroup controller).
 const NODE_GROUP_ANNOTATION: &str = "apps.kubeedge.io/service-topology";
 /// SuperEdge: a JSON list of node label keys (see its application-grid-wrapper).
@@ -41,6 +46,9 @@ impl Convert for core::Service {
             service.load_balancer_ips = load_balancer_ips(self, &mut faults);
             service.source_ranges = source_ranges(spec, &mut faults);
         }
+        if service.kind == ServiceKind::ExternalName {
+            service.external_name = external_name(spec, &mut faults);
+        }
         service.ports = ports(spec.ports.as_deref().unwrap_or_default(), service.kind, &mut faults);
         service.affinity = affinity(spec, &mut faults);
         let (internal, external) = (&spec.internal_traffic_policy, &spec.external_traffic_policy);
@@ -50,7 +58,9 @@ impl Convert for core::Service {
         service.publish_not_ready = spec.publish_not_ready_addresses.unwrap_or(false);
         service.within_node_group = within_node_group(self, &mut faults);
         service.topology_keys = topology_keys(self, &mut faults);
-        let has = |label| self.metadata.labels.as_ref().is_some_and(|labels| labels.contains_key(label));
+        let label = |label| self.metadata.labels.as_ref().and_then(|labels| labels.get(label));
+        service.cluster_dns = label(CLUSTER_DNS_LABEL.0).is_some_and(|value| value == CLUSTER_DNS_LABEL.1);
+        let has = |name| label(name).is_some();
         service.proxy_labels = ProxyLabels { edgemesh: has(EDGEMESH_PROXY_LABEL), standard: has(STANDARD_PROXY_LABEL) };
         Ok(Converted { object: Object::Service(service.into()), faults })
     }
@@ -96,6 +106,28 @@ fn cluster_ips(spec: &core::ServiceSpec, faults: &mut Vec<Fault>) -> Result<Vec<
         return Err(ConvertError::Invalid(faults.swap_remove(before)));
     }
     Ok(addresses)
+}
+
+/// Without a usable one the Service is known, and leads nowhere.
+///
+/// What looks like an IPv4 address is legal for the API server, whose documentation says that DNS servers do not resolve
+/// it; as an alias, it would be a name below the top-level domain `4`.
+fn external_name(spec: &core::ServiceSpec, faults: &mut Vec<Fault>) -> Option<Box<str>> {
+    let text = spec.external_name.as_deref().unwrap_or_default();
+    let name = text.strip_suffix('.').unwrap_or(text);
+    let problem = if name.is_empty() {
+        "missing; the Service leads nowhere".to_owned()
+    } else if name.parse::<IpAddr>().is_ok() {
+        format!("{} is an address, which no alias in DNS can lead to", quote(text))
+    } else if let Err(problem) = check_name(name) {
+        problem
+    } else if !name.split('.').all(is_label) {
+        format!("{} is not a DNS name; expected labels of 1 to 63 characters between dots", quote(text))
+    } else {
+        return Some(name.into());
+    };
+    faults.push(Fault { field: "spec.externalName".into(), problem });
+    None
 }
 
 fn external_ips(spec: &core::ServiceSpec, faults: &mut Vec<Fault>) -> Vec<IpAddr> {

@@ -148,6 +148,33 @@ fn endpoints_are_ready_by_the_list_they_are_in() {
 }
 
 #[test]
+fn hostnames_of_endpoints_are_labels() {
+    let long = "x".repeat(64);
+    let named = |name: &str| json!({"addresses": ["10.0.0.1"], "hostname": name});
+    let list =
+        json!({"endpoints": [named("web-0"), named(""), named("web.0"), named("Web"), named("web_0"), named(&long)]});
+    let converted = slice(basic_slice(&list)).unwrap();
+    let hostnames = |set: &EndpointSet| -> Vec<Option<Box<str>>> {
+        set.subsets.iter().flat_map(|s| &s.endpoints).map(|endpoint| endpoint.place.hostname.clone()).collect()
+    };
+    assert_eq!(hostnames(as_set(&converted)), [Some("web-0".into()), None, None, None, None, None]);
+    assert_eq!(converted.faults.len(), 4);
+    assert_eq!(
+        faults(&converted)[0],
+        "endpoints[2].hostname: \"web.0\" is not a DNS label; expected at most 63 lower-case letters, digits and '-', \
+         beginning and ending with a letter or digit"
+    );
+    let converted = endpoints(json!({
+        "metadata": {"name": "web"},
+        "subsets": [{"addresses": [{"ip": "10.0.0.1", "hostname": "web-0"}],
+                     "notReadyAddresses": [{"ip": "10.0.0.2", "hostname": "web 1"}]}],
+    }))
+    .unwrap();
+    assert_eq!(hostnames(as_set(&converted)), [Some("web-0".into()), None]);
+    assert!(faults(&converted)[0].starts_with("subsets[0].notReadyAddresses[0].hostname: \"web 1\""));
+}
+
+#[test]
 fn quotes_of_wrong_values_are_short_and_on_one_line() {
     let value = json!({"metadata": {"name": format!("a\n{}", "é".repeat(500))}});
     let error = endpoints(value).unwrap_err().to_string();

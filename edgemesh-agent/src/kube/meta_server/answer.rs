@@ -13,7 +13,10 @@ use serde_json::Value;
 
 use super::ledger::{Content, Extent, Item, List, Origin};
 use crate::{
-    kube::{convert::Convert, watch::session::convert},
+    kube::{
+        convert::Convert,
+        invalid::{Problem, convert},
+    },
     model::{Kind, NamespacedName},
 };
 
@@ -32,14 +35,6 @@ impl ListAnswer {
     pub(super) fn nothing() -> Self {
         Self { list: List { items: Vec::new(), origin: Origin::Stored, extent: Extent::Part }, problems: Vec::new() }
     }
-}
-
-/// An object that cannot be used, wholly or in part.
-#[derive(Clone, Debug, Eq, PartialEq)]
-pub(super) struct Problem {
-    /// `Service default/web`.
-    pub(super) subject: String,
-    pub(super) text: String,
 }
 
 /// One line of a watch.
@@ -62,7 +57,8 @@ pub(super) enum Frame {
 pub(super) struct Entry {
     pub(super) item: Item,
     pub(super) subject: String,
-    pub(super) problem: Option<Problem>,
+    /// What is wrong with it.
+    pub(super) problem: Option<String>,
 }
 
 /// Objects that the model has a counterpart for, as kube-rs and this agent know them.
@@ -93,9 +89,9 @@ pub(super) fn read_list<K: Known>(body: &[u8], kind: Kind) -> Result<ListAnswer,
     let extent = if whole { Extent::Whole } else { Extent::Part };
     let (mut items, mut problems) = (Vec::with_capacity(entries.len()), Vec::new());
     for raw in entries {
-        let Entry { item, problem, .. } = raw.into_entry(kind);
+        let Entry { item, subject, problem } = raw.into_entry(kind);
         items.push(item);
-        problems.extend(problem);
+        problems.extend(problem.map(|text| Problem { subject, text }));
     }
     Ok(ListAnswer { list: List { items, origin, extent }, problems })
 }
@@ -200,7 +196,7 @@ impl<K: Known> RawItem<K> {
         });
         let (name, content, problem) = match read {
             Ok((name, (object, problem))) => {
-                (name, object.map_or(Content::Unusable, Content::Usable), problem.map(|(_, text)| text))
+                (name, object.map_or(Content::Unusable, Content::Usable), problem.map(|problem| problem.text))
             }
             Err(text) => {
                 let namespace = match (kind, namespace.as_str()) {
@@ -212,7 +208,6 @@ impl<K: Known> RawItem<K> {
             }
         };
         let subject = format!("{kind} {name}");
-        let problem = problem.map(|text| Problem { subject: subject.clone(), text });
         Entry { item: Item { name, uid, version, content }, subject, problem }
     }
 }

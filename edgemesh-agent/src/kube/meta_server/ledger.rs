@@ -11,7 +11,10 @@
 
 use std::collections::{HashMap, HashSet};
 
-use crate::model::{Event, Kind, NamespacedName, Object};
+use crate::{
+    kube::may_be_empty,
+    model::{Event, Kind, NamespacedName, Object},
+};
 
 /// One object as metaServer gave it.
 #[derive(Clone, Debug, PartialEq)]
@@ -106,13 +109,15 @@ struct Grave {
 }
 
 impl Ledger {
-    pub(super) fn new(kind: Kind) -> Self {
+    /// `reached` is what [`Self::reached`] said in an earlier run whose objects are in force: to what is stored, this one
+    /// knows as much.
+    pub(super) fn new(kind: Kind, reached: Option<u64>) -> Self {
         Self {
             kind,
             entries: HashMap::new(),
             usable: 0,
             graves: HashMap::new(),
-            proof: None,
+            proof: reached,
             proofs: 0,
             settled: false,
             regressions: 0,
@@ -130,6 +135,11 @@ impl Ledger {
     /// Everything that can be had has been delivered: what two online lists have, or what was stored.
     pub(super) fn is_delivered(&self) -> bool {
         self.proofs >= 2 || self.stored
+    }
+
+    /// The version as of which everything has been told, and nothing else is in force.
+    pub(super) fn reached(&self) -> Option<u64> {
+        self.proof.filter(|_| self.settled && !self.doubtful)
     }
 
     /// Another online list is wanted soon, as the last one alone is not enough to take anything away.
@@ -291,15 +301,6 @@ impl Ledger {
         self.entries.remove(name)?.object?;
         self.usable -= 1;
         Some(Event::Delete(self.kind, name.clone()))
-    }
-}
-
-/// Every cluster has a Service `default/kubernetes` with its endpoints, and this very Node: an empty list of them says
-/// that something is broken. Of rules there may be none.
-fn may_be_empty(kind: Kind) -> bool {
-    match kind {
-        Kind::DestinationRule => true,
-        Kind::Service | Kind::Endpoints | Kind::EndpointSlice | Kind::Node => false,
     }
 }
 

@@ -133,7 +133,7 @@ pub(super) fn remedy(cause: Cause, resource: &str, token: &Token) -> String {
              pod, and check cloudcore's policyController"
         ),
         Cause::Rights => {
-            format!("bind a ClusterRole that grants get, list and watch on {resource} to the agent's ServiceAccount")
+            format!("bind a ClusterRole that grants list and watch on {resource} to the agent's ServiceAccount")
         }
         Cause::Unsaid => format!(
             "edgecore's log says why: issuer, audience, or a token that is not of a pod on this node{told}; restarting the \
@@ -228,7 +228,7 @@ mod tests {
             (Cause::Issuer, &sent, "issuer https://kubernetes.default.svc.cluster.local"),
             (Cause::Audience, &sent, "audience kubeedge"),
             (Cause::Unknown, &sent, "restart the agent's pod"),
-            (Cause::Rights, &sent, "get, list and watch on nodes"),
+            (Cause::Rights, &sent, "list and watch on nodes"),
             (Cause::Unsaid, &sent, "edgecore's log"),
         ] {
             let text = remedy(cause, "nodes", token);

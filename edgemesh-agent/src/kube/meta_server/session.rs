@@ -1,7 +1,6 @@
 //! One kind: list it, watch it, and list it again, whatever the watch says.
 
 use std::{
-    collections::BTreeSet,
     future::pending,
     marker::PhantomData,
     pin::Pin,
@@ -17,21 +16,17 @@ use tracing::{debug, info};
 
 use super::{
     CONFIRM, Source,
-    answer::{Entry, Frame, Known, ListAnswer, Problem, read_frame, read_list},
+    answer::{Entry, Frame, Known, ListAnswer, read_frame, read_list},
     client::{Answer, Failure, Lines},
     health::{Concern, Report, Verb, is_essential, resource},
     ledger::{Extent, Ledger, Origin, Ticket},
     pause_of, random, spread, watch_seconds,
 };
 use crate::{
-    kube::events::Closed,
+    kube::{events::Closed, invalid::Invalid},
     model::{Event, Kind},
 };
 
-/// Objects that metaServer gives but that cannot be used, wholly or in part.
-const INVALID: &str = "ObjectInvalid";
-/// More would only bury the first ones.
-const MAX_INVALID: usize = 100;
 /// A watch that ends sooner did not work.
 const WATCH_MINIMUM: Duration = Duration::from_secs(1);
 /// What the end of a watch may be late.
@@ -71,8 +66,7 @@ pub(super) struct Session<'a, K> {
     in_vain: bool,
     /// The API server has not been seen since the watch began.
     out_of_sight: bool,
-    /// Subjects of the condition for objects that cannot be used.
-    invalid: BTreeSet<String>,
+    invalid: Invalid,
     objects: PhantomData<K>,
 }
 
@@ -106,7 +100,8 @@ enum Woken {
 }
 
 impl<'a, K: Known + Send + 'static> Session<'a, K> {
-    pub(super) fn new(source: &'a Source, kind: Kind, place: Place) -> Self {
+    /// `reached` is the version as of which an earlier agent knew everything, where what it knew is in force.
+    pub(super) fn new(source: &'a Source, kind: Kind, place: Place, reached: Option<u64>) -> Self {
         let now = Instant::now();
         Self {
             source,
@@ -114,7 +109,7 @@ impl<'a, K: Known + Send + 'static> Session<'a, K> {
             place,
             chosen: 0,
             narrow: false,
-            ledger: Ledger::new(kind),
+            ledger: Ledger::new(kind, reached),
             watch: None,
             may_watch: false,
             list_at: now,
@@ -124,7 +119,7 @@ impl<'a, K: Known + Send + 'static> Session<'a, K> {
             watches: DefaultBackoff::default(),
             in_vain: false,
             out_of_sight: false,
-            invalid: BTreeSet::new(),
+            invalid: Invalid::new(source.conditions.clone()),
             objects: PhantomData,
         }
     }
@@ -210,8 +205,11 @@ impl<'a, K: Known + Send + 'static> Session<'a, K> {
         }
         let events = self.ledger.list(ticket, list);
         let missed = !events.is_empty();
-        self.report_all(problems);
+        self.invalid.replace(&problems);
         self.send(events).await?;
+        if let Some(version) = self.ledger.reached().filter(|_| online) {
+            self.source.events.send(Event::Reached(self.kind, version), Instant::now().into_std()).await?;
+        }
         if self.ledger.is_delivered() || !is_essential(self.kind) && (narrow || online) {
             self.source.listed(self.kind).await?;
         }
@@ -251,14 +249,14 @@ impl<'a, K: Known + Send + 'static> Session<'a, K> {
         };
         match read_frame::<K>(&line, self.kind) {
             Ok(Frame::Upsert(Entry { item, subject, problem })) => {
-                self.report(&subject, problem.map(|problem| problem.text));
+                self.invalid.report(&subject, problem.as_deref());
                 let event = self.ledger.upsert(item);
                 self.send(event).await
             }
             Ok(Frame::Deleted(Entry { item, subject, .. })) => {
                 let event = self.ledger.delete(&item);
                 if event.is_some() {
-                    self.report(&subject, None);
+                    self.invalid.report(&subject, None);
                 }
                 self.send(event).await
             }
@@ -370,37 +368,6 @@ impl<'a, K: Known + Send + 'static> Session<'a, K> {
         }
         self.source.state.count(self.kind, self.ledger.len());
         Ok(())
-    }
-
-    /// Has the condition of exactly these objects hold.
-    fn report_all(&mut self, problems: Vec<Problem>) {
-        for subject in std::mem::take(&mut self.invalid) {
-            if problems.iter().any(|problem| problem.subject == subject) {
-                self.invalid.insert(subject);
-            } else {
-                self.source.conditions.clear(INVALID, &subject);
-            }
-        }
-        for Problem { subject, text } in problems {
-            self.report(&subject, Some(text));
-        }
-    }
-
-    /// Raises or clears the condition of one object.
-    fn report(&mut self, subject: &str, problem: Option<String>) {
-        match problem {
-            Some(problem) if self.invalid.contains(subject) || self.invalid.len() < MAX_INVALID => {
-                let message = format!("cannot use all of {subject}: {problem}; correct the object");
-                self.source.conditions.raise(INVALID, subject, message, SystemTime::now());
-                self.invalid.insert(subject.to_owned());
-            }
-            Some(problem) => debug!(subject, problem, "cannot use all of an object"),
-            None => {
-                if self.invalid.remove(subject) {
-                    self.source.conditions.clear(INVALID, subject);
-                }
-            }
-        }
     }
 }
 

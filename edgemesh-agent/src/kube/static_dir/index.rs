@@ -186,7 +186,7 @@ mod tests {
                             prop_assert_ne!(followed.insert(object.name().clone(), object.clone()), Some(object));
                         }
                         Event::Delete(_, name) => prop_assert!(followed.remove(&name).is_some()),
-                        Event::Replace(..) | Event::Synced => prop_assert!(false),
+                        Event::Replace(..) | Event::Reached(..) | Event::Synced => prop_assert!(false),
                     }
                 }
                 prop_assert_eq!(&followed, &plain(&files));

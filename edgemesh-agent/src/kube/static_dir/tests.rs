@@ -55,6 +55,7 @@ fn describe(event: &Event) -> String {
         Event::Replace(kind, objects) => {
             format!("replace {kind} [{}]", objects.iter().map(object).collect::<Vec<_>>().join(" "))
         }
+        Event::Reached(kind, version) => format!("reached {kind} {version}"),
         Event::Synced => "synced".to_owned(),
     }
 }

@@ -47,6 +47,8 @@ pub(super) struct World {
     pub(super) refused: BTreeMap<String, u16>,
     /// Resources that are not served at all.
     pub(super) absent: BTreeSet<String>,
+    /// What comes of lists of a resource instead of an answer.
+    pub(super) faults: BTreeMap<String, Fault>,
     /// Resources about which nothing is ever answered.
     pub(super) silent: BTreeSet<String>,
     /// The versions of networking.istio.io, and whether DestinationRules are served in it; the group is not there
@@ -70,7 +72,20 @@ pub(super) struct World {
     pub(super) paths: BTreeSet<String>,
 }
 
+/// What comes of a list instead of an answer.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+pub(super) enum Fault {
+    Status(u16),
+    /// No items, and a version.
+    Empty,
+    Garbage,
+    /// The connection breaks in the middle.
+    Truncated,
+    Silence,
+}
+
 impl FakeServer {
+    /// Serves what every cluster has, which is named `kubernetes`.
     pub(super) async fn start() -> Self {
         Self::start_at("127.0.0.1:0".parse().unwrap()).await
     }
@@ -78,7 +93,10 @@ impl FakeServer {
     pub(super) async fn start_at(address: SocketAddr) -> Self {
         let listener = TcpListener::bind(address).await.unwrap();
         let address = listener.local_addr().unwrap();
-        let world = World { revision: 10, ..World::default() };
+        let mut world = World { revision: 10, ..World::default() };
+        for (resource, object) in of_every_cluster() {
+            world.objects.insert((resource.to_owned(), "kubernetes".to_owned()), object);
+        }
         let shared = Arc::new(Shared { world: Mutex::new(world), changed: watch::channel(0).0 });
         let mut tasks = JoinSet::new();
         let served = Arc::clone(&shared);
@@ -186,8 +204,15 @@ impl World {
     }
 
     fn list(&self, resource: &str, token: usize) -> Response<Body> {
-        let all: Vec<&Value> =
-            self.objects.iter().filter(|((r, _), _)| r == resource).map(|(_, object)| object).collect();
+        let fault = self.faults.get(resource).copied();
+        match fault {
+            Some(Fault::Garbage) => return answer_bytes(200, Bytes::from_static(b"<html>Gateway</html>")),
+            Some(Fault::Truncated) => return truncated(),
+            Some(Fault::Status(code)) => return status(code, "not this time"),
+            Some(Fault::Empty | Fault::Silence) | None => {}
+        }
+        let of_resource = self.objects.iter().filter(|((r, _), _)| r == resource && fault.is_none());
+        let all: Vec<&Value> = of_resource.map(|(_, object)| object).collect();
         let page = if self.page == 0 { all.len().max(1) } else { self.page };
         if token > 0 && self.break_second_page {
             return status(500, "etcdserver: request timed out");
@@ -202,7 +227,9 @@ impl World {
 impl Shared {
     fn is_silent(&self, request: &Request<Incoming>) -> bool {
         let resource = request.uri().path().rsplit('/').next().unwrap();
-        self.world.lock().unwrap().silent.contains(resource)
+        let world = self.world.lock().unwrap();
+        let is_list = !request.uri().query().is_some_and(|query| query.contains("watch="));
+        world.silent.contains(resource) || is_list && world.faults.get(resource) == Some(&Fault::Silence)
     }
 
     fn answer(self: &Arc<Self>, request: &Request<Incoming>) -> Response<Body> {
@@ -300,6 +327,34 @@ impl Shared {
         });
         Response::new(BodyExt::boxed_unsync(StreamBody::new(frames)))
     }
+}
+
+/// The default Service with its endpoints of both kinds, and a Node.
+fn of_every_cluster() -> [(&'static str, Value); 4] {
+    let metadata = json!({"name": "kubernetes", "namespace": "default", "resourceVersion": "10"});
+    let mut of_slice = metadata.clone();
+    of_slice["labels"] = json!({"kubernetes.io/service-name": "kubernetes"});
+    [
+        ("services", json!({"metadata": metadata, "spec": {"clusterIP": "10.96.0.1", "ports": [{"port": 443}]}})),
+        ("endpoints", json!({"metadata": metadata})),
+        ("endpointslices", json!({"metadata": of_slice, "addressType": "IPv4", "endpoints": []})),
+        ("nodes", json!({"metadata": {"name": "kubernetes", "resourceVersion": "10"}})),
+    ]
+}
+
+fn truncated() -> Response<Body> {
+    let frames = stream::unfold(0, |frame| async move {
+        match frame {
+            0 => Some((Ok(Frame::data(Bytes::from_static(b"{\"kind\":\"List\",\"items\":[{\"meta"))), 1)),
+            1 => {
+                // Lest the end overtakes the beginning.
+                tokio::time::sleep(std::time::Duration::from_millis(20)).await;
+                Some((Err(io::Error::from(io::ErrorKind::ConnectionReset)), 2))
+            }
+            _ => None,
+        }
+    });
+    Response::new(BodyExt::boxed_unsync(StreamBody::new(frames)))
 }
 
 fn status(code: u16, message: &str) -> Response<Body> {

@@ -1,7 +1,7 @@
 //! One resource: list it, watch it, and list again when the watch cannot go on.
 
 use std::{
-    collections::{BTreeSet, HashSet},
+    collections::HashSet,
     fmt::Debug,
     hash::{DefaultHasher, Hash, Hasher},
     pin::pin,
@@ -20,16 +20,13 @@ use tracing::{debug, info};
 use super::{ANSWER, Failure, Meaning, Pauses, Source, bounded};
 use crate::{
     kube::{
-        convert::{Convert, ConvertError},
+        convert::Convert,
         events::Closed,
+        invalid::{Invalid, convert, subject},
+        may_be_empty,
     },
-    model::{Event, Kind, NamespacedName, Object},
+    model::{Event, Kind, NamespacedName},
 };
-
-/// Objects that the API server holds but that cannot be used, wholly or in part.
-const INVALID: &str = "ObjectInvalid";
-/// More would only bury the first ones.
-const MAX_INVALID: usize = 100;
 
 /// As client-go: keeps the memory of both sides bounded.
 const PAGE: u32 = 500;
@@ -51,8 +48,7 @@ pub(super) struct Session<'a, K: Resource> {
     instead_of: Option<Kind>,
     /// Hashes of the names of all objects delivered: enough to count them.
     delivered: HashSet<u64>,
-    /// Subjects of the condition for objects that cannot be used.
-    invalid: BTreeSet<String>,
+    invalid: Invalid,
 }
 
 /// Why a list or watch came to nothing, and the version from which to watch on, where that is still known.
@@ -75,7 +71,8 @@ where
         let group = K::group(&api);
         let dot = if group.is_empty() { "" } else { "." };
         let resource = format!("{}{dot}{group}", K::plural(&api));
-        Self { source, api, kind, resource, instead_of, delivered: HashSet::new(), invalid: BTreeSet::new() }
+        let invalid = Invalid::new(source.conditions.clone());
+        Self { source, api, kind, resource, instead_of, delivered: HashSet::new(), invalid }
     }
 
     /// Returns when the server says that it does not have the resource.
@@ -159,12 +156,14 @@ where
     async fn list(&mut self) -> Result<String, Trouble> {
         let failed = |failure| Trouble::Request { failure, resume: None };
         let (mut objects, mut invalid, mut token) = (Vec::new(), Vec::new(), None::<String>);
+        let mut empty = true;
         let version = loop {
             let mut params = ListParams::default().limit(PAGE);
             params.continue_token = token;
             self.source.limiter.permit().await;
             let page = bounded(self.api().list(&params)).await.map_err(failed)?;
             self.source.answered();
+            empty &= page.items.is_empty();
             for item in page.items {
                 let (object, problem) = convert(&item, self.kind);
                 objects.extend(object);
@@ -176,18 +175,14 @@ where
             }
         };
         let version = version.ok_or_else(|| failed(Failure::NoVersion))?;
+        if empty && !may_be_empty(self.kind) {
+            return Err(failed(Failure::Empty));
+        }
         // Not `allowed` yet: an account that may list but not watch would make that condition come and go.
         self.source.conditions.clear(ANSWER, &self.resource);
         debug!(resource = self.resource, objects = objects.len(), version, "listed");
 
-        for subject in std::mem::take(&mut self.invalid) {
-            if !invalid.iter().any(|(other, _)| *other == subject) {
-                self.source.conditions.clear(INVALID, &subject);
-            }
-        }
-        for (subject, problem) in invalid {
-            self.report(subject, Some(problem));
-        }
+        self.invalid.replace(&invalid);
         self.delivered = objects.iter().map(|object| fingerprint(object.name())).collect();
         self.source.state.count(self.kind, objects.len());
         self.source.state.synced(SystemTime::now());
@@ -227,7 +222,7 @@ where
                 Ok(WatchEvent::Deleted(object)) => {
                     advance(&mut version, object.resource_version());
                     if let Ok(name) = object.model_name() {
-                        self.report(subject(self.kind, &object), None);
+                        self.invalid.report(&subject(self.kind, &object), None);
                         self.remove(name).await?;
                     }
                 }
@@ -249,7 +244,7 @@ where
 
     async fn apply(&mut self, item: &K) -> Result<(), Closed> {
         let (object, problem) = convert(item, self.kind);
-        self.report(subject(self.kind, item), problem.map(|(_, problem)| problem));
+        self.invalid.report(&subject(self.kind, item), problem.as_ref().map(|problem| problem.text.as_str()));
         match object {
             Some(object) => {
                 self.delivered.insert(fingerprint(object.name()));
@@ -270,60 +265,8 @@ where
         self.send(Event::Delete(self.kind, name)).await
     }
 
-    /// Raises or clears the condition of one object.
-    fn report(&mut self, subject: String, problem: Option<String>) {
-        match problem {
-            Some(problem) if self.invalid.contains(&subject) || self.invalid.len() < MAX_INVALID => {
-                let message = format!("cannot use all of {subject}: {problem}; correct the object");
-                self.source.conditions.raise(INVALID, subject.clone(), message, SystemTime::now());
-                self.invalid.insert(subject);
-            }
-            Some(problem) => debug!(subject, problem, "cannot use all of an object"),
-            None => {
-                if self.invalid.remove(&subject) {
-                    self.source.conditions.clear(INVALID, &subject);
-                }
-            }
-        }
-    }
-
     async fn send(&self, event: Event) -> Result<(), Closed> {
         self.source.events.send(event, Instant::now().into_std()).await
-    }
-}
-
-impl<K: Resource> Drop for Session<'_, K> {
-    fn drop(&mut self) {
-        // Whoever follows the kind next finds out anew.
-        for subject in &self.invalid {
-            self.source.conditions.clear(INVALID, subject);
-        }
-    }
-}
-
-/// The object as far as it can be used, and the subject and text of what is wrong with it.
-pub(in crate::kube) fn convert<K: Convert + ResourceExt>(
-    item: &K,
-    kind: Kind,
-) -> (Option<Object>, Option<(String, String)>) {
-    match item.convert() {
-        Ok(converted) => {
-            let faults: Vec<String> = converted.faults.iter().map(ToString::to_string).collect();
-            let problem = (!faults.is_empty()).then(|| (subject(kind, item), faults.join("; ")));
-            (Some(converted.object), problem)
-        }
-        Err(ConvertError::Invalid(fault)) => (None, Some((subject(kind, item), fault.to_string()))),
-        Err(ConvertError::Foreign(fault)) => {
-            debug!(object = subject(kind, item), %fault, "not for a Service");
-            (None, None)
-        }
-    }
-}
-
-fn subject<K: ResourceExt>(kind: Kind, item: &K) -> String {
-    match item.namespace() {
-        Some(namespace) => format!("{kind} {namespace}/{}", item.name_any()),
-        None => format!("{kind} {}", item.name_any()),
     }
 }
 

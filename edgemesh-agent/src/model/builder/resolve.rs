@@ -7,9 +7,9 @@ use std::{
 };
 
 use super::super::{
-    Balance, EndpointSet, Frontend, FrontendAddr, FrontendKind, Node, Note, Place, PortEndpoint, Protocol, ServedPort,
-    Service, ServiceEntry, ServiceKind, ServicePort, SessionAffinity, TrafficPolicy, Vantage, Verdict, Verdicts, judge,
-    rule::Ruling, shared::Shared,
+    Balance, EndpointSet, Frontend, FrontendAddr, FrontendKind, Node, Note, Place, PortEndpoint, PortlessEndpoint,
+    Protocol, ServedPort, Service, ServiceEntry, ServiceKind, ServicePort, SessionAffinity, TrafficPolicy, Vantage,
+    Verdict, Verdicts, judge, rule::Ruling, shared::Shared,
 };
 use crate::config::ServiceFilter;
 
@@ -43,6 +43,12 @@ pub(super) fn resolve(service: &Arc<Service>, mut around: Surroundings<'_>) -> S
         .iter()
         .map(|port| ServedPort { port: port.clone(), endpoints: endpoints_of(service, port, &mut around) })
         .collect();
+    let portless = match service.kind {
+        ServiceKind::Headless => portless(service, &ports, around.sets),
+        ServiceKind::ClusterIp | ServiceKind::NodePort | ServiceKind::LoadBalancer | ServiceKind::ExternalName => {
+            Vec::new()
+        }
+    };
 
     let mut frontends: Vec<Frontend> = Vec::new();
     for (index, served) in ports.iter().enumerate() {
@@ -96,7 +102,7 @@ pub(super) fn resolve(service: &Arc<Service>, mut around: Surroundings<'_>) -> S
         notes.extend(overruled.iter().map(|rule| Note::Overruled { rule: rule.clone(), by: by() }));
     }
     let rule = ruling.map(|ruling| ruling.rule);
-    ServiceEntry { service: Arc::clone(service), ports, frontends, rule, notes }
+    ServiceEntry { service: Arc::clone(service), ports, portless, frontends, rule, notes }
 }
 
 /// Whether this node's addresses, zone or other labels matter to the Service.
@@ -189,6 +195,25 @@ fn endpoints_of(service: &Service, port: &ServicePort, around: &mut Surroundings
     let mut endpoints: Vec<PortEndpoint> = merged.into_values().collect();
     judge(service, &mut endpoints, &around.vantage);
     endpoints
+}
+
+/// The endpoints, merged over the sets, that are in none of the ports.
+fn portless(service: &Service, ports: &[ServedPort], sets: &[Arc<EndpointSet>]) -> Vec<PortlessEndpoint> {
+    let mut merged: BTreeMap<IpAddr, PortlessEndpoint> = BTreeMap::new();
+    for endpoint in sets.iter().flat_map(|set| &set.subsets).flat_map(|subset| &subset.endpoints) {
+        let ip = endpoint.address;
+        let has_port = |port: &ServedPort| {
+            let first = port.endpoints.partition_point(|other| other.addr.ip() < ip);
+            port.endpoints.get(first).is_some_and(|other| other.addr.ip() == ip)
+        };
+        let ready = endpoint.ready || service.publish_not_ready;
+        if ports.iter().any(has_port) || merged.get(&ip).is_some_and(|known| known.ready >= ready) {
+            continue;
+        }
+        let (terminating, place) = (endpoint.terminating, Arc::clone(&endpoint.place));
+        merged.insert(ip, PortlessEndpoint { ip, ready, terminating, place });
+    }
+    merged.into_values().collect()
 }
 
 /// The place with the zone of its node, where it names none itself: core/v1 Endpoints never do.

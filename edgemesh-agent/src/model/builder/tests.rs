@@ -153,6 +153,28 @@ fn services_that_are_not_for_this_data_plane_have_no_frontends_and_say_why() {
 }
 
 #[test]
+fn a_headless_service_keeps_the_endpoints_that_no_port_of_it_leads_to() {
+    let headless = Service { kind: ServiceKind::Headless, ..service("db", &[]) };
+    let mut bare = slice("db-bare", "db", vec![ready("10.244.1.2"), ready("10.244.1.1")]);
+    bare.subsets[0].ports.clear();
+    let moving = Endpoint { ready: false, ..ready("10.244.1.3") };
+    let mut again = slice("db-again", "db", vec![moving, ready("10.244.1.4")]);
+    again.subsets[0].ports.clear();
+    let with_ports = slice("db-1", "db", vec![ready("10.244.1.1")]);
+    let sets = [bare.clone(), again.clone(), with_ports].map(put_slice);
+    let portless = |table: &ServiceTable| -> Vec<(String, bool)> {
+        table.get(&name("db")).unwrap().portless.iter().map(|e| (e.ip.to_string(), e.ready)).collect()
+    };
+    let expected = [("10.244.1.2", true), ("10.244.1.3", false), ("10.244.1.4", true)];
+    let table = build([put(headless.clone())].into_iter().chain(sets.clone()));
+    assert_eq!(portless(&table), expected.map(|(ip, ready)| (ip.to_owned(), ready)));
+    let all = Service { publish_not_ready: true, ..headless.clone() };
+    assert!(portless(&build([put(all)].into_iter().chain(sets.clone()))).iter().all(|(_, ready)| *ready));
+    let plain = Service { kind: ServiceKind::ClusterIp, ..headless };
+    assert_eq!(portless(&build([put(plain)].into_iter().chain(sets))), []);
+}
+
+#[test]
 fn of_two_services_on_one_address_the_first_by_name_serves_and_the_other_follows_it() {
     for order in [["a", "b"], ["b", "a"]] {
         let mut builder = Builder::default();

@@ -48,7 +48,8 @@ fn on(node: &str) -> Place {
 fn hinted(node: &str, zone: &str, for_zones: &str, for_nodes: &str) -> PortEndpoint {
     let list = |words: &str| words.split_whitespace().map(Box::from).collect();
     let zone = Some(zone).filter(|zone| !zone.is_empty()).map(Box::from);
-    endpoint(Place { node: Some(node.into()), zone, for_zones: list(for_zones), for_nodes: list(for_nodes) })
+    let (for_zones, for_nodes) = (list(for_zones), list(for_nodes));
+    endpoint(Place { node: Some(node.into()), zone, for_zones, for_nodes, hostname: None })
 }
 
 fn conditions(mut endpoint: PortEndpoint, ready: bool, serving: bool, terminating: bool) -> PortEndpoint {
@@ -312,7 +313,7 @@ fn any_endpoints() -> impl Strategy<Value = Vec<PortEndpoint>> {
         list(any_zone().boxed()),
         list(any_name().boxed()),
     )
-        .prop_map(|(node, zone, for_zones, for_nodes)| Place { node, zone, for_zones, for_nodes });
+        .prop_map(|(node, zone, for_zones, for_nodes)| Place { node, zone, for_zones, for_nodes, hostname: None });
     let one = (place, any::<[bool; 3]>())
         .prop_map(|(place, [ready, serving, terminating])| conditions(endpoint(place), ready, serving, terminating));
     proptest::collection::vec(one, 0..5).prop_map(|mut endpoints| {

@@ -11,7 +11,8 @@ use crate::{
 
 fn contents(name: &str) -> Contents {
     let service = Service::new(NamespacedName::new("default", name), ServiceKind::ClusterIp);
-    let section = Section { kind: Kind::Service, as_of: 1, objects: vec![Object::Service(service.into())] };
+    let section =
+        Section { kind: Kind::Service, as_of: 1, reached: None, objects: vec![Object::Service(service.into())] };
     let identity = Identity { source: "s".to_owned(), node: "n".to_owned(), cluster: None };
     Contents { identity, taken: 1, sections: vec![section] }
 }
@@ -198,7 +199,7 @@ fn a_full_disk_leaves_the_old_file_and_nothing_else() {
     on_a_small_disk(|bench| {
         bench.file.write(&contents("first")).unwrap();
         let many = (0..2000).map(|n| contents(&format!("service-{n}")).sections.remove(0).objects.remove(0));
-        let section = Section { kind: Kind::Service, as_of: 1, objects: many.collect() };
+        let section = Section { kind: Kind::Service, as_of: 1, reached: None, objects: many.collect() };
         let large = Contents { sections: vec![section], ..contents("x") };
         assert_eq!(bench.file.write(&large).unwrap_err().kind(), io::ErrorKind::StorageFull);
         assert_eq!(bench.names(), ["metadata.snapshot"]);

@@ -154,6 +154,12 @@ pub(super) struct ServiceLine<'a> {
     topology_keys: Vec<Cow<'a, str>>,
     #[serde(default, skip_serializing_if = "is_false")]
     publish_not_ready: bool,
+    /// Since version 2.
+    #[serde(borrow, default, skip_serializing_if = "Option::is_none")]
+    external_name: Option<Cow<'a, str>>,
+    /// Since version 2.
+    #[serde(default, skip_serializing_if = "is_false")]
+    cluster_dns: bool,
     #[serde(default, skip_serializing_if = "is_false")]
     edgemesh_proxy_label: bool,
     #[serde(default, skip_serializing_if = "is_false")]
@@ -214,6 +220,9 @@ struct EndpointLine<'a> {
     for_zones: Vec<Cow<'a, str>>,
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     for_nodes: Vec<Cow<'a, str>>,
+    /// Since version 2.
+    #[serde(borrow, default, skip_serializing_if = "Option::is_none")]
+    hostname: Option<Cow<'a, str>>,
 }
 
 #[derive(Debug, Deserialize, Serialize)]
@@ -341,6 +350,8 @@ impl<'a> From<&'a Service> for ServiceLine<'a> {
             within_node_group,
             topology_keys,
             publish_not_ready,
+            external_name,
+            cluster_dns,
             proxy_labels: ProxyLabels { edgemesh, standard },
         } = service;
         Self {
@@ -362,6 +373,8 @@ impl<'a> From<&'a Service> for ServiceLine<'a> {
             within_node_group: *within_node_group,
             topology_keys: borrowed(topology_keys),
             publish_not_ready: *publish_not_ready,
+            external_name: external_name.as_deref().map(Cow::Borrowed),
+            cluster_dns: *cluster_dns,
             edgemesh_proxy_label: *edgemesh,
             standard_proxy_label: *standard,
         }
@@ -388,6 +401,8 @@ impl From<ServiceLine<'_>> for Service {
             within_node_group: line.within_node_group,
             topology_keys: owned(line.topology_keys),
             publish_not_ready: line.publish_not_ready,
+            external_name: line.external_name.map(Box::from),
+            cluster_dns: line.cluster_dns,
             proxy_labels: ProxyLabels { edgemesh: line.edgemesh_proxy_label, standard: line.standard_proxy_label },
         }
     }
@@ -456,7 +471,7 @@ impl From<SubsetLine<'_>> for Subset {
 
 impl<'a> From<&'a Endpoint> for EndpointLine<'a> {
     fn from(Endpoint { address, ready, serving, terminating, place }: &'a Endpoint) -> Self {
-        let Place { node, zone, for_zones, for_nodes } = &**place;
+        let Place { node, zone, for_zones, for_nodes, hostname } = &**place;
         Self {
             ip: *address,
             ready: *ready,
@@ -466,18 +481,20 @@ impl<'a> From<&'a Endpoint> for EndpointLine<'a> {
             zone: zone.as_deref().map(Cow::Borrowed),
             for_zones: borrowed(for_zones),
             for_nodes: borrowed(for_nodes),
+            hostname: hostname.as_deref().map(Cow::Borrowed),
         }
     }
 }
 
 impl From<EndpointLine<'_>> for Endpoint {
     fn from(line: EndpointLine<'_>) -> Self {
-        let EndpointLine { ip, ready, serving, terminating, node, zone, for_zones, for_nodes } = line;
+        let EndpointLine { ip, ready, serving, terminating, node, zone, for_zones, for_nodes, hostname } = line;
         let place = Place {
             node: node.map(Box::from),
             zone: zone.map(Box::from),
             for_zones: owned(for_zones),
             for_nodes: owned(for_nodes),
+            hostname: hostname.map(Box::from),
         };
         Self { address: ip, ready, serving, terminating, place: Arc::new(place) }
     }

@@ -12,8 +12,9 @@ use crate::model::{
     ProxyLabels, Service, ServiceKind, ServicePort, SessionAffinity, Subset, TrafficDistribution, TrafficPolicy,
 };
 
-/// Written by version 1 of the format: it is never to change, and always to be read.
-const GOLDEN: &[u8] = include_bytes!("golden-v1.snapshot");
+/// Written by each version of the format: they are never to change, and always to be read.
+const GOLDEN_1: &[u8] = include_bytes!("golden-v1.snapshot");
+const GOLDEN: &[u8] = include_bytes!("golden-v2.snapshot");
 
 fn written(contents: &Contents) -> Vec<u8> {
     let mut bytes = Vec::new();
@@ -58,18 +59,20 @@ fn everything() -> Contents {
         source_ranges: Some(Vec::new()),
         ports: vec![service_port("", Protocol::Tcp, 80, None)],
         distribution: Some(TrafficDistribution::SameZone),
+        cluster_dns: true,
         ..Service::new(name("plain"), ServiceKind::ClusterIp)
     };
     let others = [ServiceKind::Headless, ServiceKind::NodePort, ServiceKind::ExternalName].map(|kind| {
-        Object::Service(
-            Service::new(NamespacedName::new("kube-system", format!("{kind:?}").to_lowercase()), kind).into(),
-        )
+        let name = NamespacedName::new("kube-system", format!("{kind:?}").to_lowercase());
+        let external_name = (kind == ServiceKind::ExternalName).then(|| "www.example.org".into());
+        Object::Service(Service { external_name, ..Service::new(name, kind) }.into())
     });
     let place = Place {
         node: Some("edge1".into()),
         zone: Some("z\u{fc}rich \"1\"".into()),
         for_zones: ["a".into(), "b".into()].into(),
         for_nodes: ["edge1".into()].into(),
+        hostname: Some("full-0".into()),
     };
     let endpoint = |ip: &str, place: &Place, [ready, serving, terminating]: [bool; 3]| Endpoint {
         address: ip.parse().unwrap(),
@@ -107,7 +110,7 @@ fn everything() -> Contents {
         ignored: vec![Ignored { field: "spec.trafficPolicy.tls".into(), why: "not supported".into() }],
         ..DestinationRule::new(name("full"))
     };
-    let section = |kind, as_of, objects| Section { kind, as_of, objects };
+    let section = |kind, as_of, objects| Section { kind, as_of, reached: None, objects };
     let services = [Object::Service(full.into()), Object::Service(plain.into())].into_iter().chain(others).collect();
     Contents {
         identity: Identity {
@@ -117,7 +120,7 @@ fn everything() -> Contents {
         },
         taken: 1_767_225_600,
         sections: vec![
-            section(Kind::Service, 1_767_225_600, services),
+            Section { reached: Some(1007), ..section(Kind::Service, 1_767_225_600, services) },
             section(Kind::EndpointSlice, 1_767_225_600, vec![Object::EndpointSlice(slice.into())]),
             section(Kind::Endpoints, 1_767_225_600, vec![Object::Endpoints(old.into())]),
             section(Kind::Node, 1_767_139_200, vec![Object::Node(node.into())]),
@@ -134,15 +137,37 @@ fn the_format_is_what_it_always_was() {
 }
 
 #[test]
+fn what_version_1_did_not_know_is_absent() {
+    let mut expected = everything();
+    expected.sections.iter_mut().for_each(|section| section.reached = None);
+    for object in expected.sections.iter_mut().flat_map(|section| &mut section.objects) {
+        match object {
+            Object::Service(service) => {
+                let service = Arc::make_mut(service);
+                (service.external_name, service.cluster_dns) = (None, false);
+            }
+            Object::EndpointSlice(set) | Object::Endpoints(set) => {
+                let subsets = &mut Arc::make_mut(set).subsets;
+                for endpoint in subsets.iter_mut().flat_map(|subset| &mut subset.endpoints) {
+                    Arc::make_mut(&mut endpoint.place).hostname = None;
+                }
+            }
+            Object::Node(_) | Object::DestinationRule(_) => {}
+        }
+    }
+    assert_eq!(read(GOLDEN_1).unwrap(), expected);
+}
+
+#[test]
 fn what_is_no_snapshot_is_told_apart() {
     let refusal = |bytes: &[u8]| read(bytes).unwrap_err().to_string();
     assert_eq!(refusal(b""), "it ends too early");
     assert_eq!(refusal(b"apiVersion: v1\n"), "it is no snapshot of an edgemesh-agent");
     assert_eq!(refusal(b"\xff\xfe\n"), "it is no snapshot of an edgemesh-agent");
     assert_eq!(refusal(&[0; 4096]), "it is damaged: line 1 is too long");
-    let newer = "it has version 2 of the format, and this agent knows no later one than 1";
-    assert_eq!(refusal(b"edgemesh-metadata-snapshot 2\nanything"), newer);
-    for version in ["0", "01", "", "+1", "-1", "1 ", "one", "18446744073709551616"] {
+    let newer = "it has version 3 of the format, and this agent knows no later one than 2";
+    assert_eq!(refusal(b"edgemesh-metadata-snapshot 3\nanything"), newer);
+    for version in ["0", "01", "02", "", "+1", "-1", "1 ", "one", "18446744073709551616"] {
         let text = format!("edgemesh-metadata-snapshot {version}\n");
         assert_eq!(refusal(text.as_bytes()), "it is damaged: its version is none", "{version:?}");
     }
@@ -154,7 +179,7 @@ fn what_is_no_snapshot_is_told_apart() {
 #[test]
 fn a_file_that_says_how_much_is_to_come_is_not_believed() {
     let head = r#"{"of":{"source":"s","node":"n"},"taken":1,"sections":[{"kind":"Service","as_of":1,"objects":18446744073709551615}]}"#;
-    let text = format!("edgemesh-metadata-snapshot 1\n{head}\n");
+    let text = format!("edgemesh-metadata-snapshot 2\n{head}\n");
     assert_eq!(read(text.as_bytes()).unwrap_err().to_string(), "it ends too early");
 }
 
@@ -168,7 +193,8 @@ fn a_file_without_services_is_none() {
 fn an_object_that_could_not_be_read_back_is_not_written() {
     let name: String = "x".repeat(MAX_LINE as usize);
     let service = Service::new(NamespacedName::new("default", name), ServiceKind::ClusterIp);
-    let section = Section { kind: Kind::Service, as_of: 1, objects: vec![Object::Service(service.into())] };
+    let section =
+        Section { kind: Kind::Service, as_of: 1, reached: None, objects: vec![Object::Service(service.into())] };
     let contents = Contents { sections: vec![section], ..everything() };
     assert_eq!(write(&contents, io::sink()).unwrap_err().kind(), io::ErrorKind::FileTooLarge);
 }
@@ -227,9 +253,10 @@ fn a_service() -> impl Strategy<Value = Object> {
     (
         (a_name(), kind, [addresses(), addresses(), addresses()], option::of(vec(prefix, 0..3))),
         (vec(port, 0..3), affinity, a_policy(), a_policy(), distribution),
-        (vec(a_text(), 0..3), any::<[bool; 4]>()),
+        (vec(a_text(), 0..3), any::<[bool; 5]>(), option::of(a_text())),
     )
-        .prop_map(|(a, b, (topology_keys, [within_node_group, publish_not_ready, edgemesh, standard]))| {
+        .prop_map(|(a, b, (topology_keys, flags, external_name))| {
+            let [within_node_group, publish_not_ready, cluster_dns, edgemesh, standard] = flags;
             let (name, kind, [cluster_ips, external_ips, load_balancer_ips], source_ranges) = a;
             let (ports, affinity, internal_policy, external_policy, distribution) = b;
             let service = Service {
@@ -247,6 +274,8 @@ fn a_service() -> impl Strategy<Value = Object> {
                 within_node_group,
                 topology_keys,
                 publish_not_ready,
+                external_name,
+                cluster_dns,
                 proxy_labels: ProxyLabels { edgemesh, standard },
             };
             Object::Service(service.into())
@@ -255,8 +284,8 @@ fn a_service() -> impl Strategy<Value = Object> {
 
 fn a_set() -> impl Strategy<Value = Arc<EndpointSet>> {
     let texts = || vec(a_text(), 0..3).prop_map(Vec::into_boxed_slice);
-    let place = (option::of(a_text()), option::of(a_text()), texts(), texts())
-        .prop_map(|(node, zone, for_zones, for_nodes)| Place { node, zone, for_zones, for_nodes });
+    let place = (option::of(a_text()), option::of(a_text()), texts(), texts(), option::of(a_text()))
+        .prop_map(|(node, zone, for_zones, for_nodes, hostname)| Place { node, zone, for_zones, for_nodes, hostname });
     let endpoint = (any::<IpAddr>(), any::<[bool; 3]>(), place).prop_map(|(address, [a, b, c], place)| Endpoint {
         address,
         ready: a,
@@ -297,7 +326,8 @@ fn a_rule() -> impl Strategy<Value = Object> {
 
 fn contents() -> impl Strategy<Value = Contents> {
     let section = |kind, objects: BoxedStrategy<Object>| {
-        (any::<u64>(), vec(objects, 0..4)).prop_map(move |(as_of, objects)| Section { kind, as_of, objects })
+        (any::<u64>(), option::of(any::<u64>()), vec(objects, 0..4))
+            .prop_map(move |(as_of, reached, objects)| Section { kind, as_of, reached, objects })
     };
     let sections = (
         section(Kind::Service, a_service().boxed()),

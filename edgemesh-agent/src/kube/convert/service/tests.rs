@@ -111,6 +111,45 @@ fn tells_the_kinds_of_services_apart() {
 }
 
 #[test]
+fn the_clusters_dns_is_known_by_its_label() {
+    for (labels, expected) in
+        [(json!({"k8s-app": "kube-dns"}), true), (json!({"k8s-app": "web"}), false), (json!({}), false)]
+    {
+        let spec = json!({"clusterIP": "10.96.0.10"});
+        let converted = service(json!({"metadata": {"name": "dns", "labels": labels}, "spec": spec})).unwrap();
+        assert_eq!(as_service(&converted).cluster_dns, expected, "{labels}");
+    }
+}
+
+#[test]
+fn an_external_name_is_a_domain() {
+    let long = "x".repeat(64);
+    let cases = [
+        ("www.example.org", Some("www.example.org"), ""),
+        ("www.example.org.", Some("www.example.org"), ""),
+        ("localhost", Some("localhost"), ""),
+        ("", None, "missing; the Service leads nowhere"),
+        (".", None, "missing; the Service leads nowhere"),
+        ("192.0.2.1", None, "\"192.0.2.1\" is an address, which no alias in DNS can lead to"),
+        ("a..b", None, "\"a..b\" is not a DNS name; expected labels of 1 to 63 characters between dots"),
+        (&*long, None, "is not a DNS name"),
+        ("WWW.example.org", None, "\"WWW.example.org\" is not a name; expected at most 253 lower-case letters"),
+    ];
+    for (name, expected, fault) in cases {
+        let spec = json!({"type": "ExternalName", "externalName": name});
+        let converted = service(json!({"metadata": {"name": "web"}, "spec": spec})).unwrap();
+        assert_eq!(as_service(&converted).external_name.as_deref(), expected, "{name}");
+        match &faults(&converted)[..] {
+            [] => assert_eq!(fault, "", "{name}"),
+            [one] => assert!(one.starts_with("spec.externalName: ") && one.contains(fault), "{one}"),
+            more => panic!("{more:?}"),
+        }
+    }
+    let other = with_spec(&json!({"externalName": "www.example.org"}));
+    assert_eq!(as_service(&other).external_name, None);
+}
+
+#[test]
 fn names_the_field_that_makes_a_service_unusable() {
     let cases = [
         (json!({"metadata": {}}), "metadata.name: missing"),

@@ -37,6 +37,7 @@ fn told(events: impl IntoIterator<Item = Event>) -> Vec<String> {
             all.sort();
             format!("replace {}", all.join(" "))
         }
+        Event::Reached(_, version) => format!("reached {version}"),
         Event::Synced => "synced".to_owned(),
     };
     let mut told: Vec<String> = events.into_iter().map(tell).collect();
@@ -45,7 +46,7 @@ fn told(events: impl IntoIterator<Item = Event>) -> Vec<String> {
 }
 
 fn ledger() -> Ledger {
-    Ledger::new(Kind::Service)
+    Ledger::new(Kind::Service, None)
 }
 
 impl Ledger {
@@ -224,7 +225,7 @@ fn a_selection_that_was_listed_twice_is_all_that_there_will_be() {
 
 #[test]
 fn rule_6_rules_may_all_be_gone_when_two_lists_of_the_api_server_say_so() {
-    let mut ledger = Ledger::new(Kind::DestinationRule);
+    let mut ledger = Ledger::new(Kind::DestinationRule, None);
     let name = NamespacedName::new("default", "a");
     let set = EndpointSet { name: name.clone(), service: name.clone(), subsets: Vec::new() };
     let object = Object::Endpoints(Arc::new(set));
@@ -289,6 +290,23 @@ fn the_first_list_is_told_at_once_and_the_second_says_that_it_was_all() {
     assert!(ledger.wants_confirmation() && !ledger.is_delivered());
     assert_eq!(ledger.now(online(11, &[a.clone(), b.clone()])), ["replace a@5 b@6"], "a snapshot may have had more");
     assert_eq!(ledger.now(online(12, &[a, b])), [""; 0]);
+}
+
+#[test]
+fn rules_4_and_5_what_was_complete_as_of_a_version_stays_so_after_a_restart() {
+    let mut ledger = Ledger::new(Kind::Service, Some(10));
+    let (ghost, a, new) = (item("ghost", "1", 5), item("a", "2", 7), item("new", "3", 11));
+    assert_eq!(ledger.now(stored(&[ghost.clone(), a.clone(), new.clone()])), ["apply new@11"]);
+    assert!(ledger.is_delivered(), "it is all that can be had");
+    assert_eq!(ledger.reached(), None, "nothing is known to be all of it since");
+    assert_eq!(ledger.now(online(12, &[a.clone(), new.clone()])), ["apply a@7"]);
+    assert_eq!(told(ledger.upsert(ghost)), [""; 0]);
+    assert_eq!(ledger.now(online(13, &[a.clone(), new])), ["replace a@7 new@11"]);
+    assert_eq!(ledger.reached(), Some(13));
+    ledger.now(online(14, std::slice::from_ref(&a)));
+    assert_eq!(ledger.reached(), None, "what is missing is still in force");
+    ledger.now(online(15, &[a]));
+    assert_eq!(ledger.reached(), Some(15));
 }
 
 #[test]
@@ -358,7 +376,7 @@ impl Sim {
             cluster: BTreeMap::new(),
             stored: BTreeMap::new(),
             up: true,
-            ledger: Ledger::new(Kind::Service),
+            ledger: Ledger::new(Kind::Service, None),
             known: HashMap::new(),
             asked: None,
             lacked: HashMap::new(),
@@ -388,7 +406,7 @@ impl Sim {
                     }
                     self.known = all;
                 }
-                Event::Synced => {}
+                Event::Reached(..) | Event::Synced => {}
             }
         }
     }
