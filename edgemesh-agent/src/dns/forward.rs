@@ -7,6 +7,8 @@
 
 mod cache;
 mod exchange;
+#[cfg(test)]
+mod fake;
 mod flight;
 mod follow;
 mod message;
@@ -52,8 +54,8 @@ pub const STALE_AFTER: Duration = Duration::from_secs(1);
 
 /// How many questions are on their way at most …
 const FLIGHTS: usize = 512;
-/// … with how many sockets …
-const SOCKETS: usize = 512;
+/// … of which those to silent upstreams leave some room for the others …
+const FLIGHTS_TO_SILENT: usize = 256;
 /// … and how many of them for nobody.
 const REFRESHES: usize = 32;
 const REFRESH_QUEUE: usize = 256;
@@ -212,7 +214,6 @@ struct Inner {
     /// Questions on their way; each is asked once for all who wait for it. That also ends the loop of an upstream that asks
     /// us back: its question is on its way already.
     flights: Mutex<HashMap<Question, watch::Receiver<Option<Reply>>>>,
-    sockets: Arc<Semaphore>,
     /// Questions to be asked again though nobody waits.
     refresh: mpsc::Sender<Question>,
     /// An upstream has fallen silent, or upstreams have changed.
@@ -243,7 +244,6 @@ impl Forwarder {
             hashes: RandomState::new(),
             routes: RwLock::new(Arc::new(Routes::new(&settings.stub_domains, &settings.own))),
             flights: Mutex::default(),
-            sockets: Arc::new(Semaphore::new(SOCKETS)),
             refresh,
             look_after: Notify::new(),
             conditions,
@@ -340,7 +340,8 @@ impl Forwarder {
         {
             return Some(answer.clone());
         }
-        if flights.len() >= FLIGHTS {
+        let silent = || self.routes().group(question.name()).is_silent();
+        if flights.len() >= FLIGHTS || flights.len() >= FLIGHTS_TO_SILENT && silent() {
             return None;
         }
         let (tell, answer) = watch::channel(None);
@@ -353,7 +354,7 @@ impl Forwarder {
         let routes = self.routes();
         let group = routes.group(question.name());
         let deadline = tokio::time::Instant::now() + if group.is_silent() { DEADLINE_OF_SILENT } else { DEADLINE };
-        let mut race = Race::new(question, group.ranked(), self.0.settings.cache.ttl, Arc::clone(&self.0.sockets));
+        let mut race = Race::new(question, group.ranked(), self.0.settings.cache.ttl);
         let outcome = race.run(deadline).await;
         let reply = self.land(&question, outcome, tokio::time::Instant::now().into_std());
         self.0.flights.lock().unwrap_or_else(PoisonError::into_inner).remove(&question);
@@ -482,3 +483,6 @@ impl Reply {
         self.message.rcode()
     }
 }
+
+#[cfg(test)]
+mod tests;

@@ -127,10 +127,11 @@ impl Query {
         for _ in 0..MOST_REJECTED {
             let length = socket.recv(&mut buffer).await?;
             let packet = buffer.get(..length).unwrap_or_default();
-            match Message::receive(packet, self.id, &self.question, limits) {
-                Received::NotOurs => upstream.rejected.fetch_add(1, Relaxed),
-                received => return Ok(received),
-            };
+            let received = Message::receive(packet, self.id, &self.question, limits);
+            if !matches!(received, Received::NotOurs) {
+                return Ok(received);
+            }
+            upstream.rejected.fetch_add(1, Relaxed);
         }
         Ok(Received::NotOurs)
     }

@@ -4,10 +4,7 @@
 use std::{net::SocketAddr, pin::pin, sync::Arc, time::Duration};
 
 use futures::{FutureExt as _, StreamExt as _, future::BoxFuture, stream::FuturesUnordered};
-use tokio::{
-    sync::Semaphore,
-    time::{Instant, sleep_until, timeout},
-};
+use tokio::time::{Instant, sleep_until, timeout};
 
 use super::{
     Question, TtlLimits,
@@ -17,7 +14,7 @@ use super::{
 };
 
 /// After all have been asked, how long until they are asked once more, as the packet may be lost.
-const AGAIN: Duration = Duration::from_millis(800);
+const AGAIN: Duration = Duration::from_millis(500);
 /// How often one upstream is asked, and how many queries there are in all where there are fewer upstreams.
 const ROUNDS: usize = 3;
 const QUERIES: usize = 6;
@@ -36,7 +33,6 @@ type Attempt = (usize, Result<Message, ExchangeError>);
 pub(super) struct Race {
     question: Question,
     limits: TtlLimits,
-    sockets: Arc<Semaphore>,
     /// The best first, and whether it has had its say.
     upstreams: Vec<(Arc<Upstream>, bool)>,
     attempts: FuturesUnordered<BoxFuture<'static, Attempt>>,
@@ -45,14 +41,9 @@ pub(super) struct Race {
 
 impl Race {
     /// `upstreams` in the order in which to ask them.
-    pub(super) fn new(
-        question: Question,
-        upstreams: Vec<Arc<Upstream>>,
-        limits: TtlLimits,
-        sockets: Arc<Semaphore>,
-    ) -> Self {
+    pub(super) fn new(question: Question, upstreams: Vec<Arc<Upstream>>, limits: TtlLimits) -> Self {
         let upstreams = upstreams.into_iter().map(|upstream| (upstream, false)).collect();
-        Self { question, limits, sockets, upstreams, attempts: FuturesUnordered::new(), launched: 0 }
+        Self { question, limits, upstreams, attempts: FuturesUnordered::new(), launched: 0 }
     }
 
     /// Asks until there is a usable answer, or nothing to hope for.
@@ -104,9 +95,8 @@ impl Race {
             self.launched += 1;
             let Some((upstream, false)) = self.upstreams.get(index) else { continue };
             let pause = if self.launched < count { upstream.hedge() } else { AGAIN };
-            let (upstream, sockets) = (Arc::clone(upstream), Arc::clone(&self.sockets));
-            let (question, limits) = (self.question, self.limits);
-            let attempt = async move { (index, attempt(&upstream, &question, &limits, &sockets).await) };
+            let (upstream, question, limits) = (Arc::clone(upstream), self.question, self.limits);
+            let attempt = async move { (index, attempt(&upstream, &question, &limits).await) };
             self.attempts.push(attempt.boxed());
             return Some(Instant::now() + pause);
         }
@@ -119,9 +109,8 @@ pub(super) async fn attempt(
     upstream: &Upstream,
     question: &Question,
     limits: &TtlLimits,
-    sockets: &Semaphore,
 ) -> Result<Message, ExchangeError> {
-    let _socket = sockets.acquire().await;
+    let _socket = upstream.sockets.acquire().await;
     let asked = Instant::now();
     let silent = || upstream.unanswered(question, asked.into_std(), Instant::now().into_std());
     let mut exchange = pin!(exchange::ask(upstream, question, limits));

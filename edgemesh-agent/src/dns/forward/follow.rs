@@ -83,9 +83,8 @@ impl Follow {
     fn detect(&mut self, auto_detect: bool, configured: &[SocketAddr]) {
         const SUBJECT: &str = "cacheDNS";
         let table = Arc::clone(&self.tables.borrow_and_update());
-        let mut servers = if auto_detect { cluster_dns(&table) } else { BTreeSet::new() };
-        servers.extend(configured);
-        let servers: Vec<SocketAddr> = servers.into_iter().collect();
+        let found = if auto_detect { cluster_dns(&table) } else { BTreeSet::new() };
+        let servers: Vec<SocketAddr> = found.into_iter().chain(configured.iter().copied()).collect();
         if self.forwarder.set_servers(&servers) {
             self.forwarder.0.conditions.clear(MISSING, SUBJECT);
         } else if table.complete || !auto_detect {
@@ -108,12 +107,12 @@ impl Follow {
     }
 }
 
-/// The ClusterIPs of the cluster's DNS, by the names that EdgeMesh looks for (pkg/dns/dns.go).
+/// The ClusterIPs of the cluster's DNS, by the names and the label that EdgeMesh looks for (pkg/dns/dns.go).
 fn cluster_dns(table: &ServiceTable) -> BTreeSet<SocketAddr> {
     let services = table.services.iter().map(|entry| &entry.service);
     let is_dns = |namespace: &str, name: &str| namespace == "kube-system" && matches!(name, "coredns" | "kube-dns");
     services
-        .filter(|service| is_dns(&service.name.namespace, &service.name.name))
+        .filter(|service| service.cluster_dns || is_dns(&service.name.namespace, &service.name.name))
         .filter(|service| !matches!(service.kind, ServiceKind::Headless | ServiceKind::ExternalName))
         .flat_map(|service| &service.cluster_ips)
         .map(|&address| SocketAddr::new(address, PORT))

@@ -1,6 +1,9 @@
 //! Upstreams that are silent are asked again until they answer.
 
-use std::time::{Duration, Instant, SystemTime};
+use std::{
+    sync::Arc,
+    time::{Duration, Instant, SystemTime},
+};
 
 use futures::{StreamExt as _, stream::FuturesUnordered};
 use tokio::time::{sleep_until, timeout};
@@ -23,10 +26,10 @@ pub(super) async fn run(forwarder: Forwarder) {
         let mut next = None;
         for upstream in routes.upstreams() {
             if let Some(question) = upstream.probe(now.into_std()) {
-                let (forwarder, upstream) = (forwarder.clone(), upstream.clone());
+                let (forwarder, upstream) = (forwarder.clone(), Arc::clone(&upstream));
                 probes.push(async move {
                     let limits = &forwarder.0.settings.cache.ttl;
-                    let attempt = flight::attempt(&upstream, &question, limits, &forwarder.0.sockets);
+                    let attempt = flight::attempt(&upstream, &question, limits);
                     // What came of it is noted at the upstream.
                     let _late = timeout(PATIENCE, attempt).await;
                 });

@@ -206,7 +206,7 @@ mod tests {
 
     #[test]
     fn a_domain_holds_itself_and_what_is_below() {
-        let within = |name, domain| super::within(&wire_name(name).unwrap(), &wire_name(domain).unwrap());
+        let within = |name, domain| within(&wire_name(name).unwrap(), &wire_name(domain).unwrap());
         assert!(within("corp.example", "corp.example") && within("a.b.corp.example", "corp.example"));
         assert!(within("anything", ".") && within(".", "."));
         assert!(!within("acorp.example", "corp.example") && !within("example", "corp.example"));

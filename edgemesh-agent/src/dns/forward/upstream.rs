@@ -9,10 +9,13 @@ use std::{
     time::{Duration, Instant},
 };
 
+use tokio::sync::Semaphore;
+
 use super::{Question, UpstreamStatus};
 
-/// An upstream that says nothing for so long, to anybody, is taken for silent.
-pub(super) const SILENCE: Duration = Duration::from_secs(1);
+/// An upstream that says nothing for so long, to anybody, is taken for silent. Shorter than [`super::STALE_AFTER`], so that
+/// only the first who meets the silence waits for it.
+pub(super) const SILENCE: Duration = Duration::from_millis(800);
 /// From silence to the first probe; each pause is twice the one before …
 const FIRST_PAUSE: Duration = Duration::from_millis(250);
 /// … up to this, so that fresh answers come within 5 s of its return, a lost probe included.
@@ -21,6 +24,9 @@ const LAST_PAUSE: Duration = Duration::from_secs(2);
 const HEDGE: Duration = Duration::from_millis(200);
 const SHORTEST_HEDGE: Duration = Duration::from_millis(50);
 
+/// How many queries are on their way to one upstream at most.
+const SOCKETS: usize = 256;
+
 /// A server that questions are sent to.
 #[derive(Debug)]
 pub(super) struct Upstream {
@@ -28,6 +34,8 @@ pub(super) struct Upstream {
     health: Mutex<Health>,
     /// As in `health`, to be read without a lock.
     silent: AtomicBool,
+    /// One for each query on its way: those to a silent upstream must not take what others need.
+    pub(super) sockets: Semaphore,
     /// Whether it repeats the case of names.
     keeps_case: AtomicBool,
     /// Whether it understands EDNS.
@@ -107,6 +115,7 @@ impl Upstream {
             address,
             health: Mutex::default(),
             silent: AtomicBool::new(false),
+            sockets: Semaphore::new(SOCKETS),
             keeps_case: AtomicBool::new(true),
             edns: AtomicBool::new(true),
             asked: AtomicU64::new(0),
@@ -201,3 +210,6 @@ fn random() -> f64 {
     let _always = aws_lc_rs::rand::fill(&mut bytes);
     f64::from(u32::from_ne_bytes(bytes)) / (f64::from(u32::MAX) + 1.0)
 }
+
+#[cfg(test)]
+mod tests;
