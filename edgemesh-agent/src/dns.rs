@@ -1,3 +1,4 @@
 //! Cluster DNS on the node.
 
+pub mod forward;
 pub mod zone;

@@ -13,6 +13,7 @@ pub mod config;
 pub mod dataplane;
 pub mod dns;
 pub mod health;
+mod inotify;
 pub mod kube;
 pub mod lifecycle;
 pub mod metrics;

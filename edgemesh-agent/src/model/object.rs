@@ -82,6 +82,8 @@ pub struct Service {
     /// `spec.externalName`, lower case and without a final dot: what DNS leads to. None for all other kinds of Services,
     /// and where it is unusable.
     pub external_name: Option<Box<str>>,
+    /// The label `k8s-app` is `kube-dns`: it is the DNS of the cluster.
+    pub cluster_dns: bool,
     pub proxy_labels: ProxyLabels,
 }
 
@@ -104,6 +106,7 @@ impl Service {
             topology_keys: Vec::new(),
             publish_not_ready: false,
             external_name: None,
+            cluster_dns: false,
             proxy_labels: ProxyLabels::default(),
         }
     }

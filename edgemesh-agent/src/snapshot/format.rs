@@ -16,7 +16,7 @@
 //! reading the versions before it: so far they differ in fields that the earlier ones do not have.
 //!
 //! 1. The first.
-//! 2. `reached` of sections, `external_name` of Services, `hostname` of endpoints.
+//! 2. `reached` of sections, `external_name` and `cluster_dns` of Services, `hostname` of endpoints.
 
 mod line;
 

@@ -21,6 +21,8 @@ use crate::model::{
 const EDGEMESH_PROXY_LABEL: &str = "service.edgemesh.kubeedge.io/service-proxy-name";
 /// KEP-2447.
 const STANDARD_PROXY_LABEL: &str = "service.kubernetes.io/service-proxy-name";
+/// What the Services of CoreDNS and kube-dns have always been found by.
+const CLUSTER_DNS_LABEL: (&str, &str) = ("k8s-app", "kube-dns");
 /// KubeEdge; `range-nodegroup` is its only value (see KubeEdge's nodegroup controller).
 const NODE_GROUP_ANNOTATION: &str = "apps.kubeedge.io/service-topology";
 /// SuperEdge: a JSON list of node label keys (see its application-grid-wrapper).
@@ -56,7 +58,9 @@ impl Convert for core::Service {
         service.publish_not_ready = spec.publish_not_ready_addresses.unwrap_or(false);
         service.within_node_group = within_node_group(self, &mut faults);
         service.topology_keys = topology_keys(self, &mut faults);
-        let has = |label| self.metadata.labels.as_ref().is_some_and(|labels| labels.contains_key(label));
+        let label = |label| self.metadata.labels.as_ref().and_then(|labels| labels.get(label));
+        service.cluster_dns = label(CLUSTER_DNS_LABEL.0).is_some_and(|value| value == CLUSTER_DNS_LABEL.1);
+        let has = |name| label(name).is_some();
         service.proxy_labels = ProxyLabels { edgemesh: has(EDGEMESH_PROXY_LABEL), standard: has(STANDARD_PROXY_LABEL) };
         Ok(Converted { object: Object::Service(service.into()), faults })
     }

@@ -3,23 +3,15 @@
 use std::{
     collections::{BTreeMap, BTreeSet},
     fs, io,
-    os::{
-        fd::{AsFd, AsRawFd, RawFd},
-        unix::fs::MetadataExt,
-    },
+    os::unix::fs::MetadataExt,
     path::{Path, PathBuf},
 };
 
-use nix::{
-    errno::Errno,
-    sys::inotify::{AddWatchFlags, InitFlags, Inotify, InotifyEvent, WatchDescriptor},
-};
-use tokio::{
-    io::{Interest, unix::AsyncFd},
-    time::Instant,
-};
+use nix::sys::inotify::{AddWatchFlags, InotifyEvent, WatchDescriptor};
+use tokio::time::Instant;
 
 use super::scan::is_manifest;
+use crate::inotify::Inotify;
 
 /// What happened since it was last looked at.
 #[derive(Debug, Default)]
@@ -54,64 +46,34 @@ impl Changes {
 /// Watches one directory, and finds it again after it was replaced.
 #[derive(Debug)]
 pub(super) struct DirectoryWatch {
-    inotify: AsyncFd<Descriptor>,
+    inotify: Inotify,
     watched: Option<WatchDescriptor>,
     directory: PathBuf,
 }
 
-/// [`AsyncFd`] wants [`AsRawFd`], which [`Inotify`] does not have.
-#[derive(Debug)]
-struct Descriptor(Inotify);
-
-impl AsRawFd for Descriptor {
-    fn as_raw_fd(&self) -> RawFd {
-        self.0.as_fd().as_raw_fd()
-    }
-}
-
 impl DirectoryWatch {
     pub(super) fn new(directory: &Path) -> io::Result<Self> {
-        let inotify = Inotify::init(InitFlags::IN_CLOEXEC | InitFlags::IN_NONBLOCK)?;
-        // SAFETY: the descriptor is owned by the value that is registered, and always the same until that is dropped.
-        let inotify = unsafe { AsyncFd::register_with_interest(Descriptor(inotify), Interest::READABLE) }?;
-        Ok(Self { inotify, watched: None, directory: directory.to_owned() })
+        Ok(Self { inotify: Inotify::new()?, watched: None, directory: directory.to_owned() })
     }
 
     /// Watches what is at the path now; says whether that is another directory than before.
     ///
     /// Failure is not reported: the scan that follows fails for the same reason, or finds by itself what is missed here.
     pub(super) fn renew(&mut self, directory: &Path) -> bool {
-        let mask = AddWatchFlags::IN_ONLYDIR
-            | AddWatchFlags::IN_CREATE
-            | AddWatchFlags::IN_MODIFY
-            | AddWatchFlags::IN_ATTRIB
-            | AddWatchFlags::IN_CLOSE_WRITE
-            | AddWatchFlags::IN_MOVE
-            | AddWatchFlags::IN_DELETE
-            | AddWatchFlags::IN_DELETE_SELF
-            | AddWatchFlags::IN_MOVE_SELF;
-        // For a directory that is watched already this gives the same descriptor.
-        let now = self.inotify.get_ref().0.add_watch(directory, mask).ok();
+        let now = self.inotify.watch(directory).ok();
         let before = std::mem::replace(&mut self.watched, now);
         if before == now {
             return false;
         }
         if let Some(before) = before {
-            // Fails where the kernel dropped the watch with the directory.
-            let _gone = self.inotify.get_ref().0.rm_watch(before);
+            self.inotify.forget(before);
         }
         true
     }
 
     /// Waits for events and adds them to `changes`. Loses nothing when cancelled.
     pub(super) async fn read(&self, changes: &mut Changes) -> io::Result<()> {
-        let read = |descriptor: &Descriptor| descriptor.0.read_events().map_err(io::Error::from);
-        let events = match self.inotify.async_io(Interest::READABLE, read).await {
-            Ok(events) => events,
-            Err(error) if error.raw_os_error() == Some(Errno::EINTR as i32) => return Ok(()),
-            Err(error) => return Err(error),
-        };
-        for event in events {
+        for event in self.inotify.events().await? {
             self.note(changes, &event, Instant::now());
         }
         Ok(())

@@ -157,6 +157,9 @@ pub(super) struct ServiceLine<'a> {
     /// Since version 2.
     #[serde(borrow, default, skip_serializing_if = "Option::is_none")]
     external_name: Option<Cow<'a, str>>,
+    /// Since version 2.
+    #[serde(default, skip_serializing_if = "is_false")]
+    cluster_dns: bool,
     #[serde(default, skip_serializing_if = "is_false")]
     edgemesh_proxy_label: bool,
     #[serde(default, skip_serializing_if = "is_false")]
@@ -348,6 +351,7 @@ impl<'a> From<&'a Service> for ServiceLine<'a> {
             topology_keys,
             publish_not_ready,
             external_name,
+            cluster_dns,
             proxy_labels: ProxyLabels { edgemesh, standard },
         } = service;
         Self {
@@ -370,6 +374,7 @@ impl<'a> From<&'a Service> for ServiceLine<'a> {
             topology_keys: borrowed(topology_keys),
             publish_not_ready: *publish_not_ready,
             external_name: external_name.as_deref().map(Cow::Borrowed),
+            cluster_dns: *cluster_dns,
             edgemesh_proxy_label: *edgemesh,
             standard_proxy_label: *standard,
         }
@@ -397,6 +402,7 @@ impl From<ServiceLine<'_>> for Service {
             topology_keys: owned(line.topology_keys),
             publish_not_ready: line.publish_not_ready,
             external_name: line.external_name.map(Box::from),
+            cluster_dns: line.cluster_dns,
             proxy_labels: ProxyLabels { edgemesh: line.edgemesh_proxy_label, standard: line.standard_proxy_label },
         }
     }

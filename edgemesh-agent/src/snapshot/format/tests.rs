@@ -59,6 +59,7 @@ fn everything() -> Contents {
         source_ranges: Some(Vec::new()),
         ports: vec![service_port("", Protocol::Tcp, 80, None)],
         distribution: Some(TrafficDistribution::SameZone),
+        cluster_dns: true,
         ..Service::new(name("plain"), ServiceKind::ClusterIp)
     };
     let others = [ServiceKind::Headless, ServiceKind::NodePort, ServiceKind::ExternalName].map(|kind| {
@@ -141,7 +142,10 @@ fn what_version_1_did_not_know_is_absent() {
     expected.sections.iter_mut().for_each(|section| section.reached = None);
     for object in expected.sections.iter_mut().flat_map(|section| &mut section.objects) {
         match object {
-            Object::Service(service) => Arc::make_mut(service).external_name = None,
+            Object::Service(service) => {
+                let service = Arc::make_mut(service);
+                (service.external_name, service.cluster_dns) = (None, false);
+            }
             Object::EndpointSlice(set) | Object::Endpoints(set) => {
                 let subsets = &mut Arc::make_mut(set).subsets;
                 for endpoint in subsets.iter_mut().flat_map(|subset| &mut subset.endpoints) {
@@ -249,10 +253,10 @@ fn a_service() -> impl Strategy<Value = Object> {
     (
         (a_name(), kind, [addresses(), addresses(), addresses()], option::of(vec(prefix, 0..3))),
         (vec(port, 0..3), affinity, a_policy(), a_policy(), distribution),
-        (vec(a_text(), 0..3), any::<[bool; 4]>(), option::of(a_text())),
+        (vec(a_text(), 0..3), any::<[bool; 5]>(), option::of(a_text())),
     )
         .prop_map(|(a, b, (topology_keys, flags, external_name))| {
-            let [within_node_group, publish_not_ready, edgemesh, standard] = flags;
+            let [within_node_group, publish_not_ready, cluster_dns, edgemesh, standard] = flags;
             let (name, kind, [cluster_ips, external_ips, load_balancer_ips], source_ranges) = a;
             let (ports, affinity, internal_policy, external_policy, distribution) = b;
             let service = Service {
@@ -271,6 +275,7 @@ fn a_service() -> impl Strategy<Value = Object> {
                 topology_keys,
                 publish_not_ready,
                 external_name,
+                cluster_dns,
                 proxy_labels: ProxyLabels { edgemesh, standard },
             };
             Object::Service(service.into())

@@ -111,6 +111,17 @@ fn tells_the_kinds_of_services_apart() {
 }
 
 #[test]
+fn the_clusters_dns_is_known_by_its_label() {
+    for (labels, expected) in
+        [(json!({"k8s-app": "kube-dns"}), true), (json!({"k8s-app": "web"}), false), (json!({}), false)]
+    {
+        let spec = json!({"clusterIP": "10.96.0.10"});
+        let converted = service(json!({"metadata": {"name": "dns", "labels": labels}, "spec": spec})).unwrap();
+        assert_eq!(as_service(&converted).cluster_dns, expected, "{labels}");
+    }
+}
+
+#[test]
 fn an_external_name_is_a_domain() {
     let long = "x".repeat(64);
     let cases = [

@@ -1,0 +1,215 @@
+//! How an upstream is: how fast, whether it answers, and when it is tried again where it does not.
+
+use std::{
+    net::SocketAddr,
+    sync::{
+        Mutex, MutexGuard, PoisonError,
+        atomic::{AtomicBool, AtomicU64, Ordering::Relaxed},
+    },
+    time::{Duration, Instant},
+};
+
+use tokio::sync::Semaphore;
+
+use super::{Question, UpstreamStatus};
+
+/// An upstream that says nothing for so long, to anybody, is taken for silent. Shorter than [`super::STALE_AFTER`], so that
+/// only the first who meets the silence waits for it.
+pub(super) const SILENCE: Duration = Duration::from_millis(800);
+/// From silence to the first probe; each pause is twice the one before …
+const FIRST_PAUSE: Duration = Duration::from_millis(250);
+/// … up to this, so that fresh answers come within 5 s of its return, a lost probe included.
+const LAST_PAUSE: Duration = Duration::from_secs(2);
+/// How long others wait for it before they ask the next, where it has not been timed yet; also the longest.
+const HEDGE: Duration = Duration::from_millis(200);
+const SHORTEST_HEDGE: Duration = Duration::from_millis(50);
+
+/// How many queries are on their way to one upstream at most.
+const SOCKETS: usize = 256;
+
+/// A server that questions are sent to.
+#[derive(Debug)]
+pub(super) struct Upstream {
+    pub(super) address: SocketAddr,
+    health: Mutex<Health>,
+    /// As in `health`, to be read without a lock.
+    silent: AtomicBool,
+    /// One for each query on its way: those to a silent upstream must not take what others need.
+    pub(super) sockets: Semaphore,
+    /// Whether it repeats the case of names.
+    keeps_case: AtomicBool,
+    /// Whether it understands EDNS.
+    edns: AtomicBool,
+    pub(super) asked: AtomicU64,
+    pub(super) silences: AtomicU64,
+    pub(super) refused: AtomicU64,
+    pub(super) rejected: AtomicU64,
+}
+
+/// What is known of an upstream. Knows no clock.
+#[derive(Debug, Default)]
+pub(super) struct Health {
+    round_trip: Option<Duration>,
+    heard: Option<Instant>,
+    silence: Option<Silence>,
+}
+
+/// An upstream that does not answer.
+#[derive(Debug)]
+struct Silence {
+    since: Instant,
+    /// What it did not answer. To ask just that shows more than whether it lives: a resolver that lost its own upstreams
+    /// still answers what it knows.
+    question: Question,
+    probe_at: Instant,
+    pause: Duration,
+}
+
+impl Health {
+    /// An answer came to something asked at `asked`; `usable` where it was not an excuse such as SERVFAIL.
+    pub(super) fn answered(&mut self, asked: Instant, usable: bool, now: Instant) {
+        let sample = now.saturating_duration_since(asked);
+        // RFC 6298.
+        self.round_trip = Some(self.round_trip.map_or(sample, |smooth| (smooth * 7 + sample) / 8));
+        self.heard = Some(now);
+        if usable {
+            self.silence = None;
+        }
+    }
+
+    /// Nothing came to what was asked at `asked`. Means nothing where the upstream has answered anything since: then it is
+    /// the question that is hard.
+    pub(super) fn unanswered(&mut self, question: &Question, asked: Instant, now: Instant, random: f64) {
+        if self.silence.is_none() && self.heard.is_none_or(|heard| heard < asked) {
+            let probe_at = now + FIRST_PAUSE.mul_f64(jitter(random));
+            self.silence = Some(Silence { since: now, question: *question, probe_at, pause: FIRST_PAUSE });
+        }
+    }
+
+    /// What to ask it now, to learn whether it is back; the next probe comes after a longer pause.
+    pub(super) fn probe(&mut self, now: Instant, random: f64) -> Option<Question> {
+        let silence = self.silence.as_mut().filter(|silence| silence.probe_at <= now)?;
+        silence.pause = LAST_PAUSE.min(silence.pause * 2);
+        silence.probe_at = now + silence.pause.mul_f64(jitter(random));
+        Some(silence.question)
+    }
+
+    pub(super) fn next_probe(&self) -> Option<Instant> {
+        self.silence.as_ref().map(|silence| silence.probe_at)
+    }
+
+    /// How long to wait for its answer before another is asked.
+    pub(super) fn hedge(&self) -> Duration {
+        self.round_trip.map_or(HEDGE, |smooth| (smooth * 2).clamp(SHORTEST_HEDGE, HEDGE))
+    }
+}
+
+/// A pause is random within a factor of two, so that the nodes of a site do not come all at once.
+fn jitter(random: f64) -> f64 {
+    0.5 + random / 2.0
+}
+
+impl Upstream {
+    pub(super) fn new(address: SocketAddr) -> Self {
+        Self {
+            address,
+            health: Mutex::default(),
+            silent: AtomicBool::new(false),
+            sockets: Semaphore::new(SOCKETS),
+            keeps_case: AtomicBool::new(true),
+            edns: AtomicBool::new(true),
+            asked: AtomicU64::new(0),
+            silences: AtomicU64::new(0),
+            refused: AtomicU64::new(0),
+            rejected: AtomicU64::new(0),
+        }
+    }
+
+    pub(super) fn answered(&self, asked: Instant, usable: bool, now: Instant) {
+        self.change(|health| health.answered(asked, usable, now));
+        self.refused.fetch_add(u64::from(!usable), Relaxed);
+    }
+
+    pub(super) fn unanswered(&self, question: &Question, asked: Instant, now: Instant) {
+        self.change(|health| health.unanswered(question, asked, now, random()));
+        self.silences.fetch_add(1, Relaxed);
+    }
+
+    pub(super) fn probe(&self, now: Instant) -> Option<Question> {
+        self.health().probe(now, random())
+    }
+
+    pub(super) fn next_probe(&self) -> Option<Instant> {
+        self.health().next_probe()
+    }
+
+    pub(super) fn hedge(&self) -> Duration {
+        self.health().hedge()
+    }
+
+    /// Whether it did not answer when it was last asked.
+    pub(super) fn is_silent(&self) -> bool {
+        self.silent.load(Relaxed)
+    }
+
+    pub(super) fn silent_since(&self) -> Option<Instant> {
+        self.health().silence.as_ref().map(|silence| silence.since)
+    }
+
+    /// Sorts the best first: those that answer, the fastest of them, and those not timed yet before that.
+    pub(super) fn rank(&self) -> (bool, Duration) {
+        (self.is_silent(), self.health().round_trip.unwrap_or_default())
+    }
+
+    pub(super) fn keeps_case(&self) -> bool {
+        self.keeps_case.load(Relaxed)
+    }
+
+    /// It does not repeat the case of names, which costs it a protection from now on.
+    pub(super) fn changes_case(&self) {
+        self.keeps_case.store(false, Relaxed);
+    }
+
+    pub(super) fn edns(&self) -> bool {
+        self.edns.load(Relaxed)
+    }
+
+    /// It answers only queries without EDNS.
+    pub(super) fn lacks_edns(&self) {
+        self.edns.store(false, Relaxed);
+    }
+
+    pub(super) fn status(&self, domains: Vec<String>) -> UpstreamStatus {
+        UpstreamStatus {
+            address: self.address,
+            domains,
+            healthy: !self.is_silent(),
+            round_trip: self.health().round_trip.map(|smooth| smooth.as_secs_f64()),
+            asked: self.asked.load(Relaxed),
+            silent: self.silences.load(Relaxed),
+            refused: self.refused.load(Relaxed),
+            rejected: self.rejected.load(Relaxed),
+        }
+    }
+
+    fn change(&self, change: impl FnOnce(&mut Health)) {
+        let mut health = self.health();
+        change(&mut health);
+        self.silent.store(health.silence.is_some(), Relaxed);
+    }
+
+    fn health(&self) -> MutexGuard<'_, Health> {
+        self.health.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// From 0 to below 1.
+fn random() -> f64 {
+    let mut bytes = [0; 4];
+    // Without random numbers, which the kernel always has, nodes would come at once; nothing worse.
+    let _always = aws_lc_rs::rand::fill(&mut bytes);
+    f64::from(u32::from_ne_bytes(bytes)) / (f64::from(u32::MAX) + 1.0)
+}
+
+#[cfg(test)]
+mod tests;
