@@ -8,9 +8,11 @@
 //! | `/metrics` | both | OpenMetrics text |
 //! | `/v1/status`, `/v1/services`, `/v1/backends/NS/NAME` | unix socket | JSON, see [`crate::status`] |
 //! | `/v1/trace?to=TARGET&from=CLIENT` | unix socket | JSON, see [`crate::status::TraceReport`] |
+//! | `/v1/dns?name=NAME&type=TYPE` | unix socket | JSON, see [`crate::dns::DnsReport`] |
 //! | `/v1/events?for=SECONDS&service=NS/NAME&from=CLIENT` | unix socket | lines of JSON, see [`crate::status::EventLine`] |
 
 mod client;
+mod dns;
 mod events;
 mod trace;
 
@@ -51,6 +53,7 @@ use crate::{
         self, Count, Room,
         ebpf::{TrafficSight, probe::Standing},
     },
+    dns::Dns,
     health,
     kube::SourceState,
     lifecycle::{Readiness, Tasks},
@@ -82,6 +85,8 @@ pub struct Sight {
     /// None where none is kept.
     pub snapshot: Option<SnapshotState>,
     pub dataplane: Option<DataplaneSight>,
+    /// None where DNS is not answered on this node.
+    pub dns: Option<Dns>,
     pub device: Option<Device>,
     /// How many backends may have series of their own in the metrics.
     pub max_backend_series: u32,
@@ -132,6 +137,7 @@ impl Sight {
                 generation: dataplane.handle.generation(),
                 newest_generation: table.generation,
             }),
+            dns: self.dns.as_ref().map(Dns::status),
             device: self.device.clone(),
             services: table.services.len(),
             frontends: frontends().count(),
@@ -348,6 +354,7 @@ async fn answer(request: &Request<Incoming>, door: Door, sight: &Sight) -> Respo
             let table = Arc::clone(&sight.tables.borrow());
             sight.rendered(move || json(&status::services(&table, &status::by_frontend(&counts)))).await
         }
+        (Door::Socket, "/v1/dns") => dns::answer(request.uri().query(), sight).await,
         (Door::Socket, "/v1/trace") => trace::answer(request.uri().query(), sight).await,
         (Door::Socket, _) if path.starts_with("/v1/backends/") => backends(path, sight).await,
         _ => text(StatusCode::NOT_FOUND, "nothing here; see /healthz, /readyz, /metrics\n"),
@@ -362,11 +369,12 @@ async fn metrics(sight: &Sight) -> Response<Full<Bytes>> {
     let (status, table) = (sight.status(Instant::now()), Arc::clone(&sight.tables.borrow()));
     let max_backends = sight.max_backend_series;
     let latency = sight.dataplane.as_ref().map(|dataplane| dataplane.handle.latency().clone());
+    let queries = sight.dns.as_ref().map(Dns::stats);
     let render = move || {
         let rendered = {
             let counts = counts.map(|counts| status::by_frontend(&counts));
             let readings = counts.as_ref().map(|counts| metrics::Readings { counts, rooms: &rooms, max_backends });
-            metrics::render(&status, &table, readings.as_ref(), latency.as_ref())
+            metrics::render(&status, &table, readings.as_ref(), latency.as_ref(), queries.as_ref())
         };
         if rendered.as_ref().is_ok_and(|body| body.len() >= MUCH) {
             allocator::give_back();
@@ -445,6 +453,7 @@ mod tests {
             source: kube::start(&config, "node", events, oneshot::channel().1, Conditions::default(), tasks).unwrap(),
             snapshot: None,
             dataplane: None,
+            dns: None,
             device: None,
             max_backend_series: 0,
             rendering: Arc::new(Semaphore::new(1)),

@@ -1,5 +1,6 @@
 //! The agent put together: build everything, bind everything, run until told to stop.
 
+mod dns;
 mod rules;
 mod tables;
 
@@ -30,6 +31,7 @@ use crate::{
         self, Latency,
         ebpf::{Ebpf, OpenError, probe},
     },
+    dns::Dns,
     health::{self, Canary, CanaryState, Watch},
     kube,
     lifecycle::{Readiness, Tasks},
@@ -55,6 +57,8 @@ pub enum StartError {
     ControlSocket { path: PathBuf, error: io::Error },
     #[error("cannot start the data plane's threads: {0}")]
     Thread(#[source] io::Error),
+    #[error("cannot start DNS's thread: {0}")]
+    Dns(#[source] io::Error),
 }
 
 /// A started agent: everything bound, translation in force as far as an earlier agent left it.
@@ -185,6 +189,13 @@ async fn build_on(
     }
 
     let device = ensure_device(&config, &conditions).await;
+    let dns = match &config.dns {
+        Some(wanted) => {
+            let settings = dns::settings(&config.common, wanted);
+            Some(Dns::start(settings, tables.clone(), &conditions, tasks).map_err(StartError::Dns)?)
+        }
+        None => None,
+    };
     let sight = Sight {
         node: node.into(),
         started: Instant::now(),
@@ -194,6 +205,7 @@ async fn build_on(
         source,
         snapshot: snapshot_state,
         dataplane,
+        dns,
         device,
         max_backend_series: config.common.max_backend_series,
         rendering: Arc::new(Semaphore::new(1)),
@@ -276,16 +288,25 @@ async fn prepare_canary(config: &AgentConfig, ebpf: &mut Ebpf, conditions: &Cond
 /// The device only matters to what listens on its address, so its lack is a condition, not an end.
 async fn ensure_device(config: &AgentConfig, conditions: &Conditions) -> Option<Device> {
     let (name, address) = (&config.common.bridge_device_name, config.common.bridge_device_ip);
-    match net::ensure_device(name, address).await {
+    let device = match net::ensure_device(name, address).await {
         Ok(device) => {
             info!(device = device.name, kind = %device.kind, %address, "the node-local address is in place");
-            Some(device)
+            device
         }
         Err(error) => {
             conditions.raise("DeviceMissing", name, error.to_string(), SystemTime::now());
-            None
+            return None;
+        }
+    };
+    if let Some(second) = config.common.bridge_device_ipv6 {
+        match net::ensure_device(name, second.into()).await {
+            Ok(device) => info!(device = device.name, address = %second, "the second node-local address is in place"),
+            Err(error) => {
+                conditions.raise("DeviceMissing", second.to_string(), error.to_string(), SystemTime::now());
+            }
         }
     }
+    Some(device)
 }
 
 fn raise_admin(conditions: &Conditions, address: SocketAddr, error: &io::Error) {

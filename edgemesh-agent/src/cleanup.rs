@@ -1,6 +1,6 @@
 //! `edgemesh-agent cleanup`: takes back everything the agent ever put into this node's kernel and network, and nothing else.
 
-use std::{io, path::Path};
+use std::{io, net::IpAddr, path::Path};
 
 use crate::{admin, config::AgentConfig, dataplane::ebpf, net, snapshot};
 
@@ -45,11 +45,14 @@ pub async fn cleanup(config: &AgentConfig, forget: bool) -> (Vec<String>, Result
             messages.push(format!("cannot remove the agent's own cgroups: {error}; run as root"));
         }
     }
-    match net::remove_device(&config.common.bridge_device_name, config.common.bridge_device_ip).await {
-        Ok(name) => removed.extend(name),
-        Err(error) => {
-            permission |= error.is_permission();
-            messages.push(error.to_string());
+    let second = config.common.bridge_device_ipv6.map(IpAddr::V6);
+    for address in [Some(config.common.bridge_device_ip), second].into_iter().flatten() {
+        match net::remove_device(&config.common.bridge_device_name, address).await {
+            Ok(name) => removed.extend(name),
+            Err(error) => {
+                permission |= error.is_permission();
+                messages.push(error.to_string());
+            }
         }
     }
     let socket = &config.common.control_socket;

@@ -4,6 +4,7 @@
 //! default one and the JSON schema all follow it, so they cannot disagree.
 
 mod check;
+mod dns;
 mod document;
 mod keys;
 mod render;
@@ -17,11 +18,12 @@ use std::{
     fmt::{self, Display, Formatter},
     fs::{self, File},
     io::{self, Read},
-    net::{IpAddr, Ipv4Addr, SocketAddr},
+    net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr},
     path::{Path, PathBuf},
     time::Duration,
 };
 
+pub use self::dns::{CacheDnsConfig, DnsConfig};
 pub use self::render::{default_yaml, minimal_yaml, schema};
 
 /// The agent's configuration, parsed and validated: nothing after this point sees a raw string.
@@ -30,6 +32,8 @@ pub struct AgentConfig {
     pub source: SourceConfig,
     pub common: CommonConfig,
     pub proxy: ProxyConfig,
+    /// None where DNS is not answered on this node.
+    pub dns: Option<DnsConfig>,
 }
 
 /// Where Services and endpoints come from (`kubeAPIConfig`).
@@ -118,6 +122,8 @@ pub struct CommonConfig {
     pub bridge_device_name: String,
     /// Default 169.254.96.16.
     pub bridge_device_ip: IpAddr,
+    /// A second address on the device; default None.
+    pub bridge_device_ipv6: Option<Ipv6Addr>,
     /// Serves /healthz, /readyz and /metrics; default 127.0.0.1:20008. None switches it off (`adminAddress: ""`).
     pub admin_address: Option<SocketAddr>,
     /// Default /run/edgemesh/agent.sock.
@@ -134,6 +140,7 @@ impl Default for CommonConfig {
         Self {
             bridge_device_name: "edgemesh0".to_owned(),
             bridge_device_ip: IpAddr::V4(Ipv4Addr::new(169, 254, 96, 16)),
+            bridge_device_ipv6: None,
             admin_address: Some(SocketAddr::from((Ipv4Addr::LOCALHOST, 20008))),
             control_socket: PathBuf::from("/run/edgemesh/agent.sock"),
             max_backend_series: 1000,
@@ -340,12 +347,15 @@ pub fn parse(text: &str, file: &str, leniency: Leniency, environment: &Environme
     })?;
     let mut findings = check::check(&root, file, leniency);
     let kind = if findings.readable { source::choose(&mut findings, *environment) } else { None };
+    dns::check(&mut findings);
     let check::Findings { draft, problems, notes, .. } = findings;
     let (problems, notes) = (problems.in_order(file), notes.in_order(file));
     match kind {
         Some(kind) if problems.is_empty() => {
             let source = SourceConfig { kind, qps: draft.qps, burst: draft.burst };
-            Ok(Loaded { config: AgentConfig { source, common: draft.common, proxy: draft.proxy }, notes })
+            // As EdgeMesh's `DetectRunningMode` and its defaults for each mode have it.
+            let dns = draft.dns_enable.unwrap_or(!environment.kubernetes_port).then_some(draft.dns);
+            Ok(Loaded { config: AgentConfig { source, common: draft.common, proxy: draft.proxy, dns }, notes })
         }
         _ => Err(ConfigError::Invalid { problems }),
     }

@@ -1,4 +1,188 @@
-//! Cluster DNS on the node.
+//! Cluster DNS on the node: the zone of the cluster's own names, and a forwarder with a cache for all others.
+//!
+//! ```text
+//! tables ─► Zone::build ─► serve::Core ◄─ UDP threads, TCP tasks
+//!                              │
+//!                          Forwarder ─► upstreams
+//! ```
+//!
+//! Everything but the UDP threads runs on one thread of its own: neither a large table that is being built nor slow
+//! upstreams hold up answers about the cluster.
 
+mod answer;
+mod explain;
 pub mod forward;
+mod serve;
+pub mod stats;
+#[cfg(test)]
+mod tests;
+pub mod wire;
 pub mod zone;
+
+use std::{
+    io,
+    net::SocketAddr,
+    sync::Arc,
+    thread,
+    time::{Duration, Instant},
+};
+
+use serde::Serialize;
+use tokio::sync::{oneshot, watch};
+use tracing::warn;
+
+pub use self::explain::{CachedRow, DnsReport, ForwardedRow, NamedEndpointRow, UpstreamRow, ZoneRow};
+pub use self::serve::{Limits, Listener};
+use self::{
+    forward::{Forwarder, ForwarderStatus},
+    serve::{Core, Listening},
+    stats::{Counters, Stats},
+    zone::{Zone, ZoneSettings},
+};
+use crate::{conditions::Conditions, lifecycle::Tasks, model::ServiceTable};
+
+/// How long the tasks may take to end after a stop signal.
+const DRAIN_DEADLINE: Duration = Duration::from_secs(3);
+
+/// What DNS is told once, at its start.
+#[derive(Clone, Debug)]
+pub struct Settings {
+    /// Where queries are answered, by UDP and by TCP.
+    pub listen: Vec<SocketAddr>,
+    /// None has upstreams asked for all names (`cacheDNS`).
+    pub zone: Option<ZoneSettings>,
+    pub forward: forward::Settings,
+    pub limits: Limits,
+}
+
+/// Running DNS. Clones are one.
+#[derive(Clone, Debug)]
+pub struct Dns {
+    core: Arc<Core>,
+    counters: Arc<[Counters]>,
+    listening: Listening,
+    zone: Option<ZoneSettings>,
+}
+
+/// DNS's part of `status`.
+#[derive(Clone, Debug, Serialize)]
+pub struct DnsStatus {
+    pub listeners: Vec<Listener>,
+    /// The cluster domain answered from the model; None where all names are asked of upstreams (`cacheDNS`).
+    pub domain: Option<String>,
+    pub forwarder: ForwarderStatus,
+}
+
+impl Dns {
+    /// Starts to answer, as soon as the addresses are free, until the agent stops.
+    ///
+    /// # Errors
+    ///
+    /// There is no thread to be had.
+    pub fn start(
+        settings: Settings,
+        tables: watch::Receiver<Arc<ServiceTable>>,
+        conditions: &Conditions,
+        tasks: &Tasks,
+    ) -> io::Result<Self> {
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
+        let group = tasks.group();
+        let started = {
+            let _context = runtime.enter();
+            Self::start_here(settings, tables, conditions, &group)
+        };
+        let (tell_ended, ended) = oneshot::channel::<()>();
+        let stop = tasks.stopping();
+        thread::Builder::new().name("dns".to_owned()).spawn(move || {
+            runtime.block_on(async {
+                stop.cancelled().await;
+                group.drain(DRAIN_DEADLINE).await;
+            });
+            runtime.shutdown_timeout(DRAIN_DEADLINE);
+            drop(tell_ended);
+        })?;
+        tasks.spawn(async move {
+            // Nothing is sent: it ends with the thread.
+            let _ = ended.await;
+        });
+        Ok(started)
+    }
+
+    /// As [`Dns::start`], on the runtime of the caller's context.
+    fn start_here(
+        settings: Settings,
+        tables: watch::Receiver<Arc<ServiceTable>>,
+        conditions: &Conditions,
+        tasks: &Tasks,
+    ) -> Self {
+        let Settings { listen, zone, forward, limits } = settings;
+        let forwarder = Forwarder::start(forward, tables.clone(), conditions.clone(), tasks);
+        let core = Arc::new(Core::new(forwarder, &limits, Instant::now()));
+        let dns = Self {
+            core,
+            counters: std::iter::repeat_with(Counters::default).take(serve::THREADS + 1).collect(),
+            listening: Listening::default(),
+            zone: zone.clone(),
+        };
+        let (core, counters) = (Arc::clone(&dns.core), Arc::clone(&dns.counters));
+        let (listening, conditions, of_tasks) = (dns.listening.clone(), conditions.clone(), tasks.clone());
+        tasks.spawn(async move {
+            let mut follow = zone.map(|zone| Follow { zone, core: Arc::clone(&core), tables });
+            // No query finds less than the table that is there already.
+            if let Some(follow) = &mut follow {
+                follow.publish().await;
+            }
+            for address in listen {
+                serve::listen(address, &core, &counters, &listening, &conditions, &of_tasks);
+            }
+            if let Some(follow) = follow {
+                follow.run(&of_tasks).await;
+            }
+        });
+        dns
+    }
+
+    /// What `status` says of it.
+    pub fn status(&self) -> DnsStatus {
+        DnsStatus {
+            listeners: self.listening.list(),
+            domain: self.zone.as_ref().map(|zone| zone.domain.to_string()),
+            forwarder: self.core.forwarder().status(),
+        }
+    }
+
+    /// What was counted since the start.
+    pub fn stats(&self) -> Stats {
+        Stats::sum(self.counters.iter())
+    }
+}
+
+/// Makes a zone of each table.
+struct Follow {
+    zone: ZoneSettings,
+    core: Arc<Core>,
+    tables: watch::Receiver<Arc<ServiceTable>>,
+}
+
+impl Follow {
+    async fn publish(&mut self) {
+        let table = Arc::clone(&self.tables.borrow_and_update());
+        let (settings, previous) = (self.zone.clone(), self.core.zone());
+        let built = tokio::task::spawn_blocking(move || Zone::build(&table, &settings, previous.as_deref())).await;
+        match built {
+            Ok(zone) => self.core.publish(Arc::new(zone)),
+            Err(error) => warn!("DNS goes on with the Services it knew: their zone could not be built: {error}"),
+        }
+    }
+
+    async fn run(mut self, tasks: &Tasks) {
+        let stop = tasks.stopping();
+        loop {
+            tokio::select! {
+                () = stop.cancelled() => return,
+                changed = self.tables.changed() => if changed.is_err() { return },
+            }
+            self.publish().await;
+        }
+    }
+}

@@ -7,7 +7,10 @@ use std::{
     time::Duration,
 };
 
-use tokio::signal::unix::{SignalKind, signal};
+use tokio::{
+    runtime::Handle,
+    signal::unix::{SignalKind, signal},
+};
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
 use tracing::{info, warn};
 
@@ -25,6 +28,19 @@ impl Tasks {
         F: Future<Output = ()> + Send + 'static,
     {
         self.tracker.spawn(future);
+    }
+
+    /// As [`Tasks::spawn`], from a thread that is none of the runtime's.
+    pub fn spawn_on<F>(&self, runtime: &Handle, future: F)
+    where
+        F: Future<Output = ()> + Send + 'static,
+    {
+        self.tracker.spawn_on(future, runtime);
+    }
+
+    /// Tasks of their own, which are told to stop with these and can be drained without them.
+    pub fn group(&self) -> Self {
+        Self { stop: self.stop.child_token(), tracker: TaskTracker::new() }
     }
 
     /// Resolves when the agent is told to stop.

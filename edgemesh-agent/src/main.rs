@@ -14,6 +14,7 @@ use edgemesh_agent::{
     admin, allocator, app, cleanup,
     config::{self, Environment, Leniency, Loaded},
     dataplane::ebpf::{self, probe},
+    dns,
     health::canary,
     net::client::Who,
     show::{self, Output},
@@ -82,6 +83,17 @@ enum Command {
         /// Who connects: a process id, a pod's IP, or a pod's name without its namespace
         #[arg(long, value_name = "POD")]
         from_pod: Option<Who>,
+        #[command(flatten)]
+        ask: Ask,
+    },
+    /// How a DNS name is answered to pods of this node, and why: zone or upstream, from the cache, by which endpoints
+    Dns {
+        /// The whole name, such as web.default.svc.cluster.local: no search path is followed
+        #[arg(value_parser = dns_name)]
+        name: String,
+        /// The type of records, such as A, AAAA, SRV or PTR
+        #[arg(value_name = "TYPE", default_value = "A", value_parser = dns_type)]
+        qtype: String,
         #[command(flatten)]
         ask: Ask,
     },
@@ -219,6 +231,11 @@ fn dispatch(cli: &Cli) -> Result<ExitCode, Failure> {
                 status::Outcome::Refused | status::Outcome::Untouched => return Ok(NO_BACKEND.into()),
             }
         }
+        Some(Command::Dns { name, qtype, ask }) => {
+            let answer = fetch(ask, &format!("/v1/dns?name={name}&type={qtype}"))?;
+            let report: dns::DnsReport = serde_json::from_value(answer.clone()).map_err(other_version)?;
+            print(&render(ask.output, &answer, || show::dns(&report))?);
+        }
         Some(Command::Events { service, from_pod, last, ask }) => {
             let service = service.as_ref().map_or_else(String::new, |service| format!("&service={service}"));
             let from = from_pod.as_ref().map_or_else(String::new, |who| format!("&from={who}"));
@@ -262,7 +279,10 @@ fn start_failure(error: &app::StartError) -> Failure {
         app::StartError::ControlSocket { error, .. } if error.kind() == io::ErrorKind::PermissionDenied => {
             NO_PERMISSION
         }
-        app::StartError::Dataplane(_) | app::StartError::ControlSocket { .. } | app::StartError::Thread(_) => OS,
+        app::StartError::Dataplane(_)
+        | app::StartError::ControlSocket { .. }
+        | app::StartError::Thread(_)
+        | app::StartError::Dns(_) => OS,
     };
     Failure { code, message: error.to_string() }
 }
@@ -361,6 +381,20 @@ fn follow(ask: &Ask, path: &str) -> Result<(), Failure> {
     })?;
     streamed.map_err(|error| client_failure(&error))?;
     failure.map_or(Ok(()), Err)
+}
+
+/// A name of the characters that occur in names of hosts and Services.
+fn dns_name(text: &str) -> Result<String, String> {
+    let usual = |c: char| c.is_ascii_alphanumeric() || "-_.*".contains(c);
+    if !text.chars().all(usual) {
+        return Err("a name is made of letters, digits and - _ . *".to_owned());
+    }
+    text.parse::<dns::wire::Name>().map(|_| text.to_owned()).map_err(|error| error.to_string())
+}
+
+fn dns_type(text: &str) -> Result<String, String> {
+    let number = dns::wire::rtype::parse(text).ok_or("expected a type such as A, AAAA, SRV, PTR, TXT or TYPE65")?;
+    Ok(dns::wire::rtype::name(number))
 }
 
 /// `90`, `90s`, `5m`, `1h`.

@@ -1,5 +1,7 @@
 //! `/metrics` in OpenMetrics text; docs/metrics.md names and explains each family.
 
+mod dns;
+
 use std::{collections::BTreeMap, fmt::Write as _, net::SocketAddr, sync::Arc};
 
 use prometheus_client::{
@@ -10,6 +12,7 @@ use prometheus_client::{
 
 use crate::{
     dataplane::{Latency, Room},
+    dns::stats::Stats,
     kube::{SourceHealth, SourceStatus},
     model::{Protocol, ServiceEntry, ServiceTable},
     snapshot::SnapshotStatus,
@@ -85,6 +88,7 @@ pub fn render(
     table: &ServiceTable,
     readings: Option<&Readings<'_>>,
     latency: Option<&Latency>,
+    queries: Option<&Stats>,
 ) -> Result<String, std::fmt::Error> {
     let mut registry = Registry::with_prefix("edgemesh");
     registry.register("build", "The version of the agent", Info::new([("version", status.version)]));
@@ -124,6 +128,9 @@ pub fn render(
         registry.register("canary_runs", "Canary connections that were made", ConstCounter::new(canary.runs));
         let about = "Canary connections that failed, which two in a row of make the node unready";
         registry.register("canary_failures", about, ConstCounter::new(canary.failed_runs));
+    }
+    if let Some(status) = &status.dns {
+        dns::add(&mut registry, status, queries);
     }
     let conditions = Family::<ConditionLabels, Gauge>::default();
     for condition in &status.conditions {
@@ -384,6 +391,7 @@ mod tests {
             },
             snapshot: None,
             dataplane: None,
+            dns: None,
             device: None,
             services: 1,
             frontends: 2,
@@ -401,7 +409,8 @@ mod tests {
             count("10.96.0.1:80", Some("10.244.1.3:8080"), 0, 0),
         ]);
         let rooms = [Room { map: "FRONTENDS", used: 2, capacity: 20_000 }];
-        render(&status(), &table(), Some(&Readings { counts: &counts, rooms: &rooms, max_backends }), None).unwrap()
+        render(&status(), &table(), Some(&Readings { counts: &counts, rooms: &rooms, max_backends }), None, None)
+            .unwrap()
     }
 
     #[test]

@@ -2,7 +2,9 @@
 //! backends that are gone.
 
 pub mod client;
+pub mod datagrams;
 mod device;
+pub mod holder;
 pub mod sock_diag;
 
 pub use client::netns_cookie;

@@ -1,5 +1,6 @@
 //! How answers look on a terminal.
 
+mod dns;
 mod events;
 mod trace;
 
@@ -7,6 +8,7 @@ use std::fmt::Write;
 
 use serde_json::Value;
 
+pub use dns::dns;
 pub use events::{EVENTS_HEAD, event};
 pub use trace::trace;
 
@@ -69,6 +71,7 @@ pub fn status(status: &Value) -> String {
             ));
         }
     }
+    rows.extend(dns::status(&status["dns"]));
     let device = &status["device"];
     rows.push((
         "Device",

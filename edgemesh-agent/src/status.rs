@@ -20,6 +20,7 @@ use crate::{
         Count,
         ebpf::{InterfaceSight, probe::Standing},
     },
+    dns::DnsStatus,
     health::CanaryStatus,
     kube::SourceStatus,
     model::{FrontendAddr, FrontendKind, Service, ServiceEntry, ServiceKind, ServiceTable, Verdict},
@@ -44,6 +45,8 @@ pub struct Status {
     pub snapshot: Option<SnapshotStatus>,
     /// None where `edgeProxy` is not enabled.
     pub dataplane: Option<DataplaneStatus>,
+    /// None where DNS is not answered on this node.
+    pub dns: Option<DnsStatus>,
     pub device: Option<Device>,
     pub services: usize,
     pub frontends: usize,

@@ -29,7 +29,7 @@ const PACKAGING: [(&str, &str); 3] = [("dpkg-source", "dpkg-dev"), ("make", "mak
 /// ~/.cache/edgemesh/tools. Its LLVM must not be older than the compiler's.
 #[derive(Debug, clap::Args)]
 pub(crate) struct Args {
-    /// Leave out the tools of the lab (ip, nsenter), which only tests, demo and benchmarks need.
+    /// Leave out the tools of the lab (ip, nsenter, dig), which only tests, demo and benchmarks need.
     #[arg(long)]
     no_lab: bool,
 }
@@ -108,12 +108,12 @@ pub(crate) fn lab_tools(console: &Console) -> anyhow::Result<String> {
     Ok(lab::found().join(", "))
 }
 
-/// Finds or installs what benchmarks compare with. Without it they leave that comparison out, and say so.
+/// Finds or installs what benchmarks compare with and measure by. Without it they leave that figure out, and say so.
 pub(crate) fn comparison_tools(console: &Console) {
-    if !lab::has_iptables()
-        && let Err(error) = apt::install(&["iptables"], console)
-    {
-        console.line(&format!("no comparison with iptables: install iptables: {error:#}"));
+    for package in lab::missing_for_benchmarks() {
+        if let Err(error) = apt::install(&[package], console) {
+            console.line(&format!("no figures with {package}: install {package}: {error:#}"));
+        }
     }
 }
 

@@ -1,12 +1,13 @@
 //! Every key of the file, once: what is read, checked, suggested, printed and described all follows from this table.
 
 use std::{
-    net::{IpAddr, SocketAddr},
+    net::{IpAddr, Ipv6Addr, SocketAddr},
     path::PathBuf,
     time::Duration,
 };
 
-use super::{CommonConfig, DataplaneMode, ProxyConfig, ServiceFilter, SourceChoice};
+use super::{CommonConfig, DataplaneMode, DnsConfig, ProxyConfig, ServiceFilter, SourceChoice};
+use crate::dns::{forward::StubDomain, zone::ClusterDomain};
 
 /// The `apiVersion` of EdgeMesh's agent configuration.
 pub(super) const API_VERSION: &str = "agent.edgemesh.config.kubeedge.io/v1alpha1";
@@ -41,6 +42,8 @@ pub(super) enum Kind {
 #[derive(Debug)]
 pub(super) enum Slot {
     Bool(fn(&mut Draft) -> &mut bool),
+    /// True, false, or as it fits the node.
+    Auto(fn(&mut Draft) -> &mut Option<bool>),
     /// 1 or more.
     Count(fn(&mut Draft) -> &mut u32),
     /// 0 or more.
@@ -49,6 +52,14 @@ pub(super) enum Slot {
     Period(fn(&mut Draft) -> &mut Duration),
     Interface(fn(&mut Draft) -> &mut String),
     Ip(fn(&mut Draft) -> &mut IpAddr),
+    /// An IPv6 address, or empty.
+    OptionalIpv6(fn(&mut Draft) -> &mut Option<Ipv6Addr>),
+    Port(fn(&mut Draft) -> &mut u16),
+    Domain(fn(&mut Draft) -> &mut ClusterDomain),
+    /// DNS servers: IP or IP:PORT.
+    Servers(fn(&mut Draft) -> &mut Vec<SocketAddr>),
+    /// Mappings of a domain to such servers.
+    StubDomains(fn(&mut Draft) -> &mut Vec<StubDomain>),
     /// IP:PORT, or empty.
     Listen(fn(&mut Draft) -> &mut Option<SocketAddr>),
     Path(fn(&mut Draft) -> &mut PathBuf),
@@ -94,6 +105,9 @@ pub(super) struct Draft {
     pub(super) burst: u32,
     pub(super) common: CommonConfig,
     pub(super) proxy: ProxyConfig,
+    /// None: where EdgeMesh has it on.
+    pub(super) dns_enable: Option<bool>,
+    pub(super) dns: DnsConfig,
 }
 
 /// `kubeAPIConfig.metaServer`, with EdgeMesh's defaults (its `pkg/apis/config/defaults/default.go`).
@@ -140,6 +154,8 @@ impl Default for Draft {
             burst: 200,
             common: CommonConfig::default(),
             proxy: ProxyConfig::default(),
+            dns_enable: None,
+            dns: DnsConfig::default(),
         }
     }
 }
@@ -263,8 +279,13 @@ const COMMON: &[Key] = &[
     ),
     used(
         "bridgeDeviceIP",
-        "The node-local address (EdgeMesh's); what serves pods on it comes with a later version.",
+        "The node-local address (EdgeMesh's), on which pods find DNS.",
         Slot::Ip(|d| &mut d.common.bridge_device_ip),
+    ),
+    used(
+        "bridgeDeviceIPv6",
+        "A second node-local address, such as fd00:169:254:96::16, for pods with IPv6 alone. Empty: none.",
+        Slot::OptionalIpv6(|d| &mut d.common.bridge_device_ipv6),
     ),
     used(
         "adminAddress",
@@ -303,19 +324,74 @@ const MODULES: &[Key] = &[
 ];
 
 const EDGE_DNS: &[Key] = &[
-    // On edge nodes EdgeMesh's default is true; asking for it there deserves the note all the same.
-    accepted("enable", "Whether to answer DNS.", Plain::Bool(false)),
+    used(
+        "enable",
+        "Whether to answer DNS on the node-local addresses. Null: at the edge, that is where KUBERNETES_PORT is not set.",
+        Slot::Auto(|d| &mut d.dns_enable),
+    ),
     accepted("kubeAPIConfig", "Overwritten at start.", Plain::Opaque),
     accepted("listenInterface", "Overwritten at start.", Plain::Opaque),
-    accepted("listenPort", "Port to answer on.", Plain::Whole(53)),
-    section("cacheDNS", "A cache before the cluster's DNS.", CACHE_DNS),
+    used("listenPort", "Port to answer on, by UDP and TCP.", Slot::Port(|d| &mut d.dns.listen_port)),
+    used(
+        "clusterDomain",
+        "The domain of the cluster's names, as kubelets have it.",
+        Slot::Domain(|d| &mut d.dns.cluster_domain),
+    ),
+    used(
+        "resolvConf",
+        "The file that names the DNS servers for all other names; watched.",
+        Slot::Path(|d| &mut d.dns.resolv_conf),
+    ),
+    used(
+        "stubDomains",
+        "Domains with DNS servers of their own: a list of {domain: corp.example, servers: [192.0.2.53]}.",
+        Slot::StubDomains(|d| &mut d.dns.stub_domains),
+    ),
+    used(
+        "serveStale",
+        "Seconds for which answers are given past their time while the DNS servers are silent. 0: never.",
+        Slot::Period(|d| &mut d.dns.serve_stale),
+    ),
+    used(
+        "maxCacheEntries",
+        "How many answers of other DNS servers are kept.",
+        Slot::Count(|d| &mut d.dns.max_cache_entries),
+    ),
+    used(
+        "maxClientQueries",
+        "Queries a second that one client may send; those beyond are not answered. 0: any number.",
+        Slot::Limit(|d| &mut d.dns.max_client_queries),
+    ),
+    used(
+        "maxClientForwarded",
+        "Queries a second of one client for which other DNS servers are asked; those beyond are refused. 0: any number.",
+        Slot::Limit(|d| &mut d.dns.max_client_forwarded),
+    ),
+    used(
+        "maxWaiting",
+        "How many queries of all clients may wait for other DNS servers at a time; those beyond fail at once.",
+        Slot::Count(|d| &mut d.dns.max_waiting),
+    ),
+    section("cacheDNS", "A cache before the cluster's own DNS, in place of answers from Services.", CACHE_DNS),
 ];
 
 const CACHE_DNS: &[Key] = &[
-    accepted("enable", "Whether to cache.", Plain::Bool(false)),
-    accepted("autoDetect", "Whether to look the cluster's DNS servers up.", Plain::Bool(true)),
-    accepted("upstreamServers", "The DNS servers to ask.", Plain::Texts),
-    accepted("cacheTTL", "Seconds an answer is kept.", Plain::Whole(30)),
+    used("enable", "Whether to ask the cluster's DNS for all names.", Slot::Bool(|d| &mut d.dns.cache_dns.enable)),
+    used(
+        "autoDetect",
+        "Whether to ask the Services coredns and kube-dns of kube-system and those labelled k8s-app=kube-dns.",
+        Slot::Bool(|d| &mut d.dns.cache_dns.auto_detect),
+    ),
+    used(
+        "upstreamServers",
+        "DNS servers to ask beside those: IP or IP:PORT.",
+        Slot::Servers(|d| &mut d.dns.cache_dns.upstream_servers),
+    ),
+    used(
+        "cacheTTL",
+        "Seconds that an answer is kept at most, in this mode.",
+        Slot::Count(|d| &mut d.dns.cache_dns.cache_ttl),
+    ),
 ];
 
 const EDGE_PROXY: &[Key] = &[

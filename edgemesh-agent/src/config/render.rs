@@ -6,6 +6,7 @@ use super::{
     keys::{API_VERSION, Draft, KEYS, Key, Kind, Plain, Slot},
     value::{DATAPLANES, FILTERS, MAX_INTERFACE, MAX_PERIOD, MAX_SOCKET_PATH, SOURCES},
 };
+use crate::dns::forward::StubDomain;
 
 /// The default configuration with every key this agent acts on, each under a comment of what it does.
 pub fn default_yaml() -> String {
@@ -82,10 +83,19 @@ fn scalar(value: &Value) -> String {
 fn current(slot: &Slot, draft: &mut Draft) -> Value {
     match slot {
         Slot::Bool(at) => json!(*at(draft)),
+        Slot::Auto(at) => json!(*at(draft)),
         Slot::Count(at) | Slot::Limit(at) => json!(*at(draft)),
         Slot::Period(at) => json!(at(draft).as_secs()),
         Slot::Interface(at) => json!(*at(draft)),
         Slot::Ip(at) => json!(at(draft).to_string()),
+        Slot::OptionalIpv6(at) => json!(at(draft).map(|ip| ip.to_string()).unwrap_or_default()),
+        Slot::Port(at) => json!(*at(draft)),
+        Slot::Domain(at) => json!(at(draft).to_string()),
+        Slot::Servers(at) => json!(at(draft).iter().map(ToString::to_string).collect::<Vec<_>>()),
+        Slot::StubDomains(at) => {
+            let stub = |stub: &StubDomain| json!({ "domain": stub.domain, "servers": stub.servers });
+            at(draft).iter().map(stub).collect()
+        }
         Slot::Listen(at) => json!(at(draft).map(|address| address.to_string()).unwrap_or_default()),
         Slot::Path(at) | Slot::UnixSocket(at) => json!(at(draft).to_string_lossy()),
         Slot::OptionalPath(at) => {
@@ -131,6 +141,7 @@ fn used(slot: &Slot) -> Value {
     let text = json!(["string", "null"]);
     match slot {
         Slot::Bool(_) => json!({ "type": ["boolean", "null"] }),
+        Slot::Auto(_) => json!({ "type": ["boolean", "null"] }),
         Slot::Count(_) => json!({ "type": ["integer", "null"], "minimum": 1, "maximum": u32::MAX }),
         Slot::Limit(_) => json!({ "type": ["integer", "null"], "minimum": 0, "maximum": u32::MAX }),
         Slot::Period(_) => json!({ "type": ["integer", "null"], "minimum": 0, "maximum": MAX_PERIOD }),
@@ -138,6 +149,20 @@ fn used(slot: &Slot) -> Value {
             json!({ "type": text, "minLength": 1, "maxLength": MAX_INTERFACE, "pattern": "^[^/:%\\s]*$" })
         }
         Slot::Ip(_) => json!({ "type": text, "anyOf": [{ "format": "ipv4" }, { "format": "ipv6" }] }),
+        Slot::OptionalIpv6(_) => json!({ "type": text, "pattern": "^([0-9a-fA-F:.]+)?$" }),
+        Slot::Port(_) => json!({ "type": ["integer", "null"], "minimum": 1, "maximum": u16::MAX }),
+        Slot::Domain(_) => json!({ "type": text, "pattern": "^[A-Za-z0-9_-]+(\\.[A-Za-z0-9_-]+)*\\.?$" }),
+        Slot::Servers(_) => json!({ "type": ["array", "null"], "items": { "type": "string" } }),
+        Slot::StubDomains(_) => {
+            let servers = json!({ "type": "array", "minItems": 1, "items": { "type": "string" } });
+            let item = json!({
+                "type": "object",
+                "properties": { "domain": { "type": "string" }, "servers": servers },
+                "required": ["domain", "servers"],
+                "additionalProperties": false,
+            });
+            json!({ "type": ["array", "null"], "items": item })
+        }
         Slot::Listen(_) => json!({ "type": text, "pattern": "^(.+:[0-9]+)?$" }),
         Slot::Path(_) => json!({ "type": text, "pattern": "^/" }),
         Slot::UnixSocket(_) => json!({ "type": text, "maxLength": MAX_SOCKET_PATH, "pattern": "^/.*[^/]$" }),

@@ -7,6 +7,7 @@ use super::{
     keys::{Draft, KEYS, Key, Kind, Plain},
     *,
 };
+use crate::dns::forward::StubDomain;
 
 mod edgemesh;
 mod fuzz;
@@ -42,6 +43,7 @@ fn defaults() -> AgentConfig {
         source: SourceConfig { kind: SourceKind::InCluster, qps: 100, burst: 200 },
         common: CommonConfig::default(),
         proxy: ProxyConfig::default(),
+        dns: None,
     }
 }
 
@@ -104,11 +106,30 @@ kubeAPIConfig:
 commonConfig:
   bridgeDeviceName: mesh
   bridgeDeviceIP: fd00::53
+  bridgeDeviceIPv6: fd00::54
   adminAddress: '[::1]:0'
   controlSocket: /tmp/agent.sock
   maxBackendSeries: 0
   metadataSnapshot: ''
 modules:
+  edgeDNS:
+    enable: true
+    listenPort: 5353
+    clusterDomain: Edge.Example.
+    resolvConf: /run/resolv.conf
+    stubDomains:
+    - domain: Corp.Example
+      servers: [192.0.2.53, '[fd00::53]:5353']
+    serveStale: 0
+    maxCacheEntries: 5
+    maxClientQueries: 0
+    maxClientForwarded: 6
+    maxWaiting: 7
+    cacheDNS:
+      enable: true
+      autoDetect: false
+      upstreamServers: [10.96.0.10, '10.96.0.11:5353', 'fd00::10']
+      cacheTTL: 60
   edgeProxy:
     enable: yes
     serviceFilterMode: FilterIfLabelDoesNotExists
@@ -132,6 +153,7 @@ modules:
         common: CommonConfig {
             bridge_device_name: "mesh".to_owned(),
             bridge_device_ip: "fd00::53".parse().unwrap(),
+            bridge_device_ipv6: Some("fd00::54".parse().unwrap()),
             admin_address: Some("[::1]:0".parse().unwrap()),
             control_socket: PathBuf::from("/tmp/agent.sock"),
             max_backend_series: 0,
@@ -153,8 +175,45 @@ modules:
                 tcx: false,
             },
         },
+        dns: Some(DnsConfig {
+            listen_port: 5353,
+            cluster_domain: "edge.example".parse().unwrap(),
+            resolv_conf: PathBuf::from("/run/resolv.conf"),
+            stub_domains: vec![StubDomain {
+                domain: "corp.example".to_owned(),
+                servers: vec!["192.0.2.53:53".parse().unwrap(), "[fd00::53]:5353".parse().unwrap()],
+            }],
+            serve_stale: Duration::ZERO,
+            max_cache_entries: 5,
+            max_client_queries: 0,
+            max_client_forwarded: 6,
+            max_waiting: 7,
+            cache_dns: CacheDnsConfig {
+                enable: true,
+                auto_detect: false,
+                upstream_servers: ["10.96.0.10:53", "10.96.0.11:5353", "[fd00::10]:53"]
+                    .map(|at| at.parse().unwrap())
+                    .to_vec(),
+                cache_ttl: 60,
+            },
+        }),
     };
     assert_eq!(loaded.config, expected);
+}
+
+#[test]
+fn dns_is_answered_at_the_edge_and_in_the_cloud_where_it_is_asked_for() {
+    let edge = Environment { kubernetes_port: false, kubernetes_service_host: false };
+    for (text, environment, answered) in [
+        ("", &edge, true),
+        ("modules: {edgeDNS: {enable: null}}", &edge, true),
+        ("modules: {edgeDNS: {enable: false}}", &edge, false),
+        ("", &POD, false),
+        ("modules: {edgeDNS: {enable: true}}", &POD, true),
+    ] {
+        let loaded = parse(text, "f", Leniency::Strict, environment).unwrap();
+        assert_eq!(loaded.config.dns, answered.then(DnsConfig::default), "{text} in {environment:?}");
+    }
 }
 
 #[test]

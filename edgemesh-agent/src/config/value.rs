@@ -2,7 +2,7 @@
 
 use std::{
     borrow::Cow,
-    net::{IpAddr, SocketAddr},
+    net::{IpAddr, Ipv6Addr, SocketAddr},
     path::{Path, PathBuf},
     time::Duration,
 };
@@ -14,6 +14,7 @@ use super::{
     document::{Node, Scalar, Value},
     keys::{Draft, Plain, Slot},
 };
+use crate::dns::{forward::StubDomain, zone::ClusterDomain};
 
 /// `sun_path` of Linux holds 108 bytes, the last of them NUL.
 pub(super) const MAX_SOCKET_PATH: usize = 107;
@@ -48,11 +49,17 @@ pub(super) fn store(node: &Node, slot: &Slot, draft: &mut Draft) -> Result<(), R
     }
     match slot {
         Slot::Bool(at) => *at(draft) = truth(node).ok_or_else(|| given(node, "true or false"))?,
+        Slot::Auto(at) => *at(draft) = Some(truth(node).ok_or_else(|| given(node, "true or false"))?),
         Slot::Count(at) => *at(draft) = count(node)?,
         Slot::Limit(at) => *at(draft) = limit(node)?,
         Slot::Period(at) => *at(draft) = period(node)?,
         Slot::Interface(at) => *at(draft) = interface(node)?,
         Slot::Ip(at) => *at(draft) = ip(node)?,
+        Slot::OptionalIpv6(at) => *at(draft) = optional_ipv6(node)?,
+        Slot::Port(at) => *at(draft) = port(node)?,
+        Slot::Domain(at) => *at(draft) = domain(node)?,
+        Slot::Servers(at) => *at(draft) = servers(node)?,
+        Slot::StubDomains(at) => *at(draft) = stub_domains(node)?,
         Slot::Listen(at) => *at(draft) = listen(node)?,
         Slot::Path(at) => *at(draft) = path(text(node, PATH)?, PATH)?,
         Slot::UnixSocket(at) => *at(draft) = unix_socket(node)?,
@@ -240,6 +247,83 @@ fn ip(node: &Node) -> Result<IpAddr, Refusal> {
         return Err(wrong(text, "the address of one host"));
     }
     Ok(ip)
+}
+
+fn optional_ipv6(node: &Node) -> Result<Option<Ipv6Addr>, Refusal> {
+    const EXPECTED: &str = "an IPv6 address of one host such as fd00:169:254:96::16, or \"\"";
+    let text = text(node, EXPECTED)?;
+    if text.is_empty() {
+        return Ok(None);
+    }
+    let ip =
+        text.parse::<Ipv6Addr>().ok().filter(|ip| !ip.is_unspecified() && !ip.is_multicast() && !is_link_local(ip));
+    ip.map(Some).ok_or_else(|| wrong(text, EXPECTED))
+}
+
+/// An address of fe80::/10 says nothing without an interface.
+fn is_link_local(ip: &Ipv6Addr) -> bool {
+    ip.segments().first().is_some_and(|segment| segment & 0xffc0 == 0xfe80)
+}
+
+fn port(node: &Node) -> Result<u16, Refusal> {
+    let port = whole(node).and_then(|v| u16::try_from(v).ok()).filter(|v| *v > 0);
+    port.ok_or_else(|| given(node, "a port from 1 to 65535"))
+}
+
+fn domain(node: &Node) -> Result<ClusterDomain, Refusal> {
+    const EXPECTED: &str = "a domain such as cluster.local";
+    let text = text(node, EXPECTED)?;
+    text.parse().map_err(|_| wrong(text, EXPECTED))
+}
+
+fn servers(node: &Node) -> Result<Vec<SocketAddr>, Refusal> {
+    const EXPECTED: &str = "a list of DNS servers, each IP or IP:PORT, such as [10.96.0.10, '[fd00::10]:53']";
+    match &node.value {
+        Value::List(items) => items
+            .iter()
+            .map(|item| {
+                let text = text(item, EXPECTED)?;
+                server(text).ok_or_else(|| wrong(text, EXPECTED))
+            })
+            .collect(),
+        Value::Null | Value::Scalar(_) | Value::Map(_) => Err(given(node, EXPECTED)),
+    }
+}
+
+/// An address of one host, with DNS's port unless another is given.
+fn server(text: &str) -> Option<SocketAddr> {
+    let address = text.parse().or_else(|_| text.parse().map(|ip| SocketAddr::new(ip, 53))).ok()?;
+    let sound = !address.ip().is_unspecified() && !address.ip().is_multicast() && address.port() != 0;
+    sound.then_some(address)
+}
+
+fn stub_domains(node: &Node) -> Result<Vec<StubDomain>, Refusal> {
+    const EXPECTED: &str =
+        "a list of mappings with domain and servers, such as {domain: corp.example, servers: [192.0.2.53]}";
+    let Value::List(items) = &node.value else { return Err(given(node, EXPECTED)) };
+    items
+        .iter()
+        .map(|item| {
+            let Value::Map(entries) = &item.value else { return Err(given(item, EXPECTED)) };
+            let (mut domain, mut asked) = (None, Vec::new());
+            for entry in entries {
+                match entry.name.to_ascii_lowercase().as_str() {
+                    "domain" if domain.is_none() => {
+                        let text = text(&entry.value, EXPECTED)?;
+                        // Only to see that it is one.
+                        let sound = text.parse::<ClusterDomain>().map_err(|_| wrong(text, EXPECTED))?;
+                        domain = Some(sound.to_string());
+                    }
+                    "servers" if asked.is_empty() => asked = servers(&entry.value)?,
+                    _ => return Err(wrong(&entry.name, EXPECTED)),
+                }
+            }
+            match domain {
+                Some(domain) if !asked.is_empty() => Ok(StubDomain { domain, servers: asked }),
+                _ => Err(given(item, EXPECTED)),
+            }
+        })
+        .collect()
 }
 
 fn listen(node: &Node) -> Result<Option<SocketAddr>, Refusal> {

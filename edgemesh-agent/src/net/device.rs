@@ -7,7 +7,7 @@ use futures::TryStreamExt;
 use rtnetlink::{
     Error as NetlinkError, Handle, LinkBridge, LinkDummy, LinkUnspec, new_connection,
     packet_route::{
-        address::AddressAttribute,
+        address::{AddressAttribute, AddressHeaderFlags},
         link::{InfoKind, LinkAttribute, LinkFlags, LinkInfo, LinkMessage},
     },
 };
@@ -90,7 +90,10 @@ pub async fn ensure_device(name: &str, address: IpAddr) -> Result<Device, Device
             None => make(&netlink, name).await?,
         };
         let prefix = if address.is_ipv4() { 32 } else { 128 };
-        match netlink.address().add(link.header.index, address, prefix).execute().await {
+        let mut request = netlink.address().add(link.header.index, address, prefix);
+        // The address is this node's own by construction; a bridge without ports would wait for ever to be sure.
+        request.message_mut().header.flags |= AddressHeaderFlags::Nodad;
+        match request.execute().await {
             Err(error) if errno(&error) != Some(libc::EEXIST) => {
                 return Err(refused("give the service address to", name)(error));
             }

@@ -148,6 +148,8 @@ impl Node {
                 "metadataSnapshot": self.snapshot_path(),
             },
             "modules": {
+                // Its upstreams would be the machine's.
+                "edgeDNS": { "enable": false },
                 "edgeProxy": {
                     "enable": true,
                     "dataplane": "ebpf",

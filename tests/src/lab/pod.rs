@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
-use anyhow::{Result, bail};
+use anyhow::{Context as _, Result, bail};
 
 use super::DEADLINE;
 use super::shell::Shell;
@@ -94,6 +94,26 @@ impl Pod {
             self.cgroup.display(),
             self.process()
         )
+    }
+
+    /// Runs a program of the machine, such as dig, in the pod's network; waits until it ends, a minute at most.
+    ///
+    /// # Errors
+    /// The program is not there, or did not end in time. That it failed is in its output.
+    pub fn run(&self, program: &str, arguments: &[&str]) -> Result<std::process::Output> {
+        let process = self.process().to_string();
+        let output = std::process::Command::new("nsenter")
+            .args(["--target", &process, "--net", "timeout", "60", program])
+            .args(arguments)
+            .stdin(std::process::Stdio::null())
+            .output()
+            .with_context(|| format!("could not run {program} in {}", self.name))?;
+        match output.status.code() {
+            Some(124) => bail!("{program} in {} did not end within a minute", self.name),
+            // Those of timeout(1) for a program that is not there, or cannot be run.
+            Some(126 | 127) => bail!("could not run {program}: {}", String::from_utf8_lossy(&output.stderr).trim()),
+            Some(_) | None => Ok(output),
+        }
     }
 
     /// The same pod with another bound for each step of an operation.

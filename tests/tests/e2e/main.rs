@@ -5,6 +5,7 @@ mod bad_input;
 mod change;
 mod churn;
 mod cleanup;
+mod dns;
 mod health;
 mod meta_server;
 mod outside;

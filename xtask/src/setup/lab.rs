@@ -3,7 +3,9 @@
 use std::{env, ffi::OsString, path::PathBuf};
 
 /// Each with the Debian package that has it.
-const TOOLS: [(&str, &str); 2] = [("ip", "iproute2"), ("nsenter", "util-linux")];
+const TOOLS: [(&str, &str); 3] = [("ip", "iproute2"), ("nsenter", "util-linux"), ("dig", "bind9-dnsutils")];
+/// What benchmarks compare with, or measure by.
+const COMPARED: [(&str, &str); 2] = [("iptables-restore", "iptables"), ("dnsperf", "dnsperf")];
 /// Not on the PATH of every user, while the lab looks there.
 const SYSTEM: [&str; 3] = ["/usr/sbin", "/usr/bin", "/sbin"];
 
@@ -17,9 +19,9 @@ pub(crate) fn missing_of(tools: &[(&'static str, &'static str)]) -> Vec<&'static
     tools.iter().map(|(tool, _)| *tool).filter(|tool| locate(tool, env::var_os("PATH")).is_none()).collect()
 }
 
-/// Whether there is an iptables, which only benchmarks compare with.
-pub(crate) fn has_iptables() -> bool {
-    locate("iptables-restore", env::var_os("PATH")).is_some()
+/// The packages of programs that only benchmarks need, as far as those are not here.
+pub(crate) fn missing_for_benchmarks() -> Vec<&'static str> {
+    packages_of(&COMPARED, &missing_of(&COMPARED))
 }
 
 /// Where the programs are that are here.

@@ -50,6 +50,19 @@ fn says_what_a_value_has_to_look_like() {
         "given \"/{}...\"; expected an absolute path of at most 107 bytes that does not end in '/'",
         "x".repeat(63)
     );
+    let of_servers = |given: &str| {
+        format!(
+            "given {given}; expected a list of DNS servers, each IP or IP:PORT, such as [10.96.0.10, '[fd00::10]:53']"
+        )
+    };
+    let servers = (of_servers("a text \"10.96.0.10\""), of_servers("\"coredns\""), of_servers("\"0.0.0.0\""));
+    let of_stubs = |given: &str| {
+        format!(
+            "given {given}; expected a list of mappings with domain and servers, such as {{domain: corp.example, servers: \
+             [192.0.2.53]}}"
+        )
+    };
+    let stubs = (of_stubs("a mapping"), of_stubs("\"server\""));
     let cases = [
         ("modules.edgeProxy.enable", "maybe", "given a text \"maybe\"; expected true or false"),
         ("modules.edgeProxy.enable", "'true'", "given a text in quotes \"true\"; expected true or false"),
@@ -147,13 +160,25 @@ fn says_what_a_value_has_to_look_like() {
             "iptables",
             "the iptables data plane is not in this version; expected auto or ebpf",
         ),
+        ("modules.edgeDNS.enable", "auto", "given a text \"auto\"; expected true or false"),
+        ("modules.edgeDNS.listenPort", "0", "given a number \"0\"; expected a port from 1 to 65535"),
+        ("modules.edgeDNS.listenPort", "65536", "given a number \"65536\"; expected a port from 1 to 65535"),
+        ("modules.edgeDNS.clusterDomain", "a..b", "given \"a..b\"; expected a domain such as cluster.local"),
+        ("modules.edgeDNS.cacheDNS.upstreamServers", "10.96.0.10", servers.0.as_str()),
+        ("modules.edgeDNS.cacheDNS.upstreamServers", "[coredns]", servers.1.as_str()),
+        ("modules.edgeDNS.cacheDNS.upstreamServers", "[0.0.0.0]", servers.2.as_str()),
+        ("modules.edgeDNS.stubDomains", "[{domain: corp.example}]", stubs.0.as_str()),
+        ("modules.edgeDNS.stubDomains", "[{domain: corp.example, server: [192.0.2.1]}]", stubs.1.as_str()),
+        (
+            "commonConfig.bridgeDeviceIPv6",
+            "fe80::1",
+            "given \"fe80::1\"; expected an IPv6 address of one host such as fd00:169:254:96::16, or \"\"",
+        ),
         // Keys without effect: checked for their type, and their text is kept out of the message.
         ("modules.edgeTunnel.transport", "udp", "given a text; expected tcp or ws or quic"),
         ("modules.edgeTunnel.listenPort", "'20006'", "given a text in quotes; expected a whole number"),
         ("modules.edgeTunnel.enable", "5", "given a number; expected true or false"),
         ("modules.edgeTunnel.rendezvous", "{a: b}", "given a mapping; expected a text"),
-        ("modules.edgeDNS.cacheDNS.upstreamServers", "10.96.0.10", "given a text; expected a list of texts"),
-        ("modules.edgeDNS.cacheDNS.upstreamServers", "[[]]", "given something else in the list; expected texts alone"),
         ("modules.edgeTunnel.relayNodes", "{nodeName: a}", "given a mapping; expected a list of mappings"),
         ("modules.edgeProxy.loadBalancer.consistentHash.load", "much", "given a text; expected a number"),
         ("kind", "Deployment", "given \"Deployment\"; expected EdgeMeshAgent"),
@@ -195,6 +220,15 @@ commonConfig:
             "agent.yaml:10: commonConfig.bridgeDeviceIP: given twice, on lines 9 and 10; expected once, in any case",
         ]
     );
+}
+
+#[test]
+fn a_cache_with_nobody_to_ask_is_a_mistake() {
+    let text = "modules: {edgeDNS: {enable: true, cacheDNS: {enable: true, autoDetect: false}}}";
+    let expected = "agent.yaml: modules.edgeDNS.cacheDNS.upstreamServers: empty, and autoDetect is false; expected the \
+                    cluster's DNS servers, or autoDetect: true";
+    assert_eq!(refused(text), [expected]);
+    accepted(&text.replace("{enable: true,", "{enable: false,"));
 }
 
 #[test]

@@ -1,0 +1,244 @@
+//! From a query and the zone to the bytes of an answer.
+
+use super::{
+    stats::Outcome,
+    wire::{self, CLASS_IN, Name, Query, Rcode, ReadRecord, Records, Response, Section, flag, rtype, u16_at},
+    zone::{self, Found, Owner, Zone},
+};
+
+/// For how many seconds what is there may be remembered: EdgeMesh's `ttl 30` (its `pkg/dns/util.go`).
+pub(super) const TTL: u32 = 30;
+/// For how many seconds what is not there may be (RFC 2308): CoreDNS's default, since a Service that is made shortly
+/// after it was asked for should not be missed for long.
+pub(super) const NEGATIVE_TTL: u32 = 5;
+/// How many aliases are followed, one to the next.
+const MAX_ALIASES: usize = 8;
+
+/// What the zone makes of a query.
+#[derive(Debug)]
+pub(super) enum Answer {
+    /// The whole response was written, with this length.
+    Written(usize, Outcome),
+    /// The name is of the world outside: somebody else has the answer.
+    Foreign,
+    /// The name is an alias of this name of the world outside, whose addresses belong into the answer: to be called
+    /// again with them.
+    Alias(Name),
+}
+
+/// Answers `query` from `zone` in at most `limit` bytes of `out`, which has at least [`wire::MIN_UDP`].
+///
+/// `turn` says which of several records comes first, so that clients that take the first one spread. `outside` is the
+/// response to the question for an alias's addresses, once there is one.
+pub(super) fn answer(
+    query: &Query<'_>,
+    zone: &Zone,
+    turn: usize,
+    outside: Option<&[u8]>,
+    limit: usize,
+    out: &mut [u8],
+) -> Answer {
+    let found = zone.find(query.name().as_wire(), query.qtype);
+    match found {
+        // RFC 8482 4.2, as nobody needs all records: what is known of a name would be a tool to amplify attacks.
+        Found::Foreign | Found::NoData | Found::Answers(_) if query.qtype == rtype::ANY => {
+            let minimal = wire::Data::Hinfo(b"RFC8482", b"");
+            return respond(query, limit, out, |response| {
+                response.answer(query.name().as_wire(), TTL, &minimal);
+                Some(Outcome::Answer)
+            });
+        }
+        Found::Foreign => return Answer::Foreign,
+        Found::NotYet | Found::NoSuchName | Found::NoData | Found::Answers(_) => {}
+    }
+    let mut missing = None;
+    let answer = respond(query, limit, out, |response| {
+        response.authoritative();
+        let outcome = follow(query, zone, found, turn, outside, response);
+        match outcome {
+            Followed::Done(outcome) => Some(outcome),
+            Followed::Failed => None,
+            Followed::Outside(name) => {
+                missing = Some(name);
+                None
+            }
+        }
+    });
+    missing.map_or(answer, Answer::Alias)
+}
+
+/// Has `write` fill a response; where it gives nothing, the response is SERVFAIL.
+fn respond(
+    query: &Query<'_>,
+    limit: usize,
+    out: &mut [u8],
+    write: impl FnOnce(&mut Response<'_>) -> Option<Outcome>,
+) -> Answer {
+    if let Some(mut response) = Response::to(query, limit, out)
+        && let Some(outcome) = write(&mut response)
+    {
+        return Answer::Written(response.finish(), outcome);
+    }
+    Answer::Written(query.refuse(Rcode::ServFail).write(out), Outcome::ServFail)
+}
+
+enum Followed {
+    Done(Outcome),
+    /// Not known yet, or aliases without end.
+    Failed,
+    Outside(Name),
+}
+
+/// Writes what was found, and what its aliases lead to.
+fn follow<'z>(
+    query: &Query<'_>,
+    zone: &'z Zone,
+    mut found: Found<'z>,
+    turn: usize,
+    outside: Option<&[u8]>,
+    response: &mut Response<'_>,
+) -> Followed {
+    let mut owner = *query.name();
+    for _ in 0..MAX_ALIASES {
+        match found {
+            Found::NotYet => return Followed::Failed,
+            Found::NoSuchName => {
+                // Of the last name (RFC 6604).
+                response.set_rcode(Rcode::NxDomain);
+                deny(zone, &owner, response);
+                return Followed::Done(Outcome::NxDomain);
+            }
+            Found::NoData => {
+                deny(zone, &owner, response);
+                return Followed::Done(Outcome::NoData);
+            }
+            Found::Foreign => return add_outside(query, owner, outside, response),
+            Found::Answers(ref answers) => {
+                let first = answers.answers().next();
+                if let Some(zone::Record { data: zone::Data::Cname(target), .. }) = first
+                    && query.qtype != rtype::CNAME
+                {
+                    let Some(target) = whole(target) else { return Followed::Failed };
+                    response.answer(owner.as_wire(), TTL, &wire::Data::Cname(target.as_wire()));
+                    owner = target;
+                    found = zone.find(owner.as_wire(), query.qtype);
+                    continue;
+                }
+                let count = answers.answers().count().max(1);
+                let start = turn % count;
+                let mut turned = answers.answers().skip(start).chain(answers.answers().take(start));
+                // What follows the first one without room is not looked at: a Service may have thousands of endpoints.
+                if turned.all(|record| add(response, Section::Answer, &owner, &record)) {
+                    answers.additionals().all(|record| add(response, Section::Additional, &owner, &record));
+                }
+                return Followed::Done(Outcome::Answer);
+            }
+        }
+    }
+    Followed::Failed
+}
+
+/// The end of a chain of aliases outside the zone. For types other than addresses the alias is the answer, as with
+/// CoreDNS: the client asks on.
+fn add_outside(query: &Query<'_>, name: Name, outside: Option<&[u8]>, response: &mut Response<'_>) -> Followed {
+    if !matches!(query.qtype, rtype::A | rtype::AAAA) {
+        return Followed::Done(Outcome::Answer);
+    }
+    let Some(message) = outside else { return Followed::Outside(name) };
+    match u16_at(message, 2).map(|flags| flags & flag::RCODE) {
+        Some(rcode) if rcode == Rcode::NoError as u16 => {}
+        Some(rcode) if rcode == Rcode::NxDomain as u16 => response.set_rcode(Rcode::NxDomain),
+        _ => return Followed::Failed,
+    }
+    let Some(records) = Records::of(message) else { return Followed::Failed };
+    for record in records.filter(|record| record.section == Section::Answer && record.class == CLASS_IN) {
+        copy(&record, response);
+    }
+    Followed::Done(Outcome::Answer)
+}
+
+/// Records of the kinds that lead to an address; others are of no use to who asked for one.
+fn copy(record: &ReadRecord<'_>, response: &mut Response<'_>) {
+    let Some(owner) = record.owner() else { return };
+    let target;
+    let data = match record.rtype {
+        rtype::A => <[u8; 4]>::try_from(record.data).ok().map(|octets| wire::Data::A(octets.into())),
+        rtype::AAAA => <[u8; 16]>::try_from(record.data).ok().map(|octets| wire::Data::Aaaa(octets.into())),
+        rtype::CNAME => match record.name_in_data(0) {
+            Some(name) => {
+                target = name;
+                Some(wire::Data::Cname(target.as_wire()))
+            }
+            None => None,
+        },
+        _ => None,
+    };
+    if let Some(data) = data {
+        response.answer(owner.as_wire(), record.ttl, &data);
+    }
+}
+
+/// Adds the SOA record that says for how long a name may be taken not to be there (RFC 2308 3).
+fn deny(zone: &Zone, name: &Name, response: &mut Response<'_>) {
+    let soa = zone.soa();
+    let (Some(mname), Some(rname)) = (whole(soa.name_server), whole(soa.mailbox)) else { return };
+    let data = soa_data(&mname, &rname, soa.serial);
+    response.authority(zone.authority(name.as_wire()), NEGATIVE_TTL, &data);
+}
+
+/// The times are CoreDNS's; nobody transfers the zone.
+fn soa_data<'a>(mname: &'a Name, rname: &'a Name, serial: u32) -> wire::Data<'a> {
+    wire::Data::Soa(wire::Soa {
+        mname: mname.as_wire(),
+        rname: rname.as_wire(),
+        serial,
+        refresh: 7200,
+        retry: 1800,
+        expire: 86_400,
+        minimum: NEGATIVE_TTL,
+    })
+}
+
+/// Says whether there was room.
+fn add(response: &mut Response<'_>, section: Section, question: &Name, record: &zone::Record<'_>) -> bool {
+    let named = match record.owner {
+        Owner::Question => Some(*question),
+        Owner::Name(name) => whole(name),
+    };
+    let Some(owner) = named else { return true };
+    let (first, second);
+    let data = match record.data {
+        zone::Data::A(address) => wire::Data::A(address),
+        zone::Data::Aaaa(address) => wire::Data::Aaaa(address),
+        zone::Data::Txt(text) => wire::Data::Txt(text),
+        zone::Data::Srv { priority, weight, port, target } => {
+            let Some(target) = whole(target) else { return true };
+            first = target;
+            wire::Data::Srv(wire::SrvData { priority, weight, port, target: first.as_wire() })
+        }
+        zone::Data::Ptr(target) | zone::Data::Cname(target) | zone::Data::Ns(target) => {
+            let Some(target) = whole(target) else { return true };
+            first = target;
+            match record.data {
+                zone::Data::Ptr(_) => wire::Data::Ptr(first.as_wire()),
+                zone::Data::Ns(_) => wire::Data::Ns(first.as_wire()),
+                _ => wire::Data::Cname(first.as_wire()),
+            }
+        }
+        zone::Data::Soa(soa) => {
+            let (Some(mname), Some(rname)) = (whole(soa.name_server), whole(soa.mailbox)) else { return true };
+            (first, second) = (mname, rname);
+            soa_data(&first, &second, soa.serial)
+        }
+    };
+    let owner = owner.as_wire();
+    match section {
+        Section::Answer => response.answer(owner, TTL, &data),
+        Section::Authority => response.authority(owner, TTL, &data),
+        Section::Additional => response.additional(owner, TTL, &data),
+    }
+}
+
+fn whole(name: zone::Name<'_>) -> Option<Name> {
+    Name::of_parts(name.first(), name.rest())
+}

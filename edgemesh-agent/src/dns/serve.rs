@@ -1,0 +1,303 @@
+//! Sockets: queries in, answers out.
+//!
+//! What the zone and the cache know is answered where it was received. What has to be asked for waits in a task of its
+//! own, and only so much of it may wait: names of the cluster are answered whatever becomes of the world outside.
+
+mod limit;
+mod listen;
+mod tcp;
+mod udp;
+
+use std::{
+    net::IpAddr,
+    num::NonZeroU32,
+    sync::{Arc, Mutex, PoisonError},
+    time::Instant,
+};
+
+use tokio::sync::{OwnedSemaphorePermit, Semaphore};
+
+use self::limit::Limit;
+pub use self::listen::Listener;
+pub(super) use self::{
+    listen::{Listening, listen},
+    udp::THREADS,
+};
+use super::{
+    answer::{self, Answer},
+    forward::{self, ClientView, Forwarder, Question, Reply},
+    stats::{Counters, Origin, Outcome},
+    wire::{MAX_NAME, MAX_TCP, Name, Query, Rcode, Rejected, flag, u16_at},
+    zone::Zone,
+};
+
+/// As much of an upstream's answer as is looked at for the addresses of an alias.
+const OUTSIDE: usize = 4096;
+
+/// How much clients may ask for.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+pub struct Limits {
+    /// Queries a second of one client address; None for any number.
+    pub queries: Option<NonZeroU32>,
+    /// Those of them that upstreams have to be asked about.
+    pub forwarded: Option<NonZeroU32>,
+    /// How many queries of all clients may wait for upstreams at a time.
+    pub waiting: u32,
+}
+
+/// What all sockets answer from.
+#[derive(Debug)]
+pub(super) struct Core {
+    /// None before the first table, and where all names are asked of upstreams (`cacheDNS`).
+    zone: Mutex<Option<Arc<Zone>>>,
+    forwarder: Forwarder,
+    queries: Option<Limit>,
+    forwarded: Option<Limit>,
+    waiting: Arc<Semaphore>,
+}
+
+/// How a query came.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+pub(super) enum Transport {
+    Udp,
+    Tcp,
+}
+
+/// What is to be done about a message.
+#[derive(Debug)]
+pub(super) enum Handled {
+    /// Nothing is sent.
+    Ignored,
+    /// The response was written, with this length.
+    Answered(usize, Origin),
+    /// The response has to be waited for.
+    Waits(Box<Waiting>),
+}
+
+/// A query whose answer upstreams have to be asked for.
+#[derive(Debug)]
+pub(super) struct Waiting {
+    message: Box<[u8]>,
+    question: Question,
+    /// The question is about the name that this alias leads to.
+    alias: bool,
+    transport: Transport,
+    received: Instant,
+    _place: OwnedSemaphorePermit,
+}
+
+impl Core {
+    pub(super) fn new(forwarder: Forwarder, limits: &Limits, now: Instant) -> Self {
+        let waiting = usize::try_from(limits.waiting).unwrap_or(usize::MAX).min(Semaphore::MAX_PERMITS);
+        Self {
+            zone: Mutex::default(),
+            forwarder,
+            queries: limits.queries.map(|rate| Limit::new(rate, now)),
+            forwarded: limits.forwarded.map(|rate| Limit::new(rate, now)),
+            waiting: Arc::new(Semaphore::new(waiting)),
+        }
+    }
+
+    /// Has all queries from now on answered from `zone`.
+    pub(super) fn publish(&self, zone: Arc<Zone>) {
+        let before = self.zone.lock().unwrap_or_else(PoisonError::into_inner).replace(zone);
+        // Freed after the lock is.
+        drop(before);
+    }
+
+    /// The zone in force. To be held for a batch of queries and no longer, since a zone may be large.
+    pub(super) fn zone(&self) -> Option<Arc<Zone>> {
+        self.zone.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    pub(super) fn forwarder(&self) -> &Forwarder {
+        &self.forwarder
+    }
+
+    /// Answers a message of `client` that was received at `now`, as far as can be done at once. Allocates nothing but for
+    /// what has to wait.
+    pub(super) fn handle(&self, message: &[u8], from: &From<'_>, zone: Option<&Zone>, out: &mut [u8]) -> Handled {
+        let counters = from.counters;
+        if self.queries.as_ref().is_some_and(|limit| !limit.admits(from.client, from.received)) {
+            counters.count(None, Origin::None, Outcome::Limited);
+            return Handled::Ignored;
+        }
+        let query = match Query::parse(message) {
+            Ok(query) => query,
+            Err(Rejected::Silently) => {
+                counters.count(None, Origin::None, Outcome::Ignored);
+                return Handled::Ignored;
+            }
+            Err(Rejected::With(refusal)) => {
+                counters.count(refusal.qtype, Origin::None, Outcome::of(refusal.rcode));
+                return Handled::Answered(refusal.write(out), Origin::None);
+            }
+        };
+        let limit = from.transport.limit(&query);
+        let answered =
+            zone.map_or(Answer::Foreign, |zone| answer::answer(&query, zone, usize::from(query.id), None, limit, out));
+        let (question, alias) = match answered {
+            Answer::Written(length, outcome) => {
+                counters.count(Some(query.qtype), Origin::Cluster, outcome);
+                return Handled::Answered(length, Origin::Cluster);
+            }
+            Answer::Foreign => (question(&query, query.name()), false),
+            Answer::Alias(target) => (question(&query, &target), true),
+        };
+        let origin = if alias { Origin::Cluster } else { Origin::Forwarded };
+        let refuse = |rcode: Rcode, out: &mut [u8]| {
+            counters.count(Some(query.qtype), origin, Outcome::of(rcode));
+            Handled::Answered(query.refuse(rcode).write(out), origin)
+        };
+        let Some(question) = question else { return refuse(Rcode::FormErr, out) };
+        if let Some(reply) = self.forwarder.cached(&question, from.received) {
+            let write = |view: &ClientView<'_>, out: &mut [u8]| reply.write(view, from.received, out);
+            let length = complete(&query, &question, alias, zone, limit, write, out);
+            counters.count(Some(query.qtype), origin, outcome_of(out, length));
+            return Handled::Answered(length, origin);
+        }
+        if self.forwarded.as_ref().is_some_and(|limit| !limit.admits(from.client, from.received)) {
+            return refuse(Rcode::Refused, out);
+        }
+        let Ok(place) = Arc::clone(&self.waiting).try_acquire_owned() else { return refuse(Rcode::ServFail, out) };
+        Handled::Waits(Box::new(Waiting {
+            message: message.into(),
+            question,
+            alias,
+            transport: from.transport,
+            received: from.received,
+            _place: place,
+        }))
+    }
+}
+
+/// How a query was answered for [`Core::ask`].
+#[derive(Debug)]
+pub(super) struct Asked {
+    /// The response's length.
+    pub(super) length: usize,
+    /// The name of the world outside that the zone's answer leads to.
+    pub(super) alias: Option<Name>,
+    /// What the forwarder had to say before and did; None where the zone had the answer.
+    pub(super) forwarded: Option<(forward::Explanation, Reply)>,
+}
+
+impl Core {
+    /// Answers as for a client on TCP, without limits and uncounted.
+    pub(super) async fn ask(&self, query: &Query<'_>, out: &mut [u8]) -> Asked {
+        let zone = self.zone();
+        let answered = zone
+            .as_deref()
+            .map_or(Answer::Foreign, |zone| answer::answer(query, zone, usize::from(query.id), None, MAX_TCP, out));
+        let alias = match answered {
+            Answer::Written(length, _) => return Asked { length, alias: None, forwarded: None },
+            Answer::Foreign => None,
+            Answer::Alias(target) => Some(target),
+        };
+        let Some(question) = question(query, alias.as_ref().unwrap_or(query.name())) else {
+            return Asked { length: query.refuse(Rcode::FormErr).write(out), alias, forwarded: None };
+        };
+        let now = Instant::now();
+        let explanation = self.forwarder.explain(&question, now);
+        let reply = match self.forwarder.cached(&question, now) {
+            Some(reply) => reply,
+            None => self.forwarder.resolve(&question, now).await,
+        };
+        let write = |view: &ClientView<'_>, out: &mut [u8]| reply.write(view, Instant::now(), out);
+        let length = complete(query, &question, alias.is_some(), zone.as_deref(), MAX_TCP, write, out);
+        Asked { length, alias, forwarded: Some((explanation, reply)) }
+    }
+}
+
+/// Whose message it is, and who counts it.
+#[derive(Debug)]
+pub(super) struct From<'a> {
+    pub(super) client: IpAddr,
+    pub(super) transport: Transport,
+    pub(super) received: Instant,
+    pub(super) counters: &'a Counters,
+}
+
+impl Waiting {
+    /// Asks upstreams and writes the response into `out`; gives its length.
+    pub(super) async fn answer(self, core: &Core, counters: &Counters, out: &mut [u8]) -> usize {
+        let reply = core.forwarder.resolve(&self.question, self.received).await;
+        // It was one before.
+        let Ok(query) = Query::parse(&self.message) else { return 0 };
+        let limit = self.transport.limit(&query);
+        let now = Instant::now();
+        let write = |view: &ClientView<'_>, out: &mut [u8]| reply.write(view, now, out);
+        let zone = core.zone();
+        let length = complete(&query, &self.question, self.alias, zone.as_deref(), limit, write, out);
+        let origin = if self.alias { Origin::Cluster } else { Origin::Forwarded };
+        counters.count(Some(query.qtype), origin, outcome_of(out, length));
+        counters.took(Origin::Forwarded, 1, self.received.elapsed());
+        length
+    }
+}
+
+impl Transport {
+    fn limit(self, query: &Query<'_>) -> usize {
+        match self {
+            Self::Udp => query.udp_limit(),
+            Self::Tcp => MAX_TCP,
+        }
+    }
+}
+
+fn question(query: &Query<'_>, name: &Name) -> Option<Question> {
+    Question::new(name.as_wire(), query.qtype, query.dnssec_ok(), query.flags & flag::CD != 0)
+}
+
+/// Writes what upstreams said, by itself or as the end of an alias.
+fn complete(
+    query: &Query<'_>,
+    question: &Question,
+    alias: bool,
+    zone: Option<&Zone>,
+    limit: usize,
+    write: impl FnOnce(&ClientView<'_>, &mut [u8]) -> usize,
+    out: &mut [u8],
+) -> usize {
+    let view = ClientView {
+        id: query.id,
+        question: query.question(),
+        recursion_desired: query.flags & flag::RD != 0,
+        checking_disabled: query.flags & flag::CD != 0,
+        edns: query.edns.is_some(),
+        dnssec_ok: query.dnssec_ok(),
+        limit,
+    };
+    let Some(zone) = zone.filter(|_| alias) else { return write(&view, out) };
+    let mut asked = [0; MAX_NAME + 4];
+    let length = question.name().len();
+    let Some(place) = asked.get_mut(..length + 4) else { return 0 };
+    let (name, rest) = place.split_at_mut(length);
+    name.copy_from_slice(question.name());
+    let [high, low] = question.qtype().to_be_bytes();
+    rest.copy_from_slice(&[high, low, 0, 1]);
+    let mut outside = [0; OUTSIDE];
+    let view = ClientView { question: place, limit: OUTSIDE, ..view };
+    let length = write(&view, &mut outside);
+    let outside = outside.get(..length).unwrap_or_default();
+    match answer::answer(query, zone, usize::from(query.id), Some(outside), limit, out) {
+        Answer::Written(length, _) => length,
+        // The Service has changed meanwhile; the client will ask again.
+        Answer::Foreign | Answer::Alias(_) => query.refuse(Rcode::ServFail).write(out),
+    }
+}
+
+/// What a response says.
+fn outcome_of(out: &[u8], length: usize) -> Outcome {
+    let Some(message) = out.get(..length) else { return Outcome::ServFail };
+    let (Some(flags), Some(answers)) = (u16_at(message, 2), u16_at(message, 6)) else { return Outcome::ServFail };
+    match flags & flag::RCODE {
+        0 if answers > 0 => Outcome::Answer,
+        0 => Outcome::NoData,
+        1 => Outcome::FormErr,
+        3 => Outcome::NxDomain,
+        4 => Outcome::NotImp,
+        5 => Outcome::Refused,
+        _ => Outcome::ServFail,
+    }
+}

@@ -1,0 +1,145 @@
+//! UDP: threads of their own, which take and send many datagrams with one system call.
+
+use std::{
+    io,
+    net::UdpSocket,
+    os::fd::{AsFd, AsRawFd},
+    sync::Arc,
+    thread,
+    time::{Duration, Instant},
+};
+
+use nix::sys::socket::{Shutdown, setsockopt, shutdown, sockopt};
+use tokio::runtime::Handle;
+use tokio_util::sync::CancellationToken;
+use tracing::{debug, warn};
+
+use super::{Core, From, Handled, Transport, Waiting};
+use crate::{
+    dns::{
+        stats::{Counters, Origin},
+        wire::MAX_UDP,
+    },
+    lifecycle::Tasks,
+    net::datagrams::{Inbox, Outbox, Peer},
+};
+
+/// How many threads read one socket: with two, one answers while the other is in the kernel.
+pub(in crate::dns) const THREADS: usize = 2;
+/// The longest query that is read; no client sends one of half that length.
+const MAX_QUERY: usize = 2048;
+/// So many bytes of queries may wait in the kernel: some ten milliseconds' worth at the highest rate.
+const RECEIVE_BUFFER: usize = 4 << 20;
+/// After an error of the socket.
+const PAUSE: Duration = Duration::from_millis(100);
+
+/// Makes the socket ready and serves it with [`THREADS`] threads until the agent stops.
+pub(super) async fn serve(socket: UdpSocket, core: Arc<Core>, counters: Arc<[Counters]>, tasks: Tasks) {
+    // The first is beyond net.core.rmem_max, and for CAP_NET_ADMIN alone.
+    if setsockopt(&socket, sockopt::RcvBufForce, &RECEIVE_BUFFER).is_err()
+        && let Err(error) = setsockopt(&socket, sockopt::RcvBuf, &RECEIVE_BUFFER)
+    {
+        debug!("the receive buffer of a DNS socket stays as it is: {error}");
+    }
+    let socket = Arc::new(socket);
+    let stop = tasks.stopping();
+    let mut threads = Vec::new();
+    for index in 0..THREADS {
+        let worker = Worker {
+            socket: Arc::clone(&socket),
+            core: Arc::clone(&core),
+            counters: Arc::clone(&counters),
+            index,
+            runtime: Handle::current(),
+            tasks: tasks.clone(),
+            stop: stop.clone(),
+        };
+        match thread::Builder::new().name(format!("dns-udp-{index}")).spawn(move || worker.run()) {
+            Ok(thread) => threads.push(thread),
+            Err(error) => warn!("cannot start a thread for DNS: {error}"),
+        }
+    }
+    stop.cancelled().await;
+    // It says that the socket is not connected, and wakes its readers all the same.
+    let _ = shutdown(socket.as_raw_fd(), Shutdown::Read);
+    let joined = tokio::task::spawn_blocking(move || threads.into_iter().all(|thread| thread.join().is_ok()));
+    if !joined.await.unwrap_or(false) {
+        warn!("a thread of DNS panicked");
+    }
+}
+
+struct Worker {
+    socket: Arc<UdpSocket>,
+    core: Arc<Core>,
+    counters: Arc<[Counters]>,
+    index: usize,
+    runtime: Handle,
+    tasks: Tasks,
+    stop: CancellationToken,
+}
+
+impl Worker {
+    fn run(&self) {
+        let (mut inbox, mut outbox) = (Inbox::<MAX_QUERY>::default(), Outbox::<MAX_UDP>::default());
+        loop {
+            let received = inbox.receive(self.socket.as_fd());
+            if self.stop.is_cancelled() {
+                return;
+            }
+            match received {
+                Ok(()) => self.answer(&inbox, &mut outbox),
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+                Err(error) => {
+                    debug!("cannot receive DNS queries: {error}");
+                    thread::sleep(PAUSE);
+                }
+            }
+        }
+    }
+
+    fn answer(&self, inbox: &Inbox<MAX_QUERY>, outbox: &mut Outbox<MAX_UDP>) {
+        let Some(counters) = self.counters.get(self.index) else { return };
+        let (received, zone) = (Instant::now(), self.core.zone());
+        let mut answered = [0; 3];
+        for (message, peer) in inbox.datagrams() {
+            let Some(address) = peer.address().filter(|address| address.port() != 0) else { continue };
+            let from = From { client: address.ip(), transport: Transport::Udp, received, counters };
+            match self.core.handle(message, &from, zone.as_deref(), outbox.space()) {
+                Handled::Ignored | Handled::Answered(0, _) => {}
+                Handled::Answered(length, origin) => {
+                    outbox.push(length, peer);
+                    if let Some(count) = answered.get_mut(origin as usize) {
+                        *count += 1;
+                    }
+                }
+                Handled::Waits(waiting) => self.wait(waiting, *peer),
+            }
+        }
+        outbox.send(self.socket.as_fd());
+        let elapsed = received.elapsed();
+        for (origin, queries) in [Origin::Cluster, Origin::Forwarded, Origin::None].into_iter().zip(answered) {
+            if queries > 0 {
+                counters.took(origin, queries, elapsed);
+            }
+        }
+    }
+
+    fn wait(&self, waiting: Box<Waiting>, peer: Peer) {
+        let Some(address) = peer.address() else { return };
+        let (socket, core, counters) = (Arc::clone(&self.socket), Arc::clone(&self.core), Arc::clone(&self.counters));
+        let (index, stop) = (self.index, self.stop.clone());
+        self.tasks.spawn_on(&self.runtime, async move {
+            let Some(counters) = counters.get(index) else { return };
+            let mut out = vec![0; MAX_UDP];
+            let length = tokio::select! {
+                () = stop.cancelled() => return,
+                length = waiting.answer(&core, counters, &mut out) => length,
+            };
+            if let Some(response) = out.get(..length).filter(|response| !response.is_empty())
+                && let Err(error) = socket.send_to(response, address)
+            {
+                debug!("cannot send a DNS response: {error}");
+            }
+        });
+    }
+}
