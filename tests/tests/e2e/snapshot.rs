@@ -22,7 +22,7 @@ use crate::{START, TCP_PORT, at};
 const API_PORT: u16 = 6443;
 /// What the first connection may take after the agent's exec. Nearly all of it is the verifier's; an agent that is not
 /// optimised has some more to do itself.
-const FIRST_CONNECTION: Duration = Duration::from_secs(if cfg!(debug_assertions) { 2 } else { 1 });
+const FIRST_CONNECTION: Duration = Duration::from_secs(if cfg!(debug_assertions) { 5 } else { 1 });
 /// Two Services, of one backend each.
 const KEPT: &str = "10.96.0.10";
 const DELETED: &str = "10.96.0.20";
