@@ -194,7 +194,7 @@ impl Core {
             Answer::Foreign => None,
             Answer::Alias(target) => Some(target),
         };
-        let Some(question) = question(query, alias.as_ref().unwrap_or(query.name())) else {
+        let Some(question) = question(query, alias.as_ref().unwrap_or_else(|| query.name())) else {
             return Asked { length: query.refuse(Rcode::FormErr).write(out), alias, forwarded: None };
         };
         let now = Instant::now();

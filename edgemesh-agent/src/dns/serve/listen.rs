@@ -123,14 +123,16 @@ async fn bind_when_free(
             }
             Err(error) => error,
         };
-        let advice = match error.kind() {
-            io::ErrorKind::AddrInUse => {
-                let holder = find_holder(address, transport).await;
-                format!("{holder}; stop it, have it listen on its own addresses, or set modules.edgeDNS.listenPort")
-            }
-            io::ErrorKind::AddrNotAvailable => "; bring the device of commonConfig.bridgeDeviceName back".to_owned(),
-            io::ErrorKind::PermissionDenied => "; CAP_NET_BIND_SERVICE is needed".to_owned(),
-            _ => String::new(),
+        let kind = error.kind();
+        let advice = if kind == io::ErrorKind::AddrInUse {
+            let holder = find_holder(address, transport).await;
+            format!("{holder}; stop it, have it listen on its own addresses, or set modules.edgeDNS.listenPort")
+        } else if kind == io::ErrorKind::AddrNotAvailable {
+            "; bring the device of commonConfig.bridgeDeviceName back".to_owned()
+        } else if kind == io::ErrorKind::PermissionDenied {
+            "; CAP_NET_BIND_SERVICE is needed".to_owned()
+        } else {
+            String::new()
         };
         let message = format!(
             "cannot answer DNS on {address} ({}): {error}{advice}; tried again every {} s",
