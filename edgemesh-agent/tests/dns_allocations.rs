@@ -1,5 +1,6 @@
 //! A query is answered without an allocation, where the zone or the cache has the answer. In a program of its own, as
 //! all of its allocations are counted.
+#![expect(clippy::unwrap_used, reason = "all of this is a test")]
 
 use std::{
     alloc::{GlobalAlloc, Layout, System},
