@@ -194,7 +194,7 @@ impl Core {
             Answer::Foreign => None,
             Answer::Alias(target) => Some(target),
         };
-        let Some(question) = question(query, alias.as_ref().unwrap_or(query.name())) else {
+        let Some(question) = question(query, alias.as_ref().unwrap_or_else(|| query.name())) else {
             return Asked { length: query.refuse(Rcode::FormErr).write(out), alias, forwarded: None };
         };
         let now = Instant::now();
@@ -219,20 +219,23 @@ pub(super) struct From<'a> {
 }
 
 impl Waiting {
-    /// Asks upstreams and writes the response into `out`; gives its length.
-    pub(super) async fn answer(self, core: &Core, counters: &Counters, out: &mut [u8]) -> usize {
+    /// Asks upstreams and gives the response.
+    pub(super) async fn answer(self, core: &Core, counters: &Counters) -> Vec<u8> {
         let reply = core.forwarder.resolve(&self.question, self.received).await;
         // It was one before.
-        let Ok(query) = Query::parse(&self.message) else { return 0 };
+        let Ok(query) = Query::parse(&self.message) else { return Vec::new() };
         let limit = self.transport.limit(&query);
         let now = Instant::now();
         let write = |view: &ClientView<'_>, out: &mut [u8]| reply.write(view, now, out);
         let zone = core.zone();
-        let length = complete(&query, &self.question, self.alias, zone.as_deref(), limit, write, out);
+        // Not before there is something to write: a thousand may wait.
+        let mut out = vec![0; limit];
+        let length = complete(&query, &self.question, self.alias, zone.as_deref(), limit, write, &mut out);
         let origin = if self.alias { Origin::Cluster } else { Origin::Forwarded };
-        counters.count(Some(query.qtype), origin, outcome_of(out, length));
+        counters.count(Some(query.qtype), origin, outcome_of(&out, length));
         counters.took(Origin::Forwarded, 1, self.received.elapsed());
-        length
+        out.truncate(length);
+        out
     }
 }
 

@@ -123,13 +123,19 @@ async fn bind_when_free(
             }
             Err(error) => error,
         };
-        let holder = match error.kind() {
-            io::ErrorKind::AddrInUse => find_holder(address, transport).await,
-            _ => String::new(),
+        let kind = error.kind();
+        let advice = if kind == io::ErrorKind::AddrInUse {
+            let holder = find_holder(address, transport).await;
+            format!("{holder}; stop it, have it listen on its own addresses, or set modules.edgeDNS.listenPort")
+        } else if kind == io::ErrorKind::AddrNotAvailable {
+            "; bring the device of commonConfig.bridgeDeviceName back".to_owned()
+        } else if kind == io::ErrorKind::PermissionDenied {
+            "; CAP_NET_BIND_SERVICE is needed".to_owned()
+        } else {
+            String::new()
         };
         let message = format!(
-            "cannot listen on {address} ({}): {error}{holder}; pods get no DNS answers there; it is tried again every \
-             {} s, or set modules.edgeDNS.listenPort",
+            "cannot answer DNS on {address} ({}): {error}{advice}; tried again every {} s",
             transport.name(),
             REBIND.as_secs(),
         );
@@ -141,7 +147,7 @@ async fn bind_when_free(
     }
 }
 
-/// `, which dnsmasq (process 812) has`, or nothing where that cannot be seen.
+/// `, as dnsmasq (process 812) has it`, or nothing where that cannot be seen.
 async fn find_holder(address: SocketAddr, transport: Transport) -> String {
     let port = match transport {
         Transport::Udp => Port::Udp(address),

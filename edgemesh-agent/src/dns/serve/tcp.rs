@@ -134,12 +134,7 @@ async fn converse(stream: TcpStream, client: SocketAddr, core: &Core, counters: 
                     push(&mut outgoing, room.get(..length).unwrap_or_default());
                     counters.took(origin, 1, from.received.elapsed());
                 }
-                Handled::Waits(query) => waiting.push(async move {
-                    let mut out = vec![0; MAX_TCP];
-                    let length = query.answer(core, counters, &mut out).await;
-                    out.truncate(length);
-                    out
-                }),
+                Handled::Waits(query) => waiting.push(query.answer(core, counters)),
             }
             incoming.drain(..2 + length);
             deadline = tokio::time::Instant::now() + IDLE;

@@ -4,6 +4,7 @@ use std::{
     io,
     net::UdpSocket,
     os::fd::{AsFd, AsRawFd},
+    panic::{AssertUnwindSafe, catch_unwind},
     sync::Arc,
     thread,
     time::{Duration, Instant},
@@ -12,7 +13,7 @@ use std::{
 use nix::sys::socket::{Shutdown, setsockopt, shutdown, sockopt};
 use tokio::runtime::Handle;
 use tokio_util::sync::CancellationToken;
-use tracing::{debug, warn};
+use tracing::{debug, error, warn};
 
 use super::{Core, From, Handled, Transport, Waiting};
 use crate::{
@@ -54,7 +55,7 @@ pub(super) async fn serve(socket: UdpSocket, core: Arc<Core>, counters: Arc<[Cou
             tasks: tasks.clone(),
             stop: stop.clone(),
         };
-        match thread::Builder::new().name(format!("dns-udp-{index}")).spawn(move || worker.run()) {
+        match thread::Builder::new().name(format!("dns-udp-{index}")).spawn(move || worker.keep_running()) {
             Ok(thread) => threads.push(thread),
             Err(error) => warn!("cannot start a thread for DNS: {error}"),
         }
@@ -79,6 +80,13 @@ struct Worker {
 }
 
 impl Worker {
+    /// No query makes it panic; should one all the same, it costs the batch it came in and not the node's DNS.
+    fn keep_running(&self) {
+        while catch_unwind(AssertUnwindSafe(|| self.run())).is_err() && !self.stop.is_cancelled() {
+            error!("a DNS thread panicked and goes on; please report the message above");
+        }
+    }
+
     fn run(&self) {
         let (mut inbox, mut outbox) = (Inbox::<MAX_QUERY>::default(), Outbox::<MAX_UDP>::default());
         loop {
@@ -130,13 +138,12 @@ impl Worker {
         let (index, stop) = (self.index, self.stop.clone());
         self.tasks.spawn_on(&self.runtime, async move {
             let Some(counters) = counters.get(index) else { return };
-            let mut out = vec![0; MAX_UDP];
-            let length = tokio::select! {
+            let response = tokio::select! {
                 () = stop.cancelled() => return,
-                length = waiting.answer(&core, counters, &mut out) => length,
+                response = waiting.answer(&core, counters) => response,
             };
-            if let Some(response) = out.get(..length).filter(|response| !response.is_empty())
-                && let Err(error) = socket.send_to(response, address)
+            if !response.is_empty()
+                && let Err(error) = socket.send_to(&response, address)
             {
                 debug!("cannot send a DNS response: {error}");
             }

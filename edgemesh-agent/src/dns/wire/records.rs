@@ -44,7 +44,7 @@ impl ReadRecord<'_> {
 impl Display for ReadRecord<'_> {
     /// As in zone files; what is not known there or malformed in the form for unknown types (RFC 3597 5).
     fn fmt(&self, f: &mut Formatter<'_>) -> fmt::Result {
-        let owner = self.owner().unwrap_or(Name::root());
+        let owner = self.owner().unwrap_or_else(Name::root);
         write!(f, "{owner} {} {} ", self.ttl, rtype::name(self.rtype))?;
         let number = |at| u16_at(self.data, at).unwrap_or_default();
         let known = match self.rtype {

@@ -335,6 +335,7 @@ fn any_name() -> impl Strategy<Value = Name> {
 }
 
 #[derive(Clone, Debug)]
+#[expect(clippy::large_enum_variant, reason = "a test has a few of them")]
 enum Kind {
     A([u8; 4]),
     Aaaa([u8; 16]),
