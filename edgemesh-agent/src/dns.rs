@@ -117,7 +117,7 @@ impl Dns {
     ) -> Self {
         let Settings { listen, zone, forward, limits } = settings;
         let forwarder = Forwarder::start(forward, tables.clone(), conditions.clone(), tasks);
-        let core = Arc::new(Core::new(forwarder, &limits, Instant::now()));
+        let core = Arc::new(Core::new(forwarder, zone.is_some(), &limits, Instant::now()));
         let dns = Self {
             core,
             counters: std::iter::repeat_with(Counters::default).take(serve::THREADS + 1).collect(),

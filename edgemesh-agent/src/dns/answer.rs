@@ -2,7 +2,7 @@
 
 use super::{
     stats::Outcome,
-    wire::{self, CLASS_IN, Name, Query, Rcode, ReadRecord, Records, Response, Section, flag, rtype, u16_at},
+    wire::{self, CLASS_IN, Name, Query, Rcode, ReadRecord, Records, Response, Section, flag, rtype, u16_at, u32_at},
     zone::{self, Found, Owner, Zone},
 };
 
@@ -43,11 +43,7 @@ pub(super) fn answer(
     match found {
         // RFC 8482 4.2, as nobody needs all records: what is known of a name would be a tool to amplify attacks.
         Found::Foreign | Found::NoData | Found::Answers(_) if query.qtype == rtype::ANY => {
-            let minimal = wire::Data::Hinfo(b"RFC8482", b"");
-            return respond(query, limit, out, |response| {
-                response.answer(query.name().as_wire(), TTL, &minimal);
-                Some(Outcome::Answer)
-            });
+            return minimal(query, limit, out);
         }
         Found::Foreign => return Answer::Foreign,
         Found::NotYet | Found::NoSuchName | Found::NoData | Found::Answers(_) => {}
@@ -66,6 +62,14 @@ pub(super) fn answer(
         }
     });
     missing.map_or(answer, Answer::Alias)
+}
+
+/// Answers a question for all records of a name (RFC 8482 4.2).
+pub(super) fn minimal(query: &Query<'_>, limit: usize, out: &mut [u8]) -> Answer {
+    respond(query, limit, out, |response| {
+        response.answer(query.name().as_wire(), TTL, &wire::Data::Hinfo(b"RFC8482", b""));
+        Some(Outcome::Answer)
+    })
 }
 
 /// Has `write` fill a response; where it gives nothing, the response is SERVFAIL.
@@ -129,7 +133,7 @@ fn follow<'z>(
                 let count = answers.answers().count().max(1);
                 let start = turn % count;
                 let mut turned = answers.answers().skip(start).chain(answers.answers().take(start));
-                // What follows the first one without room is not looked at: a Service may have thousands of endpoints.
+                // What follows the first one without room is not made: a Service may have thousands of endpoints.
                 if turned.all(|record| add(response, Section::Answer, &owner, &record)) {
                     answers.additionals().all(|record| add(response, Section::Additional, &owner, &record));
                 }
@@ -147,36 +151,74 @@ fn add_outside(query: &Query<'_>, name: Name, outside: Option<&[u8]>, response: 
         return Followed::Done(Outcome::Answer);
     }
     let Some(message) = outside else { return Followed::Outside(name) };
-    match u16_at(message, 2).map(|flags| flags & flag::RCODE) {
-        Some(rcode) if rcode == Rcode::NoError as u16 => {}
-        Some(rcode) if rcode == Rcode::NxDomain as u16 => response.set_rcode(Rcode::NxDomain),
+    let flags = u16_at(message, 2).unwrap_or(Rcode::ServFail as u16);
+    let outcome = match flags & flag::RCODE {
+        rcode if rcode == Rcode::NoError as u16 => Outcome::NoData,
+        rcode if rcode == Rcode::NxDomain as u16 => Outcome::NxDomain,
         _ => return Followed::Failed,
+    };
+    if flags & flag::TC != 0 {
+        response.truncate();
+        return Followed::Done(Outcome::Answer);
     }
     let Some(records) = Records::of(message) else { return Followed::Failed };
-    for record in records.filter(|record| record.section == Section::Answer && record.class == CLASS_IN) {
-        copy(&record, response);
+    let mut owner = name;
+    let mut outcome = outcome;
+    // What leads from the name to its addresses, and nothing else that somebody put into the message.
+    for _ in 0..MAX_ALIASES {
+        let mut next = None;
+        let of_owner = |record: &ReadRecord<'_>| {
+            record.section == Section::Answer
+                && record.class == CLASS_IN
+                && record.owner().is_some_and(|name| name.lowered() == owner.lowered())
+        };
+        for record in records.clone().filter(of_owner) {
+            if record.rtype == rtype::CNAME {
+                next = record.name_in_data(0);
+                if let Some(target) = &next {
+                    response.answer(owner.as_wire(), record.ttl, &wire::Data::Cname(target.as_wire()));
+                }
+            } else if record.rtype == query.qtype
+                && let Some(data) = address(&record)
+            {
+                response.answer(owner.as_wire(), record.ttl, &data);
+                outcome = Outcome::Answer;
+            }
+        }
+        let Some(target) = next else { break };
+        owner = target;
     }
-    Followed::Done(Outcome::Answer)
+    if outcome != Outcome::Answer {
+        if outcome == Outcome::NxDomain {
+            response.set_rcode(Rcode::NxDomain);
+        }
+        let soa = records.clone().find(|record| record.section == Section::Authority && record.rtype == rtype::SOA);
+        // For how long it may be remembered is for the upstream to say (RFC 2308 5); where it does not, it may not be.
+        if let Some(record) = soa {
+            copy_soa(&record, response);
+        }
+    }
+    Followed::Done(outcome)
 }
 
-/// Records of the kinds that lead to an address; others are of no use to who asked for one.
-fn copy(record: &ReadRecord<'_>, response: &mut Response<'_>) {
-    let Some(owner) = record.owner() else { return };
-    let target;
-    let data = match record.rtype {
+fn address(record: &ReadRecord<'_>) -> Option<wire::Data<'static>> {
+    match record.rtype {
         rtype::A => <[u8; 4]>::try_from(record.data).ok().map(|octets| wire::Data::A(octets.into())),
         rtype::AAAA => <[u8; 16]>::try_from(record.data).ok().map(|octets| wire::Data::Aaaa(octets.into())),
-        rtype::CNAME => match record.name_in_data(0) {
-            Some(name) => {
-                target = name;
-                Some(wire::Data::Cname(target.as_wire()))
-            }
-            None => None,
-        },
         _ => None,
-    };
-    if let Some(data) = data {
-        response.answer(owner.as_wire(), record.ttl, &data);
+    }
+}
+
+fn copy_soa(record: &ReadRecord<'_>, response: &mut Response<'_>) {
+    let Some(owner) = record.owner() else { return };
+    let Some((mname, rname, numbers)) = record.soa_names() else { return };
+    let number = |index: usize| u32_at(record.data, numbers + 4 * index);
+    if let (Some(serial), Some(refresh), Some(retry), Some(expire), Some(minimum)) =
+        (number(0), number(1), number(2), number(3), number(4))
+    {
+        let (mname, rname) = (mname.as_wire(), rname.as_wire());
+        let soa = wire::Soa { mname, rname, serial, refresh, retry, expire, minimum };
+        response.authority(owner.as_wire(), record.ttl, &wire::Data::Soa(soa));
     }
 }
 

@@ -3,6 +3,7 @@
 //! What the zone and the cache know is answered where it was received. What has to be asked for waits in a task of its
 //! own, and only so much of it may wait: names of the cluster are answered whatever becomes of the world outside.
 
+mod crowd;
 mod limit;
 mod listen;
 mod tcp;
@@ -17,8 +18,11 @@ use std::{
 
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 
-use self::limit::Limit;
 pub use self::listen::Listener;
+use self::{
+    crowd::{Crowd, Seat},
+    limit::Limit,
+};
 pub(super) use self::{
     listen::{Listening, listen},
     udp::THREADS,
@@ -27,11 +31,11 @@ use super::{
     answer::{self, Answer},
     forward::{self, ClientView, Forwarder, Question, Reply},
     stats::{Counters, Origin, Outcome},
-    wire::{MAX_NAME, MAX_TCP, Name, Query, Rcode, Rejected, flag, u16_at},
+    wire::{MAX_NAME, MAX_TCP, Name, Query, Rcode, Rejected, flag, rtype, u16_at},
     zone::Zone,
 };
 
-/// As much of an upstream's answer as is looked at for the addresses of an alias.
+/// As much of an upstream's answer as is looked at, by UDP, for the addresses of an alias; more than fits into a response.
 const OUTSIDE: usize = 4096;
 
 /// How much clients may ask for.
@@ -41,7 +45,7 @@ pub struct Limits {
     pub queries: Option<NonZeroU32>,
     /// Those of them that upstreams have to be asked about.
     pub forwarded: Option<NonZeroU32>,
-    /// How many queries of all clients may wait for upstreams at a time.
+    /// How many queries of all clients may wait for upstreams at a time; one client may have a quarter of them.
     pub waiting: u32,
 }
 
@@ -50,10 +54,13 @@ pub struct Limits {
 pub(super) struct Core {
     /// None before the first table, and where all names are asked of upstreams (`cacheDNS`).
     zone: Mutex<Option<Arc<Zone>>>,
+    /// Whether there is to be a zone; without it a name of the cluster would be asked of the world outside.
+    needs_zone: bool,
     forwarder: Forwarder,
     queries: Option<Limit>,
     forwarded: Option<Limit>,
     waiting: Arc<Semaphore>,
+    waiting_of_one: Crowd,
 }
 
 /// How a query came.
@@ -83,18 +90,20 @@ pub(super) struct Waiting {
     alias: bool,
     transport: Transport,
     received: Instant,
-    _place: OwnedSemaphorePermit,
+    _place: (OwnedSemaphorePermit, Seat),
 }
 
 impl Core {
-    pub(super) fn new(forwarder: Forwarder, limits: &Limits, now: Instant) -> Self {
+    pub(super) fn new(forwarder: Forwarder, needs_zone: bool, limits: &Limits, now: Instant) -> Self {
         let waiting = usize::try_from(limits.waiting).unwrap_or(usize::MAX).min(Semaphore::MAX_PERMITS);
         Self {
             zone: Mutex::default(),
+            needs_zone,
             forwarder,
             queries: limits.queries.map(|rate| Limit::new(rate, now)),
             forwarded: limits.forwarded.map(|rate| Limit::new(rate, now)),
             waiting: Arc::new(Semaphore::new(waiting)),
+            waiting_of_one: Crowd::new((waiting / 4).max(1)),
         }
     }
 
@@ -134,8 +143,7 @@ impl Core {
             }
         };
         let limit = from.transport.limit(&query);
-        let answered =
-            zone.map_or(Answer::Foreign, |zone| answer::answer(&query, zone, usize::from(query.id), None, limit, out));
+        let answered = self.answer_from_zone(&query, zone, counters.turn(), limit, out);
         let (question, alias) = match answered {
             Answer::Written(length, outcome) => {
                 counters.count(Some(query.qtype), Origin::Cluster, outcome);
@@ -159,7 +167,8 @@ impl Core {
         if self.forwarded.as_ref().is_some_and(|limit| !limit.admits(from.client, from.received)) {
             return refuse(Rcode::Refused, out);
         }
-        let Ok(place) = Arc::clone(&self.waiting).try_acquire_owned() else { return refuse(Rcode::ServFail, out) };
+        let place = Arc::clone(&self.waiting).try_acquire_owned().ok().zip(self.waiting_of_one.seat(from.client));
+        let Some(place) = place else { return refuse(Rcode::ServFail, out) };
         Handled::Waits(Box::new(Waiting {
             message: message.into(),
             question,
@@ -168,6 +177,27 @@ impl Core {
             received: from.received,
             _place: place,
         }))
+    }
+}
+
+impl Core {
+    /// What can be said without asking anybody.
+    fn answer_from_zone(
+        &self,
+        query: &Query<'_>,
+        zone: Option<&Zone>,
+        turn: usize,
+        limit: usize,
+        out: &mut [u8],
+    ) -> Answer {
+        match zone {
+            Some(zone) => answer::answer(query, zone, turn, None, limit, out),
+            None if self.needs_zone => {
+                Answer::Written(query.refuse(Rcode::ServFail).write(out), Outcome::of(Rcode::ServFail))
+            }
+            None if query.qtype == rtype::ANY => answer::minimal(query, limit, out),
+            None => Answer::Foreign,
+        }
     }
 }
 
@@ -186,9 +216,7 @@ impl Core {
     /// Answers as for a client on TCP, without limits and uncounted.
     pub(super) async fn ask(&self, query: &Query<'_>, out: &mut [u8]) -> Asked {
         let zone = self.zone();
-        let answered = zone
-            .as_deref()
-            .map_or(Answer::Foreign, |zone| answer::answer(query, zone, usize::from(query.id), None, MAX_TCP, out));
+        let answered = self.answer_from_zone(query, zone.as_deref(), 0, MAX_TCP, out);
         let alias = match answered {
             Answer::Written(length, _) => return Asked { length, alias: None, forwarded: None },
             Answer::Foreign => None,
@@ -259,7 +287,7 @@ fn complete(
     alias: bool,
     zone: Option<&Zone>,
     limit: usize,
-    write: impl FnOnce(&ClientView<'_>, &mut [u8]) -> usize,
+    write: impl Fn(&ClientView<'_>, &mut [u8]) -> usize,
     out: &mut [u8],
 ) -> usize {
     let view = ClientView {
@@ -279,11 +307,16 @@ fn complete(
     name.copy_from_slice(question.name());
     let [high, low] = question.qtype().to_be_bytes();
     rest.copy_from_slice(&[high, low, 0, 1]);
-    let mut outside = [0; OUTSIDE];
+    let (mut small, mut large) = ([0; OUTSIDE], Vec::new());
     let view = ClientView { question: place, limit: OUTSIDE, ..view };
-    let length = write(&view, &mut outside);
-    let outside = outside.get(..length).unwrap_or_default();
-    match answer::answer(query, zone, usize::from(query.id), Some(outside), limit, out) {
+    let length = write(&view, &mut small);
+    let mut outside = small.get(..length).unwrap_or_default();
+    if limit > OUTSIDE && u16_at(outside, 2).is_some_and(|flags| flags & flag::TC != 0) {
+        large.resize(MAX_TCP, 0);
+        let length = write(&ClientView { limit: MAX_TCP, ..view }, &mut large);
+        outside = large.get(..length).unwrap_or_default();
+    }
+    match answer::answer(query, zone, 0, Some(outside), limit, out) {
         Answer::Written(length, _) => length,
         // The Service has changed meanwhile; the client will ask again.
         Answer::Foreign | Answer::Alias(_) => query.refuse(Rcode::ServFail).write(out),

@@ -1,7 +1,7 @@
 //! What is counted of queries: by type, zone and result, and how long they took.
 
 use std::{
-    sync::atomic::{AtomicU64, Ordering::Relaxed},
+    sync::atomic::{AtomicU64, AtomicUsize, Ordering::Relaxed},
     time::Duration,
 };
 
@@ -71,6 +71,7 @@ pub struct Counters {
     queries: [AtomicU64; CELLS],
     latency: [[AtomicU64; BUCKETS]; ORIGINS.len()],
     nanoseconds: [AtomicU64; ORIGINS.len()],
+    turns: AtomicUsize,
 }
 
 impl Default for Counters {
@@ -79,11 +80,17 @@ impl Default for Counters {
             queries: [const { AtomicU64::new(0) }; CELLS],
             latency: [const { [const { AtomicU64::new(0) }; BUCKETS] }; ORIGINS.len()],
             nanoseconds: [const { AtomicU64::new(0) }; ORIGINS.len()],
+            turns: AtomicUsize::new(0),
         }
     }
 }
 
 impl Counters {
+    /// A number that is another one each time, for what is to take turns.
+    pub(super) fn turn(&self) -> usize {
+        self.turns.fetch_add(1, Relaxed)
+    }
+
     /// Counts a query; without a type where none could be read.
     pub(super) fn count(&self, qtype: Option<u16>, origin: Origin, outcome: Outcome) {
         let cell = (type_index(qtype) * ORIGINS.len() + origin as usize) * OUTCOMES.len() + outcome as usize;

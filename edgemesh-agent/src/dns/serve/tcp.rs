@@ -1,10 +1,9 @@
 //! TCP (RFC 7766): many queries on one connection, answered as soon as each can be.
 
 use std::{
-    collections::HashMap,
     io,
-    net::{IpAddr, SocketAddr},
-    sync::{Arc, Mutex, PoisonError},
+    net::SocketAddr,
+    sync::Arc,
     time::{Duration, Instant},
 };
 
@@ -17,7 +16,7 @@ use tokio::{
 };
 use tracing::debug;
 
-use super::{Core, From, Handled, Transport};
+use super::{Core, From, Handled, Transport, crowd::Crowd};
 use crate::{
     dns::{stats::Counters, wire::MAX_TCP},
     lifecycle::Tasks,
@@ -42,7 +41,8 @@ const PAUSE: Duration = Duration::from_millis(100);
 
 /// Serves connections until the agent stops.
 pub(super) async fn serve(listener: TcpListener, core: Arc<Core>, counters: Arc<[Counters]>, tasks: Tasks) {
-    let (stop, places, crowd) = (tasks.stopping(), Arc::new(Semaphore::new(CONNECTIONS)), Crowd::default());
+    let (stop, places, crowd) =
+        (tasks.stopping(), Arc::new(Semaphore::new(CONNECTIONS)), Crowd::new(CONNECTIONS_OF_ONE));
     loop {
         let next = async {
             let place = Arc::clone(&places).acquire_owned().await.map_err(io::Error::other)?;
@@ -73,41 +73,6 @@ pub(super) async fn serve(listener: TcpListener, core: Arc<Core>, counters: Arc<
                 },
             }
         });
-    }
-}
-
-/// Who has how many connections.
-#[derive(Clone, Debug, Default)]
-struct Crowd(Arc<Mutex<HashMap<IpAddr, usize>>>);
-
-/// One connection of a client, until dropped.
-#[derive(Debug)]
-struct Seat {
-    crowd: Crowd,
-    client: IpAddr,
-}
-
-impl Crowd {
-    fn seat(&self, client: IpAddr) -> Option<Seat> {
-        let mut seats = self.0.lock().unwrap_or_else(PoisonError::into_inner);
-        let count = seats.entry(client).or_insert(0);
-        if *count >= CONNECTIONS_OF_ONE {
-            return None;
-        }
-        *count += 1;
-        Some(Seat { crowd: self.clone(), client })
-    }
-}
-
-impl Drop for Seat {
-    fn drop(&mut self) {
-        let mut seats = self.crowd.0.lock().unwrap_or_else(PoisonError::into_inner);
-        if let Some(count) = seats.get_mut(&self.client) {
-            *count -= 1;
-            if *count == 0 {
-                seats.remove(&self.client);
-            }
-        }
     }
 }
 
@@ -142,6 +107,8 @@ async fn converse(stream: TcpStream, client: SocketAddr, core: &Core, counters: 
         if !outgoing.is_empty() {
             timeout(WRITE_DEADLINE, writing.write_all(&outgoing)).await??;
             outgoing.clear();
+            // A large answer is rare, and a connection may be idle for long.
+            outgoing.shrink_to(FLUSH);
             continue;
         }
         if !open && waiting.is_empty() {

@@ -39,6 +39,13 @@ impl ReadRecord<'_> {
     pub fn name_in_data(&self, offset: usize) -> Option<Name> {
         expand(self.message, self.data_at.checked_add(offset)?)
     }
+
+    /// Where the numbers of an SOA record begin in its data, and its two names; None if it is malformed.
+    pub fn soa_names(&self) -> Option<(Name, Name, usize)> {
+        let second = skip_name(self.message, self.data_at)?;
+        let numbers = skip_name(self.message, second)?;
+        Some((expand(self.message, self.data_at)?, expand(self.message, second)?, numbers.checked_sub(self.data_at)?))
+    }
 }
 
 impl Display for ReadRecord<'_> {

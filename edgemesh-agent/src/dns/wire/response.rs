@@ -130,6 +130,11 @@ impl<'o> Response<'o> {
         self.truncated
     }
 
+    /// Says that there would be more, as where what is copied was cut; nothing can be added then.
+    pub fn truncate(&mut self) {
+        self.truncated = true;
+    }
+
     /// Adds an answer; nothing once one did not fit. Says whether there was room.
     pub fn answer(&mut self, owner: &[u8], ttl: u32, data: &Data<'_>) -> bool {
         self.add(0, owner, ttl, data)
