@@ -35,7 +35,7 @@ struct World {
     client: Pod,
     edge1: Node,
     upstream: Agent,
-    _lab: Lab,
+    lab: Lab,
 }
 
 impl World {
@@ -52,7 +52,7 @@ impl World {
             .set("modules.edgeDNS", json!({ "enable": true, "clusterDomain": "corp.test", "resolvConf": "/dev/null" }));
         let upstream = edge2.start_agent(&options)?;
         upstream.wait_ready(START)?;
-        Ok(Some(Self { client, edge1, upstream, _lab: lab }))
+        Ok(Some(Self { client, edge1, upstream, lab }))
     }
 
     /// A resolv.conf with these lines, at a place of the node of its own.
@@ -216,6 +216,118 @@ fn a_pod_finds_services_endpoints_and_ports_by_udp_and_tcp_however_it_asks() -> 
     let transfer = world.dig(&["cluster.local", "AXFR"])?;
     ensure!(transfer.has("Transfer failed"), "{}", transfer.0);
     ensure!(world.dig(&[web, "ANY"])?.answers() == [format!("{web}. HINFO \"RFC8482\" \"\"")]);
+    Ok(())
+}
+
+/// A headless Service of both families with hostnames on some of its endpoints, one that publishes what is not ready, one
+/// that does not, and aliases.
+const FORMS: &str = r#"
+apiVersion: v1
+kind: Service
+metadata: {name: set}
+spec: {clusterIP: None, ports: [{name: peer, port: 7000, protocol: UDP}]}
+---
+apiVersion: discovery.k8s.io/v1
+kind: EndpointSlice
+metadata: {name: set-v4, labels: {kubernetes.io/service-name: set}}
+addressType: IPv4
+ports: [{name: peer, port: 7000, protocol: UDP}]
+endpoints:
+- {addresses: [10.244.1.31], hostname: set-0}
+- {addresses: [10.244.2.32]}
+- {addresses: [10.244.2.33], hostname: set-2, conditions: {ready: false}}
+---
+apiVersion: discovery.k8s.io/v1
+kind: EndpointSlice
+metadata: {name: set-v6, labels: {kubernetes.io/service-name: set}}
+addressType: IPv6
+ports: [{name: peer, port: 7000, protocol: UDP}]
+endpoints:
+- {addresses: ["fd00:10:244:1::31"], hostname: set-0}
+---
+apiVersion: v1
+kind: Service
+metadata: {name: early}
+spec: {clusterIP: None, publishNotReadyAddresses: true, ports: [{name: peer, port: 7000}]}
+---
+apiVersion: discovery.k8s.io/v1
+kind: EndpointSlice
+metadata: {name: early-v4, labels: {kubernetes.io/service-name: early}}
+addressType: IPv4
+ports: [{name: peer, port: 7000, protocol: TCP}]
+endpoints:
+- {addresses: [10.244.1.41], hostname: early-0, conditions: {ready: false}}
+---
+apiVersion: v1
+kind: Service
+metadata: {name: inside}
+spec: {type: ExternalName, externalName: early.default.svc.cluster.local}
+---
+apiVersion: v1
+kind: Service
+metadata: {name: outside}
+spec: {type: ExternalName, externalName: web.default.svc.corp.test}
+---
+apiVersion: v1
+kind: Service
+metadata: {name: nowhere}
+spec: {type: ExternalName, externalName: missing.default.svc.corp.test}
+"#;
+
+#[test]
+fn every_form_of_name_of_the_specification_is_answered_by_udp_and_tcp() -> Result<()> {
+    let Some(world) = World::raise()? else { return Ok(()) };
+    world.lab.manifests().write("forms", FORMS)?;
+    let _agent = world.start(json!({ "resolvConf": world.resolv_conf(&format!("nameserver {UPSTREAM}\n"))? }))?;
+    let set = "set.default.svc.cluster.local";
+    let early = "early.default.svc.cluster.local";
+    let unnamed = format!("10-244-2-32.{set}");
+    // Priority and weight are the same for all.
+    let peers = [(7000, format!("{unnamed}.")), (7000, format!("set-0.{set}."))];
+    let aliased = |target: &str, address: &str| vec![format!("{target}."), address.to_owned()];
+    let questions: Vec<(String, &str, Vec<String>)> = vec![
+        (set.to_owned(), "A", vec!["10.244.1.31".into(), "10.244.2.32".into()]),
+        (set.to_owned(), "AAAA", vec!["fd00:10:244:1::31".into()]),
+        (format!("set-0.{set}"), "A", vec!["10.244.1.31".into()]),
+        (format!("set-0.{set}"), "AAAA", vec!["fd00:10:244:1::31".into()]),
+        (unnamed.clone(), "A", vec!["10.244.2.32".into()]),
+        (early.to_owned(), "A", vec!["10.244.1.41".into()]),
+        (format!("early-0.{early}"), "A", vec!["10.244.1.41".into()]),
+        (format!("_peer._tcp.{early}"), "SRV", vec![format!("0 100 7000 early-0.{early}.")]),
+        ("inside.default.svc.cluster.local".into(), "A", aliased(early, "10.244.1.41")),
+        ("inside.default.svc.cluster.local".into(), "CNAME", vec![format!("{early}.")]),
+        ("outside.default.svc.cluster.local".into(), "A", aliased("web.default.svc.corp.test", "10.96.0.10")),
+        ("outside.default.svc.cluster.local".into(), "AAAA", aliased("web.default.svc.corp.test", "fd00:10:96::10")),
+        ("fd00-10-244-1--31.default.pod.cluster.local".into(), "AAAA", vec!["fd00:10:244:1::31".into()]),
+    ];
+    for way in [&[][..], &["+tcp"]] {
+        for (name, qtype, expected) in &questions {
+            let answer = world.dig(&[way, &[name, qtype]].concat())?;
+            let (mut data, mut expected) = (answer.data(), expected.clone());
+            data.sort_unstable();
+            expected.sort_unstable();
+            ensure!(data == expected, "{name} {qtype} {way:?}: expected {expected:?}, got:\n{}", answer.0);
+        }
+        let servers = world.dig(&[way, &[&format!("_peer._udp.{set}"), "SRV"]].concat())?;
+        let mut targets: Vec<(u16, String)> = Vec::new();
+        for data in servers.data() {
+            let fields: Vec<&str> = data.split(' ').collect();
+            let [_, _, port, target] = fields[..] else { anyhow::bail!("{}", servers.0) };
+            targets.push((port.parse()?, target.to_owned()));
+        }
+        targets.sort_unstable();
+        ensure!(targets == peers, "expected {peers:?}, got:\n{}", servers.0);
+        let reverse = world.dig(&[way, &["-x", "10.244.2.32"]].concat())?;
+        reverse.expect(&[&format!("{unnamed}.")])?;
+        // There is such a name, but nothing of the type; there is no such name; an alias of what is none.
+        let without = world.dig(&[way, &[&*unnamed, "AAAA"]].concat())?;
+        ensure!(without.has("status: NOERROR") && without.has("ANSWER: 0") && without.has("SOA"), "{}", without.0);
+        let unready = world.dig(&[way, &[&format!("set-2.{set}"), "A"]].concat())?;
+        ensure!(unready.has("status: NXDOMAIN") && unready.has("SOA"), "{}", unready.0);
+        let nowhere = world.dig(&[way, &["nowhere.default.svc.cluster.local", "A"]].concat())?;
+        ensure!(nowhere.has("status: NXDOMAIN") && nowhere.has("SOA"), "{}", nowhere.0);
+        nowhere.expect(&["missing.default.svc.corp.test."])?;
+    }
     Ok(())
 }
 
