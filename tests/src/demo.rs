@@ -94,7 +94,10 @@ impl Demo {
         for (name, text) in examples.files() {
             lab.manifests().write(name, text)?;
         }
-        let start = |node: &Node| node.start_agent(&AgentOptions::default());
+        // There is no way out of the lab, and so nobody to ask for other names.
+        let dns = serde_json::json!({ "enable": true, "resolvConf": "/dev/null" });
+        let options = AgentOptions::default().set("modules.edgeDNS", dns);
+        let start = |node: &Node| node.start_agent(&options);
         let agents = nodes.iter().map(start).collect::<Result<Vec<_>>>()?;
         for agent in &agents {
             agent.wait_ready(START)?;
@@ -109,6 +112,7 @@ impl Demo {
             .iter()
             .flat_map(|service| check::rows(service, "pod", &self.client))
             .chain(services.iter().flat_map(|service| check::rows(service, "host", host)))
+            .chain(services.iter().map(|service| check::by_name(service, "pod", &self.client)))
             .collect()
     }
 

@@ -1,7 +1,7 @@
 //! The rows of the demo's table: what a client sees of a Service, and what it should see.
 
 use std::collections::BTreeSet;
-use std::net::SocketAddr;
+use std::net::{IpAddr, SocketAddr};
 use std::time::Duration;
 
 use anyhow::{Context as _, Result, ensure};
@@ -86,6 +86,34 @@ pub(super) fn rows(service: &ExampleService, kind: &str, client: &Pod) -> Vec<Ro
         }
     }
     rows
+}
+
+/// Asks the agent, as `client`, for the address of a Service by its name: that of the Service, or those of its pods where
+/// it is headless.
+pub(super) fn by_name(service: &ExampleService, kind: &str, client: &Pod) -> Row {
+    let addresses: BTreeSet<IpAddr> = match service.frontend {
+        Some(frontend) => BTreeSet::from([frontend.ip()]),
+        None => service.backends.keys().map(SocketAddr::ip).collect(),
+    };
+    let qtype = if addresses.iter().all(IpAddr::is_ipv4) { "A" } else { "AAAA" };
+    let name = format!("{}.default.svc.cluster.local", service.name);
+    Row {
+        what: format!("{kind}: {}: {qtype} record of its name", service.name),
+        expected: joined(&addresses.iter().map(ToString::to_string).collect()),
+        got: look_up(&client.within(STEP), &name, qtype),
+        medians: None,
+    }
+}
+
+fn look_up(client: &Pod, name: &str, qtype: &str) -> Result<String> {
+    let output = client.run("dig", &["+short", "+tries=1", "+time=1", "@169.254.96.16", name, qtype])?;
+    let said = String::from_utf8_lossy(&output.stdout).into_owned();
+    ensure!(output.status.success(), "dig: {}", said.trim());
+    let mut addresses = BTreeSet::new();
+    for line in said.lines() {
+        addresses.insert(line.parse::<IpAddr>().with_context(|| format!("dig says {line:?}"))?);
+    }
+    Ok(joined(&addresses.iter().map(ToString::to_string).collect()))
 }
 
 /// Which pod answered, with the address that getpeername() shows.
