@@ -60,6 +60,7 @@ use crate::{
     metrics,
     model::{NamespacedName, ServiceTable},
     net::{Device, sock_diag},
+    proxy,
     snapshot::SnapshotState,
     status::{self, DataplaneStatus, Status},
 };
@@ -88,6 +89,8 @@ pub struct Sight {
     /// None where DNS is not answered on this node.
     pub dns: Option<Dns>,
     pub device: Option<Device>,
+    /// None without a tunnel.
+    pub aliases: Option<proxy::Sight>,
     /// How many backends may have series of their own in the metrics.
     pub max_backend_series: u32,
     /// Held while an answer is rendered whose size grows with the cluster: one at a time, for the memory it takes.
@@ -139,6 +142,7 @@ impl Sight {
             }),
             dns: self.dns.as_ref().map(Dns::status),
             device: self.device.clone(),
+            aliases: self.aliases.as_ref().map(|aliases| aliases.status(&table.aliases)),
             services: table.services.len(),
             frontends: frontends().count(),
             backends: frontends().map(|frontend| frontend.backends.len()).sum(),

@@ -1,5 +1,6 @@
 //! The agent put together: build everything, bind everything, run until told to stop.
 
+mod aliases;
 mod dns;
 mod rules;
 mod tables;
@@ -20,11 +21,13 @@ use tokio::{
 use tracing::{debug, info, warn};
 
 use self::{
+    aliases::Detour,
     rules::SightOfRules,
     tables::{Publisher, SightOfNode, Tables},
 };
 use crate::{
     admin::{self, DataplaneSight, Sight},
+    alias::Meetings,
     conditions::Conditions,
     config::{AgentConfig, DataplaneMode, SourceKind},
     dataplane::{
@@ -35,8 +38,9 @@ use crate::{
     health::{self, Canary, CanaryState, Watch},
     kube,
     lifecycle::{Readiness, Tasks},
-    model::{Builder, ServiceTable},
+    model::Builder,
     net::{self, Device},
+    proxy::NoTunnel,
     snapshot::{self, Snapshot},
 };
 
@@ -98,10 +102,21 @@ async fn build_on(
     conditions: Conditions,
 ) -> Result<Bound, StartError> {
     let (events, received) = kube::Events::channel(EVENTS);
-    let (publish, tables) = watch::channel(Arc::<ServiceTable>::default());
     let (tell_restored, restored) = oneshot::channel();
     let source = kube::start(&config.source, node, events, restored, conditions.clone(), tasks)?;
     let builder = Builder::new(config.proxy.filter, node);
+    let device = ensure_device(&config, &conditions).await;
+    // Whom the tunnel has met, it tells; until it runs, nobody.
+    let (_meet, meetings) = watch::channel(Arc::<Meetings>::default());
+    let (builder, ways, carrying) = match Detour::prepare(&config, device.as_ref(), &conditions).await {
+        Some(detour) => {
+            let entered = detour.enter(builder, &config, node, meetings, tasks);
+            let (builder, ways, carrying) = entered.map_err(StartError::Thread)?;
+            (builder, Some(ways), Some(carrying))
+        }
+        None => (builder, None, None),
+    };
+    let (publish, tables) = watch::channel(builder.first_table());
     let latency = Latency::default();
     let publish = Publisher {
         tables: publish,
@@ -123,7 +138,7 @@ async fn build_on(
     });
     let snapshot_state = snapshot.as_ref().map(Snapshot::state);
     let (tell_adopted, adopted) = oneshot::channel();
-    let tables_task = Tables { builder, received, publish, snapshot, adopted };
+    let tables_task = Tables { builder, received, publish, snapshot, adopted, ways };
     tasks.spawn(tables_task.run(readiness.block("the metadata source")));
 
     let (mut dataplane, mut thread) = (None, None);
@@ -132,7 +147,8 @@ async fn build_on(
         let (DataplaneMode::Auto | DataplaneMode::Ebpf) = config.proxy.dataplane;
         // The verifier takes its time, and the source has begun to read.
         let (of_ebpf, raise) = (config.proxy.ebpf.clone(), conditions.clone());
-        let opened = tokio::task::spawn_blocking(move || Ebpf::open(&of_ebpf, &raise)).await;
+        let aliases = config.tunnel.enable.then_some(config.common.aliases);
+        let opened = tokio::task::spawn_blocking(move || Ebpf::open(&of_ebpf, aliases, &raise)).await;
         let mut ebpf = opened.map_err(|error| StartError::Thread(io::Error::other(error)))??;
         ebpf.follow_log(tasks);
         let cgroup_root = config.proxy.ebpf.cgroup_root.clone();
@@ -188,7 +204,6 @@ async fn build_on(
         }
     }
 
-    let device = ensure_device(&config, &conditions).await;
     let dns = match &config.dns {
         Some(wanted) => {
             let settings = dns::settings(&config.common, wanted);
@@ -196,6 +211,7 @@ async fn build_on(
         }
         None => None,
     };
+    let aliases = carrying.map(|carrying| carrying.start(tables.clone(), Arc::new(NoTunnel), &conditions, tasks));
     let sight = Sight {
         node: node.into(),
         started: Instant::now(),
@@ -207,6 +223,7 @@ async fn build_on(
         dataplane,
         dns,
         device,
+        aliases,
         max_backend_series: config.common.max_backend_series,
         rendering: Arc::new(Semaphore::new(1)),
     };

@@ -25,6 +25,10 @@ use std::{
 
 pub use self::dns::{CacheDnsConfig, DnsConfig};
 pub use self::render::{default_yaml, minimal_yaml, schema};
+use crate::{
+    alias::{AliasRanges, Overrides},
+    model::IpPrefix,
+};
 
 /// The agent's configuration, parsed and validated: nothing after this point sees a raw string.
 #[derive(Clone, Debug, PartialEq)]
@@ -34,6 +38,7 @@ pub struct AgentConfig {
     pub proxy: ProxyConfig,
     /// None where DNS is not answered on this node.
     pub dns: Option<DnsConfig>,
+    pub tunnel: TunnelConfig,
 }
 
 /// Where Services and endpoints come from (`kubeAPIConfig`).
@@ -133,6 +138,11 @@ pub struct CommonConfig {
     /// Where what the source delivered is kept for a start without it; default
     /// /var/lib/edgemesh/agent/metadata.snapshot. None keeps nothing (`metadataSnapshot: ""`).
     pub metadata_snapshot: Option<PathBuf>,
+    /// Where the aliases of other sites' pods are from; default 198.18.0.0/16 and fd6d:e54a:1a5e:a11a::/64.
+    pub aliases: AliasRanges,
+    /// Where the aliases given out are kept for the next start; default /var/lib/edgemesh/agent/aliases. None keeps
+    /// nothing (`aliasFile: ""`).
+    pub alias_file: Option<PathBuf>,
 }
 
 impl Default for CommonConfig {
@@ -145,8 +155,22 @@ impl Default for CommonConfig {
             control_socket: PathBuf::from("/run/edgemesh/agent.sock"),
             max_backend_series: 1000,
             metadata_snapshot: Some(PathBuf::from("/var/lib/edgemesh/agent/metadata.snapshot")),
+            aliases: AliasRanges {
+                v4: IpPrefix::written(IpAddr::V4(Ipv4Addr::new(198, 18, 0, 0)), 16),
+                v6: IpPrefix::written(IpAddr::V6(Ipv6Addr::new(0xfd6d, 0xe54a, 0x1a5e, 0xa11a, 0, 0, 0, 0)), 64),
+            },
+            alias_file: Some(PathBuf::from("/var/lib/edgemesh/agent/aliases")),
         }
     }
+}
+
+/// `modules.edgeTunnel`.
+#[derive(Clone, Debug, Default, Eq, PartialEq)]
+pub struct TunnelConfig {
+    /// Default false, as in EdgeMesh, whose manifests set it.
+    pub enable: bool,
+    /// `directCIDRs` and `neverDirectCIDRs`; both empty.
+    pub overrides: Overrides,
 }
 
 /// `modules.edgeProxy`.
@@ -355,7 +379,8 @@ pub fn parse(text: &str, file: &str, leniency: Leniency, environment: &Environme
             let source = SourceConfig { kind, qps: draft.qps, burst: draft.burst };
             // As EdgeMesh's `DetectRunningMode` and its defaults for each mode have it.
             let dns = draft.dns_enable.unwrap_or(!environment.kubernetes_port).then_some(draft.dns);
-            Ok(Loaded { config: AgentConfig { source, common: draft.common, proxy: draft.proxy, dns }, notes })
+            let (common, proxy, tunnel) = (draft.common, draft.proxy, draft.tunnel);
+            Ok(Loaded { config: AgentConfig { source, common, proxy, tunnel, dns }, notes })
         }
         _ => Err(ConfigError::Invalid { problems }),
     }

@@ -5,6 +5,7 @@
 //! together.
 
 pub mod admin;
+pub mod alias;
 pub mod allocator;
 pub mod app;
 pub mod cleanup;
@@ -19,6 +20,7 @@ pub mod lifecycle;
 pub mod metrics;
 pub mod model;
 pub mod net;
+pub mod proxy;
 pub mod show;
 pub mod snapshot;
 pub mod status;

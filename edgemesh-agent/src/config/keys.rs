@@ -6,8 +6,11 @@ use std::{
     time::Duration,
 };
 
-use super::{CommonConfig, DataplaneMode, DnsConfig, ProxyConfig, ServiceFilter, SourceChoice};
-use crate::dns::{forward::StubDomain, zone::ClusterDomain};
+use super::{CommonConfig, DataplaneMode, DnsConfig, ProxyConfig, ServiceFilter, SourceChoice, TunnelConfig};
+use crate::{
+    dns::{forward::StubDomain, zone::ClusterDomain},
+    model::IpPrefix,
+};
 
 /// The `apiVersion` of EdgeMesh's agent configuration.
 pub(super) const API_VERSION: &str = "agent.edgemesh.config.kubeedge.io/v1alpha1";
@@ -69,6 +72,12 @@ pub(super) enum Slot {
     OptionalPath(fn(&mut Draft) -> &mut Option<PathBuf>),
     /// Names of interfaces, `*` standing for any characters.
     Interfaces(fn(&mut Draft) -> &mut Vec<String>),
+    /// A network of IPv4 that aliases are from.
+    AliasRangeV4(fn(&mut Draft) -> &mut IpPrefix),
+    /// One of IPv6.
+    AliasRangeV6(fn(&mut Draft) -> &mut IpPrefix),
+    /// Networks of either family.
+    Networks(fn(&mut Draft) -> &mut Vec<IpPrefix>),
     /// An http or https URL, or empty.
     Url(fn(&mut Draft) -> &mut Option<String>),
     Filter(fn(&mut Draft) -> &mut ServiceFilter),
@@ -108,6 +117,7 @@ pub(super) struct Draft {
     /// None: where EdgeMesh has it on.
     pub(super) dns_enable: Option<bool>,
     pub(super) dns: DnsConfig,
+    pub(super) tunnel: TunnelConfig,
 }
 
 /// `kubeAPIConfig.metaServer`, with EdgeMesh's defaults (its `pkg/apis/config/defaults/default.go`).
@@ -156,6 +166,7 @@ impl Default for Draft {
             proxy: ProxyConfig::default(),
             dns_enable: None,
             dns: DnsConfig::default(),
+            tunnel: TunnelConfig::default(),
         }
     }
 }
@@ -306,6 +317,17 @@ const COMMON: &[Key] = &[
         "metadataSnapshot",
         "The file that holds what the API server delivered last, for a start without it. Empty: none.",
         Slot::OptionalPath(|d| &mut d.common.metadata_snapshot),
+    ),
+    used(
+        "aliasCIDR",
+        "Where the addresses are from that stand on this node for pods of other sites; /8 to /28, used nowhere else.",
+        Slot::AliasRangeV4(|d| &mut d.common.aliases.v4),
+    ),
+    used("aliasCIDRv6", "The same for IPv6; /32 to /112.", Slot::AliasRangeV6(|d| &mut d.common.aliases.v6)),
+    used(
+        "aliasFile",
+        "The file that holds which pod has which of these addresses, for the next start. Empty: none.",
+        Slot::OptionalPath(|d| &mut d.common.alias_file),
     ),
     section("pprofConfig", "Go's profiler.", PPROF),
 ];
@@ -483,7 +505,17 @@ const CONSISTENT_HASH: &[Key] = &[
 ];
 
 const EDGE_TUNNEL: &[Key] = &[
-    accepted("enable", "Whether to open tunnels.", Plain::Bool(false)),
+    used("enable", "Whether pods of other sites are reached by the tunnel.", Slot::Bool(|d| &mut d.tunnel.enable)),
+    used(
+        "directCIDRs",
+        "Networks whose pods and nodes are always reached directly, such as [10.0.0.0/8].",
+        Slot::Networks(|d| &mut d.tunnel.overrides.direct),
+    ),
+    used(
+        "neverDirectCIDRs",
+        "Networks whose pods and nodes on other nodes are always reached by the tunnel; of two networks the longer counts.",
+        Slot::Networks(|d| &mut d.tunnel.overrides.never_direct),
+    ),
     accepted("mode", "Overwritten at start.", Plain::Opaque),
     accepted("nodeName", "Overwritten at start.", Plain::Opaque),
     accepted("configPath", "Overwritten at start.", Plain::Opaque),

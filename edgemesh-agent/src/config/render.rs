@@ -102,6 +102,8 @@ fn current(slot: &Slot, draft: &mut Draft) -> Value {
             json!(at(draft).as_ref().map(|path| path.to_string_lossy().into_owned()).unwrap_or_default())
         }
         Slot::Interfaces(at) => json!(*at(draft)),
+        Slot::AliasRangeV4(at) | Slot::AliasRangeV6(at) => json!(at(draft).to_string()),
+        Slot::Networks(at) => json!(at(draft).iter().map(ToString::to_string).collect::<Vec<_>>()),
         Slot::Url(at) => json!(at(draft).clone().unwrap_or_default()),
         Slot::Filter(at) => json!(word(&FILTERS, *at(draft))),
         Slot::Dataplane(at) => json!(word(&DATAPLANES, *at(draft))),
@@ -171,6 +173,11 @@ fn used(slot: &Slot) -> Value {
             let name =
                 json!({ "type": "string", "minLength": 1, "maxLength": MAX_INTERFACE, "pattern": "^[^/:%\\s]*$" });
             json!({ "type": ["array", "null"], "items": name })
+        }
+        Slot::AliasRangeV4(_) => json!({ "type": text, "pattern": "^[0-9.]+/[0-9]+$" }),
+        Slot::AliasRangeV6(_) => json!({ "type": text, "pattern": "^[0-9A-Fa-f:.]+/[0-9]+$" }),
+        Slot::Networks(_) => {
+            json!({ "type": ["array", "null"], "items": { "type": "string", "pattern": "^[0-9A-Fa-f:.]+/[0-9]+$" } })
         }
         Slot::Url(_) => json!({ "type": text, "pattern": "^(https?://[^@?]+)?$" }),
         Slot::Filter(_) => choice(FILTERS.iter().map(|(word, _)| *word)),

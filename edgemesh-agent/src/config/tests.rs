@@ -44,6 +44,7 @@ fn defaults() -> AgentConfig {
         common: CommonConfig::default(),
         proxy: ProxyConfig::default(),
         dns: None,
+        tunnel: TunnelConfig::default(),
     }
 }
 
@@ -242,7 +243,7 @@ fn prints_a_default_file_that_means_the_defaults() {
             Kind::Accepted(_) | Kind::Section(_) => {}
         }
     }
-    assert!(!text.contains("edgeTunnel"), "a key without effect is printed as if it had one:\n{text}");
+    assert!(!text.contains("edgeCNI"), "a key without effect is printed as if it had one:\n{text}");
 }
 
 #[test]

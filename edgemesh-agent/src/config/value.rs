@@ -3,6 +3,7 @@
 use std::{
     borrow::Cow,
     net::{IpAddr, Ipv6Addr, SocketAddr},
+    ops::RangeInclusive,
     path::{Path, PathBuf},
     time::Duration,
 };
@@ -14,7 +15,10 @@ use super::{
     document::{Node, Scalar, Value},
     keys::{Draft, Plain, Slot},
 };
-use crate::dns::{forward::StubDomain, zone::ClusterDomain};
+use crate::{
+    dns::{forward::StubDomain, zone::ClusterDomain},
+    model::IpPrefix,
+};
 
 /// `sun_path` of Linux holds 108 bytes, the last of them NUL.
 pub(super) const MAX_SOCKET_PATH: usize = 107;
@@ -68,6 +72,9 @@ pub(super) fn store(node: &Node, slot: &Slot, draft: &mut Draft) -> Result<(), R
             *at(draft) = if text.is_empty() { None } else { Some(path(text, OPTIONAL_PATH)?) };
         }
         Slot::Interfaces(at) => *at(draft) = interfaces(node)?,
+        Slot::AliasRangeV4(at) => *at(draft) = alias_range(node, ALIAS_RANGE_V4, |ip| ip.is_ipv4(), 8..=28)?,
+        Slot::AliasRangeV6(at) => *at(draft) = alias_range(node, ALIAS_RANGE_V6, |ip| ip.is_ipv6(), 32..=112)?,
+        Slot::Networks(at) => *at(draft) = networks(node)?,
         Slot::Url(at) => *at(draft) = url(node)?,
         Slot::Filter(at) => *at(draft) = filter(node)?,
         Slot::Dataplane(at) => *at(draft) = dataplane(node)?,
@@ -128,6 +135,8 @@ pub(super) fn quote(text: &str) -> String {
     format!("\"{}{rest}\"", shown.escape_debug())
 }
 
+const ALIAS_RANGE_V4: &str = "a network of IPv4 from /8 to /28 such as 198.18.0.0/16";
+const ALIAS_RANGE_V6: &str = "a network of IPv6 from /32 to /112 such as fd6d:e54a:1a5e:a11a::/64";
 const PATH: &str = "an absolute path";
 const OPTIONAL_PATH: &str = "an absolute path, or \"\"";
 const LISTEN: &str = "IP:PORT such as 127.0.0.1:20008 or [::1]:20008, or \"\" for none";
@@ -235,6 +244,36 @@ fn interfaces(node: &Node) -> Result<Vec<String>, Refusal> {
     match &node.value {
         Value::List(items) => items.iter().map(interface).collect(),
         Value::Null | Value::Scalar(_) | Value::Map(_) => Err(given(node, EXPECTED)),
+    }
+}
+
+fn network(node: &Node, expected: &'static str) -> Result<IpPrefix, Refusal> {
+    let text = text(node, expected)?;
+    text.parse().map_err(|_| wrong(text, expected))
+}
+
+fn networks(node: &Node) -> Result<Vec<IpPrefix>, Refusal> {
+    const EXPECTED: &str = "a list of networks, such as [10.0.0.0/8, 'fd00::/8']";
+    match &node.value {
+        Value::List(items) => items.iter().map(|item| network(item, EXPECTED)).collect(),
+        Value::Null | Value::Scalar(_) | Value::Map(_) => Err(given(node, EXPECTED)),
+    }
+}
+
+/// A range that hosts can have addresses from.
+fn alias_range(
+    node: &Node,
+    expected: &'static str,
+    family: impl Fn(IpAddr) -> bool,
+    lengths: RangeInclusive<u8>,
+) -> Result<IpPrefix, Refusal> {
+    let range = network(node, expected)?;
+    let first = range.network();
+    let special = first.is_loopback() || first.is_multicast() || first.is_unspecified();
+    if family(first) && lengths.contains(&range.length()) && !special {
+        Ok(range)
+    } else {
+        Err(wrong(&range.to_string(), expected))
     }
 }
 

@@ -97,11 +97,9 @@ fn takes_the_shipped_config_map() {
     let loaded = accepted(SHIPPED);
     let mut expected = defaults();
     expected.proxy.enable = true;
+    expected.tunnel.enable = true;
     assert_eq!(loaded.config, expected);
-    assert_eq!(
-        notes(&loaded),
-        ["agent.yaml:6: modules.edgeTunnel.enable: a key of EdgeMesh that has no effect in this version"]
-    );
+    assert_eq!(notes(&loaded), [""; 0]);
 }
 
 #[test]

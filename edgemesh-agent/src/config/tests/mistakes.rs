@@ -70,6 +70,31 @@ fn says_what_a_value_has_to_look_like() {
         ("modules.edgeProxy.enable", "[true]", "given a list; expected true or false"),
         ("modules.edgeProxy", "true", "given a truth value; expected a mapping"),
         ("modules", "[]", "given a list; expected a mapping"),
+        (
+            "commonConfig.aliasCIDR",
+            "198.18.0.0/30",
+            "given \"198.18.0.0/30\"; expected a network of IPv4 from /8 to /28 such as 198.18.0.0/16",
+        ),
+        (
+            "commonConfig.aliasCIDR",
+            "127.0.0.0/8",
+            "given \"127.0.0.0/8\"; expected a network of IPv4 from /8 to /28 such as 198.18.0.0/16",
+        ),
+        (
+            "commonConfig.aliasCIDRv6",
+            "198.18.0.0/16",
+            "given \"198.18.0.0/16\"; expected a network of IPv6 from /32 to /112 such as fd6d:e54a:1a5e:a11a::/64",
+        ),
+        (
+            "modules.edgeTunnel.directCIDRs",
+            "[10.0.0.0]",
+            "given \"10.0.0.0\"; expected a list of networks, such as [10.0.0.0/8, 'fd00::/8']",
+        ),
+        (
+            "modules.edgeTunnel.neverDirectCIDRs",
+            "10.0.0.0/8",
+            "given a text \"10.0.0.0/8\"; expected a list of networks, such as [10.0.0.0/8, 'fd00::/8']",
+        ),
         ("kubeAPIConfig.qps", "0", "given a number \"0\"; expected a whole number from 1 to 4294967295"),
         ("kubeAPIConfig.qps", "-1", "given a number \"-1\"; expected a whole number from 1 to 4294967295"),
         (
@@ -177,7 +202,7 @@ fn says_what_a_value_has_to_look_like() {
         // Keys without effect: checked for their type, and their text is kept out of the message.
         ("modules.edgeTunnel.transport", "udp", "given a text; expected tcp or ws or quic"),
         ("modules.edgeTunnel.listenPort", "'20006'", "given a text in quotes; expected a whole number"),
-        ("modules.edgeTunnel.enable", "5", "given a number; expected true or false"),
+        ("modules.edgeCNI.enable", "5", "given a number; expected true or false"),
         ("modules.edgeTunnel.rendezvous", "{a: b}", "given a mapping; expected a text"),
         ("modules.edgeTunnel.relayNodes", "{nodeName: a}", "given a mapping; expected a list of mappings"),
         ("modules.edgeProxy.loadBalancer.consistentHash.load", "much", "given a text; expected a number"),
