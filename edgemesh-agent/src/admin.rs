@@ -459,6 +459,7 @@ mod tests {
             dataplane: None,
             dns: None,
             device: None,
+            aliases: None,
             max_backend_series: 0,
             rendering: Arc::new(Semaphore::new(1)),
         }

@@ -116,7 +116,7 @@ async fn build_on(
         }
         None => (builder, None, None),
     };
-    let (publish, tables) = watch::channel(builder.first_table());
+    let (publish, tables) = watch::channel(builder.last_table());
     let latency = Latency::default();
     let publish = Publisher {
         tables: publish,

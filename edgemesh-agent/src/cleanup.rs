@@ -23,6 +23,14 @@ pub struct CleanupError {
 pub async fn cleanup(config: &AgentConfig, forget: bool) -> (Vec<String>, Result<(), CleanupError>) {
     let (mut removed, mut messages, mut permission) = (Vec::new(), Vec::new(), false);
     let pins = &config.proxy.ebpf.pin_directory;
+    // Before the program goes that refuses what is sent to aliases, which other sockets would get.
+    match net::route::remove_local().await {
+        Ok(names) => removed.extend(names),
+        Err(error) => {
+            permission |= error.is_permission();
+            messages.push(error.to_string());
+        }
+    }
     // Before the map goes that says where they are.
     match ebpf::remove_filters(pins).await {
         Ok(names) => removed.extend(names),
@@ -43,13 +51,6 @@ pub async fn cleanup(config: &AgentConfig, forget: bool) -> (Vec<String>, Result
         Err(error) => {
             permission |= error.kind() == io::ErrorKind::PermissionDenied;
             messages.push(format!("cannot remove the agent's own cgroups: {error}; run as root"));
-        }
-    }
-    match net::route::remove_local().await {
-        Ok(names) => removed.extend(names),
-        Err(error) => {
-            permission |= error.is_permission();
-            messages.push(error.to_string());
         }
     }
     let second = config.common.bridge_device_ipv6.map(IpAddr::V6);

@@ -12,6 +12,9 @@ use crate::model::IpPrefix;
 /// would reach somebody else.
 pub(super) const REST: Duration = Duration::from_secs(3600);
 
+/// So many notes of rests are worth no tidying.
+const FEW: usize = 1024;
+
 /// Who has which alias.
 ///
 /// Each is preferred by a hash of whom it is for, so that a node whose file is lost gives out nearly the same ones again,
@@ -198,6 +201,14 @@ impl Book {
     fn rest(&mut self, alias: IpAddr, target: Target) {
         self.live.remove(alias);
         self.resting.push_back((self.now, target));
+        // Of a pod that comes and goes all the time there may be many, of which the last counts.
+        if self.resting.len() > FEW + 2 * self.taken.len() {
+            let entries = &self.entries;
+            self.resting.retain(|(since, target)| {
+                let entry = entries.get(&target.node).and_then(|addrs| addrs.get(&target.addr));
+                entry.is_some_and(|entry| entry.state == State::Resting(*since))
+            });
+        }
     }
 
     fn forget(&mut self, target: &Target, alias: IpAddr) {

@@ -19,7 +19,7 @@ use crate::{
     alias::{AliasFile, AliasRanges, Book, Meetings, Reach, Target},
     conditions::Conditions,
     config::AgentConfig,
-    dataplane::ebpf::divert_aliases,
+    dataplane::ebpf::{divert_aliases, is_diverted, leave_aliases},
     lifecycle::Tasks,
     model::{Builder, ServiceTable},
     net::{
@@ -33,6 +33,7 @@ const NOT_AVAILABLE: &str = "AliasesNotAvailable";
 const EXHAUSTED: &str = "AliasesExhausted";
 const LOST: &str = "AliasesLost";
 const NOT_KEPT: &str = "AliasesNotKept";
+const LEFT_BEHIND: &str = "AliasesLeftBehind";
 
 /// How long the first reading of the routes may take before the first table is made without.
 const FIRST_ROUTES: Duration = Duration::from_secs(2);
@@ -81,6 +82,7 @@ impl Detour {
         conditions: &Conditions,
     ) -> Option<Self> {
         if !config.tunnel.enable {
+            take_back(config, conditions).await;
             return None;
         }
         let ranges = config.common.aliases;
@@ -328,6 +330,24 @@ async fn divert(config: &AgentConfig, ranges: AliasRanges, source: Option<IpAddr
         }
     }
     Ok(sockets)
+}
+
+/// Takes back what an earlier agent with a tunnel has left. In the order of [`divert`] reversed, and for the same reason.
+async fn take_back(config: &AgentConfig, conditions: &Conditions) {
+    if !is_diverted(&config.proxy.ebpf) {
+        return;
+    }
+    let removed = match route::remove_local().await {
+        Ok(_) => leave_aliases(&config.proxy.ebpf).map(drop).map_err(|error| error.to_string()),
+        Err(error) => Err(error.to_string()),
+    };
+    match removed {
+        Ok(()) => info!("modules.edgeTunnel.enable is false: the aliases of an earlier agent are gone"),
+        Err(error) => {
+            let message = format!("modules.edgeTunnel.enable is false, and what an earlier agent made stays: {error}");
+            conditions.raise(LEFT_BEHIND, "", message, SystemTime::now());
+        }
+    }
 }
 
 /// What an earlier agent gave out; a file that cannot be used is renamed, and a condition.

@@ -79,6 +79,8 @@ impl Tables {
                 change = changed(&mut self.ways) => {
                     if let Some(ways) = &mut self.ways {
                         ways.apply(change, &mut self.builder);
+                        // Also while no table is made: what is due is then done, and not asked for again at once.
+                        ways.follow(&self.builder, None);
                     }
                     if handover.is_some() {
                         continue;

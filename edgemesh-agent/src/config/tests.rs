@@ -112,6 +112,9 @@ commonConfig:
   controlSocket: /tmp/agent.sock
   maxBackendSeries: 0
   metadataSnapshot: ''
+  aliasCIDR: 100.64.1.2/10
+  aliasCIDRv6: fd00:a11a::/56
+  aliasFile: ''
 modules:
   edgeDNS:
     enable: true
@@ -145,6 +148,10 @@ modules:
       uplinks: [eth0, 'bond*']
       guestInterfaces: ['tap*']
       tcx: false
+  edgeTunnel:
+    enable: true
+    directCIDRs: [10.0.0.0/8, 'fd00:10::/32']
+    neverDirectCIDRs: [10.1.0.0/16]
 ",
     );
     assert_eq!(notes(&loaded), [""; 0]);
@@ -159,6 +166,8 @@ modules:
             control_socket: PathBuf::from("/tmp/agent.sock"),
             max_backend_series: 0,
             metadata_snapshot: None,
+            aliases: AliasRanges { v4: "100.64.0.0/10".parse().unwrap(), v6: "fd00:a11a::/56".parse().unwrap() },
+            alias_file: None,
         },
         proxy: ProxyConfig {
             enable: true,
@@ -198,6 +207,13 @@ modules:
                 cache_ttl: 60,
             },
         }),
+        tunnel: TunnelConfig {
+            enable: true,
+            overrides: Overrides {
+                direct: vec!["10.0.0.0/8".parse().unwrap(), "fd00:10::/32".parse().unwrap()],
+                never_direct: vec!["10.1.0.0/16".parse().unwrap()],
+            },
+        },
     };
     assert_eq!(loaded.config, expected);
 }

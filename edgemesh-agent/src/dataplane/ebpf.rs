@@ -42,7 +42,7 @@ use self::{
     sets::Set,
     wanted::{Wanted, addr_of, keys, same, socket_addr, wanted},
 };
-pub use aliases::{AliasError, divert_aliases};
+pub use aliases::{AliasError, divert_aliases, is_diverted, leave_aliases};
 pub use open::OpenError;
 pub use remove::{CANARY_CGROUP, is_pinned, remove_all, remove_scratch};
 pub use tc::{InterfaceSight, Sight as TrafficSight, remove_filters};

@@ -89,9 +89,9 @@ impl Builder {
         self
     }
 
-    /// The table of before the first event: with the aliases that an earlier agent gave out, to which the kernel may
-    /// still send.
-    pub fn first_table(&self) -> Arc<ServiceTable> {
+    /// The table as it was built last. Before the first one it has the aliases that an earlier agent gave out, to which
+    /// the kernel may still send.
+    pub fn last_table(&self) -> Arc<ServiceTable> {
         Arc::new(self.table.clone())
     }
 

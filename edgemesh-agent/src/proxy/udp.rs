@@ -47,21 +47,29 @@ const TURN: usize = 64;
 /// A client, and the alias with the port that it sends to.
 type Key = (SocketAddr, SocketAddr);
 
+/// A flow, as it is known to the socket for all.
+struct Flow {
+    /// Tells it from a later one of the same client.
+    number: u64,
+    queue: mpsc::Sender<Box<[u8]>>,
+}
+
 /// The flows of one socket.
 pub(super) struct Flows<D> {
     proxy: Proxy<D>,
     tasks: Tasks,
-    flows: HashMap<Key, mpsc::Sender<Box<[u8]>>>,
-    ended: mpsc::Receiver<Key>,
-    /// A flow sends one key and there are no more flows than fit.
-    end: mpsc::Sender<Key>,
+    flows: HashMap<Key, Flow>,
+    last_flow: u64,
+    ended: mpsc::Receiver<(Key, u64)>,
+    /// A flow sends one message and there are no more flows than fit.
+    end: mpsc::Sender<(Key, u64)>,
     buffers: Buffers,
 }
 
 impl<D: Dial> Flows<D> {
     pub(super) fn new(proxy: Proxy<D>, tasks: Tasks) -> Self {
         let (end, ended) = mpsc::channel(MAX_FLOWS);
-        Self { proxy, tasks, flows: HashMap::new(), ended, end, buffers: Buffers::new(LARGEST) }
+        Self { proxy, tasks, flows: HashMap::new(), last_flow: 0, ended, end, buffers: Buffers::new(LARGEST) }
     }
 
     pub(super) async fn run(mut self, socket: UdpSocket) {
@@ -70,7 +78,11 @@ impl<D: Dial> Flows<D> {
         loop {
             tokio::select! {
                 () = stop.cancelled() => return,
-                Some(key) = self.ended.recv() => drop(self.flows.remove(&key)),
+                Some((key, number)) = self.ended.recv() => {
+                    if self.flows.get(&key).is_some_and(|flow| flow.number == number) {
+                        self.flows.remove(&key);
+                    }
+                }
                 ready = socket.readable() => {
                     if let Err(error) = ready {
                         debug!("the socket for datagrams to other sites: {error}");
@@ -99,49 +111,55 @@ impl<D: Dial> Flows<D> {
     /// Gives a datagram to its flow, which is made if need be.
     fn take(&mut self, client: SocketAddr, alias: SocketAddr, datagram: &[u8]) {
         let key = (client, alias);
-        let counters = &self.proxy.counters;
-        let flow = match self.flows.get(&key) {
-            Some(flow) => flow,
-            None if self.flows.len() >= MAX_FLOWS => {
-                counters.refuse(&Refusal::Overloaded);
-                return add(&counters.datagrams_dropped, 1);
-            }
-            None => match self.begin(client, alias) {
-                Ok(flow) => self.flows.entry(key).or_insert(flow),
-                Err(refusal) => {
-                    debug!(%client, %alias, "a datagram to another site is dropped: {refusal}");
-                    counters.refuse(&refusal);
-                    return add(&counters.datagrams_dropped, 1);
-                }
-            },
+        // One that has ended is not known to have yet.
+        let known = self.flows.get(&key).filter(|flow| !flow.queue.is_closed()).map(|flow| flow.queue.clone());
+        let queue = match known {
+            Some(queue) => Ok(queue),
+            None if self.flows.len() >= MAX_FLOWS => Err(Refusal::Overloaded),
+            None => self.begin(client, alias),
         };
-        if flow.try_send(datagram.into()).is_err() {
-            add(&self.proxy.counters.datagrams_dropped, 1);
+        let counters = &self.proxy.counters;
+        match queue {
+            Ok(queue) => {
+                if queue.try_send(datagram.into()).is_err() {
+                    add(&counters.datagrams_dropped, 1);
+                }
+            }
+            Err(refusal) => {
+                debug!(%client, %alias, "a datagram to another site is dropped: {refusal}");
+                counters.refuse(&refusal);
+                add(&counters.datagrams_dropped, 1);
+            }
         }
     }
 
-    fn begin(&self, client: SocketAddr, alias: SocketAddr) -> Result<mpsc::Sender<Box<[u8]>>, Refusal> {
+    fn begin(&mut self, client: SocketAddr, alias: SocketAddr) -> Result<mpsc::Sender<Box<[u8]>>, Refusal> {
         let target = self.proxy.target(alias.ip()).ok_or(Refusal::NoSuchAlias)?;
         let socket = answering(alias, client).map_err(|error| Refusal::Failed(error.to_string()))?;
-        let (queue, queued) = mpsc::channel(QUEUE);
+        let (queue, mut queued) = mpsc::channel(QUEUE);
+        self.last_flow += 1;
+        let number = self.last_flow;
+        self.flows.insert((client, alias), Flow { number, queue: queue.clone() });
         let (proxy, buffers) = (self.proxy.clone(), self.buffers.clone());
         let (stop, end) = (self.tasks.stopping(), self.end.clone());
         let addr = SocketAddr::new(target.addr, alias.port());
         self.tasks.spawn(async move {
             let carried = tokio::select! {
                 () = stop.cancelled() => return,
-                carried = carry(&proxy, &target.node, addr, socket, queued, &buffers) => carried,
+                carried = carry(&proxy, &target.node, addr, &socket, &mut queued, &buffers) => carried,
             };
             if let Err(refusal) = carried {
                 debug!(%client, %alias, node = &*target.node, "datagrams to another site are dropped: {refusal}");
                 proxy.counters.refuse(&refusal);
+                // Its socket and its queue stay until then, and take what the client sends meanwhile.
                 tokio::select! {
                     () = stop.cancelled() => return,
                     () = tokio::time::sleep(REFUSED) => {}
                 }
             }
+            drop((socket, queued));
             // Nobody listens any more when the agent stops.
-            let _ = end.send((client, alias)).await;
+            let _ = end.send(((client, alias), number)).await;
         });
         Ok(queue)
     }
@@ -152,8 +170,8 @@ async fn carry<D: Dial>(
     proxy: &Proxy<D>,
     node: &str,
     addr: SocketAddr,
-    near: UdpSocket,
-    mut queued: mpsc::Receiver<Box<[u8]>>,
+    near: &UdpSocket,
+    queued: &mut mpsc::Receiver<Box<[u8]>>,
     buffers: &Buffers,
 ) -> Result<(), Refusal> {
     let deadline = Instant::now() + DIAL_DEADLINE;

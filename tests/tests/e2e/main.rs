@@ -13,6 +13,7 @@ mod policy;
 mod restart;
 mod rules;
 mod sight;
+mod sites;
 mod snapshot;
 mod translation;
 

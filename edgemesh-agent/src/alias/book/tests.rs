@@ -63,6 +63,20 @@ fn one_that_was_taken_up_again_rests_from_its_last_release_on() {
 }
 
 #[test]
+fn a_pod_that_comes_and_goes_all_the_time_takes_no_more_memory_for_it() {
+    let mut book = book("198.18.0.0/16");
+    let start = book.now;
+    for n in 0..20_000_u64 {
+        book.advance(start + Duration::from_millis(n));
+        assert!(book.acquire("n", ip("10.0.0.1")).is_some());
+        book.release("n", ip("10.0.0.1"));
+    }
+    assert!(book.resting.len() <= FEW + 2, "{}", book.resting.len());
+    book.advance(book.now + REST);
+    assert_eq!((book.entries().count(), book.resting.len()), (0, 0));
+}
+
+#[test]
 fn without_its_file_a_book_mostly_gives_the_same_aliases_in_any_order() {
     let keys: Vec<(String, IpAddr)> =
         (0..1000).map(|n| (format!("edge{}", n % 20), ip(&format!("10.0.{}.{}", n / 200, n % 200)))).collect();

@@ -81,6 +81,24 @@ pub fn divert_aliases<'a>(
     put_in_force(&pins.tables.join(PIN), fd.as_fd()).map_err(|error| kernel("attach the program")(&error))
 }
 
+/// Whether an earlier agent has attached the program.
+pub fn is_diverted(config: &EbpfConfig) -> bool {
+    Pins::new(&config.pin_directory).tables.join(PIN).exists()
+}
+
+/// Takes the program away that an earlier agent has attached; says whether there was one.
+///
+/// # Errors
+///
+/// It is there and cannot be removed.
+pub fn leave_aliases(config: &EbpfConfig) -> io::Result<bool> {
+    match fs::remove_file(Pins::new(&config.pin_directory).tables.join(PIN)) {
+        Ok(()) => Ok(true),
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(false),
+        Err(error) => Err(error),
+    }
+}
+
 fn load_object(ranges: AliasRanges) -> Result<Object, AliasError> {
     let bytes = OBJECT.ok_or(AliasError::NoObject)?;
     let (v4, v6) = in_words(ranges);

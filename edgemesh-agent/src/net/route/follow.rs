@@ -140,7 +140,9 @@ fn listen() -> io::Result<AsyncFd<OwnedFd>> {
     let flags = SockFlag::SOCK_CLOEXEC | SockFlag::SOCK_NONBLOCK;
     let socket = socket(AddressFamily::Netlink, SockType::Raw, flags, SockProtocol::NetlinkRoute)?;
     bind(socket.as_raw_fd(), &NetlinkAddr::new(0, GROUPS))?;
-    AsyncFd::register(socket)
+    // SAFETY: the descriptor is open and owned by what is registered; nobody closes it or puts another in its place before
+    // that is dropped.
+    Ok(unsafe { AsyncFd::register(socket) }?)
 }
 
 /// Waits for news; that some were lost is news, too.
