@@ -186,7 +186,8 @@ fn aliases_stay_the_same_over_restarts_and_lead_nowhere_else_in_between() -> Res
     })?;
     world.agent.kill()?;
     for alias in &before {
-        let error = world.client.tcp(SocketAddr::new(*alias, 7001)).expect_err("it is not this node that was asked for");
+        let error =
+            world.client.tcp(SocketAddr::new(*alias, 7001)).expect_err("it is not this node that was asked for");
         assert_eq!(errno(&error), Some("ECONNREFUSED"), "{error:#}");
     }
     let again = world.edge1.start_agent(&options())?;
@@ -221,9 +222,7 @@ fn the_outside_does_not_get_to_aliases() -> Result<()> {
             let attempt = format!("{:?}", outside.connect(target)?);
             assert!(!attempt.contains("ECONNREFUSED") && !attempt.contains("ECONNRESET"), "{target}: {attempt}");
             assert!(outside.udp(target).is_err());
-            let echo = std::process::Command::new("ping")
-                .args(["-c", "1", "-W", "1", &alias.to_string()])
-                .output();
+            let echo = std::process::Command::new("ping").args(["-c", "1", "-W", "1", &alias.to_string()]).output();
             drop(echo);
             assert!(dropped()? >= before + 2, "{target}");
             reset_at_once(&world.client, target)?;
@@ -259,7 +258,10 @@ fn a_range_that_is_in_use_is_said_and_pods_of_other_sites_are_refused() -> Resul
     let Some(world) = World::raise(&options)? else { return Ok(()) };
     world.write(&world.everywhere()?)?;
     let conditions = world.status()?["conditions"].to_string();
-    assert!(conditions.contains("AliasesNotAvailable") && conditions.contains("commonConfig.aliasCIDR"), "{conditions}");
+    assert!(
+        conditions.contains("AliasesNotAvailable") && conditions.contains("commonConfig.aliasCIDR"),
+        "{conditions}"
+    );
     let names = world.client.spread(Transport::Tcp, at(CLUSTER_IPS[0], 80)?, 40, 2)?.names;
     assert_eq!(names.keys().collect::<Vec<_>>(), ["here", "there"], "what is reached without is served");
     Ok(())
