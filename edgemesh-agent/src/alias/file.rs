@@ -113,9 +113,10 @@ impl AliasFile {
 
 fn contents(file: File) -> Result<String, Unreadable> {
     let mut text = String::new();
-    let length = file.take(MAX_SIZE + 1).read_to_string(&mut text).map_err(|error| match error.kind() {
-        io::ErrorKind::InvalidData => Unreadable::Foreign,
-        _ => Unreadable::Io(error),
+    let length = file.take(MAX_SIZE + 1).read_to_string(&mut text).map_err(|error| {
+        // Not UTF-8.
+        let foreign = error.kind() == io::ErrorKind::InvalidData;
+        if foreign { Unreadable::Foreign } else { Unreadable::Io(error) }
     })?;
     if length as u64 > MAX_SIZE { Err(Unreadable::Damaged("it is too large")) } else { Ok(text) }
 }

@@ -108,14 +108,7 @@ impl Builder {
     pub fn follow_reach(&mut self, change: impl FnOnce(Reach) -> Reach) {
         let Some(detours) = &mut self.detours else { return };
         detours.change(change);
-        let endpoints = |entry: &ServiceEntry| {
-            entry
-                .ports
-                .iter()
-                .flat_map(|served| &served.endpoints)
-                .any(|endpoint| detours.differs(endpoint, &self.nodes))
-        };
-        let touched = self.table.services.iter().filter(|entry| endpoints(entry));
+        let touched = self.table.services.iter().filter(|entry| detours.differs(entry, &self.nodes));
         self.dirty.extend(touched.map(|entry| entry.service.name.clone()));
     }
 

@@ -123,7 +123,7 @@ impl Path {
     pub fn way(&self) -> Way {
         match self.reason.way() {
             Way::Remote if self.alias.is_none() => Way::None,
-            way => way,
+            way @ (Way::Local | Way::Direct | Way::Remote | Way::None) => way,
         }
     }
 

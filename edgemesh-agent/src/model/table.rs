@@ -99,6 +99,18 @@ pub struct PortlessEndpoint {
     pub ready: bool,
     pub terminating: bool,
     pub place: Arc<Place>,
+    /// As [`PortEndpoint::path`].
+    pub path: Option<Arc<Path>>,
+}
+
+impl PortlessEndpoint {
+    /// As [`PortEndpoint::target`].
+    pub fn target(&self) -> Option<IpAddr> {
+        match &self.path {
+            Some(path) => path.target(SocketAddr::new(self.ip, 0)).map(|target| target.ip()),
+            None => Some(self.ip),
+        }
+    }
 }
 
 /// An address, port and protocol that a Service answers on.

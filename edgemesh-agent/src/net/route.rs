@@ -58,13 +58,15 @@ pub enum Table {
 #[derive(Clone, Debug, Default, Eq, PartialEq)]
 pub struct Routes {
     /// By table, then the longest prefixes first. The value is the metric and where the route with the lowest leads.
-    tables: BTreeMap<(Table, Reverse<u8>), HashMap<IpAddr, (u32, Leads)>>,
+    tables: Tables,
 }
+
+type Tables = BTreeMap<(Table, Reverse<u8>), HashMap<IpAddr, (u32, Leads)>>;
 
 impl Routes {
     /// From routes with their table and metric, in any order.
     pub fn new(routes: impl IntoIterator<Item = (Table, IpPrefix, u32, Leads)>) -> Self {
-        let mut tables: BTreeMap<_, HashMap<IpAddr, (u32, Leads)>> = BTreeMap::new();
+        let mut tables = Tables::new();
         for (table, prefix, metric, leads) in routes {
             let known = tables.entry((table, Reverse(prefix.length()))).or_default().entry(prefix.network());
             let best = known.or_insert((metric, leads));

@@ -140,15 +140,13 @@ pub(super) fn receive(socket: &UdpSocket, into: &mut [u8]) -> io::Result<Option<
         let mut parts = [IoSliceMut::new(into)];
         let message =
             recvmsg::<SockaddrStorage>(socket.as_raw_fd(), &mut parts, Some(&mut control), MsgFlags::MSG_DONTWAIT)?;
-        let to = message.cmsgs()?.find_map(|control| match control {
-            ControlMessageOwned::Ipv4OrigDstAddr(addr) => Some(SocketAddr::new(
-                IpAddr::V4(u32::from_be(addr.sin_addr.s_addr).into()),
-                u16::from_be(addr.sin_port),
-            )),
-            ControlMessageOwned::Ipv6OrigDstAddr(addr) => {
-                Some(SocketAddr::new(IpAddr::V6(addr.sin6_addr.s6_addr.into()), u16::from_be(addr.sin6_port)))
+        let to = message.cmsgs()?.find_map(|control| {
+            if let ControlMessageOwned::Ipv4OrigDstAddr(addr) = control {
+                let ip = IpAddr::V4(u32::from_be(addr.sin_addr.s_addr).into());
+                return Some(SocketAddr::new(ip, u16::from_be(addr.sin_port)));
             }
-            _ => None,
+            let ControlMessageOwned::Ipv6OrigDstAddr(addr) = control else { return None };
+            Some(SocketAddr::new(IpAddr::V6(addr.sin6_addr.s6_addr.into()), u16::from_be(addr.sin6_port)))
         });
         let from = message.address.as_ref().and_then(socket_addr);
         Ok(from.zip(to).map(|(from, to)| (message.bytes, from, to)))

@@ -47,7 +47,7 @@ pub(super) fn resolve(service: &Arc<Service>, mut around: Surroundings<'_>) -> S
         .map(|port| ServedPort { port: port.clone(), endpoints: endpoints_of(service, port, &mut around) })
         .collect();
     let portless = match service.kind {
-        ServiceKind::Headless => portless(service, &ports, around.sets),
+        ServiceKind::Headless => portless(service, &ports, &mut around),
         ServiceKind::ClusterIp | ServiceKind::NodePort | ServiceKind::LoadBalancer | ServiceKind::ExternalName => {
             Vec::new()
         }
@@ -208,29 +208,39 @@ fn endpoints_of(service: &Service, port: &ServicePort, around: &mut Surroundings
     judge(service, &mut endpoints, &around.vantage);
     if let Some(detours) = around.detours.as_deref_mut() {
         for endpoint in &mut endpoints {
-            endpoint.path = Some(detours.path_of(endpoint, around.vantage.nodes));
+            endpoint.path = Some(detours.path_of(&endpoint.place, endpoint.addr.ip(), around.vantage.nodes));
         }
     }
     endpoints
 }
 
 /// The endpoints, merged over the sets, that are in none of the ports.
-fn portless(service: &Service, ports: &[ServedPort], sets: &[Arc<EndpointSet>]) -> Vec<PortlessEndpoint> {
-    let mut merged: BTreeMap<IpAddr, PortlessEndpoint> = BTreeMap::new();
-    for endpoint in sets.iter().flat_map(|set| &set.subsets).flat_map(|subset| &subset.endpoints) {
+fn portless(service: &Service, ports: &[ServedPort], around: &mut Surroundings<'_>) -> Vec<PortlessEndpoint> {
+    let several_sites = around.detours.is_some();
+    let mut merged: BTreeMap<(IpAddr, Option<&str>), PortlessEndpoint> = BTreeMap::new();
+    for endpoint in around.sets.iter().flat_map(|set| &set.subsets).flat_map(|subset| &subset.endpoints) {
         let ip = endpoint.address;
+        let same_node = |other: &PortEndpoint| !several_sites || other.place.node == endpoint.place.node;
         let has_port = |port: &ServedPort| {
             let first = port.endpoints.partition_point(|other| other.addr.ip() < ip);
-            port.endpoints.get(first).is_some_and(|other| other.addr.ip() == ip)
+            let mut there = port.endpoints.iter().skip(first).take_while(|other| other.addr.ip() == ip);
+            there.any(same_node)
         };
         let ready = endpoint.ready || service.publish_not_ready;
-        if ports.iter().any(has_port) || merged.get(&ip).is_some_and(|known| known.ready >= ready) {
+        let key = (ip, endpoint.place.node.as_deref().filter(|_| several_sites));
+        if ports.iter().any(has_port) || merged.get(&key).is_some_and(|known| known.ready >= ready) {
             continue;
         }
         let (terminating, place) = (endpoint.terminating, Arc::clone(&endpoint.place));
-        merged.insert(ip, PortlessEndpoint { ip, ready, terminating, place });
+        merged.insert(key, PortlessEndpoint { ip, ready, terminating, place, path: None });
     }
-    merged.into_values().collect()
+    let mut endpoints: Vec<PortlessEndpoint> = merged.into_values().collect();
+    if let Some(detours) = around.detours.as_deref_mut() {
+        for endpoint in &mut endpoints {
+            endpoint.path = Some(detours.path_of(&endpoint.place, endpoint.ip, around.vantage.nodes));
+        }
+    }
+    endpoints
 }
 
 /// The place with the zone of its node, where it names none itself: core/v1 Endpoints never do.
