@@ -46,7 +46,7 @@ impl World {
         for pod in [&here, &there] {
             pod.serve(App::Tcp, 7001)?;
         }
-        assert_eq!(here.ips(), SAME.map(|ip| ip.parse().unwrap()));
+        assert_eq!(here.ips().iter().map(ToString::to_string).collect::<Vec<_>>(), SAME);
         let agent = edge1.start_agent(options)?;
         agent.wait_ready(START)?;
         Ok(Some(Self { client, here, there, agent, edge1, edge2, lab }))
@@ -178,8 +178,7 @@ fn aliases_stay_the_same_over_restarts_and_lead_nowhere_else_in_between() -> Res
     world.write(&world.far()?)?;
     let before = world.aliases()?;
     world.edge1.host().serve(App::Tcp, 7001)?;
-    let file = "/proc/self/root"; // The lab's nodes see the machine's files.
-    let file = format!("{file}{}", world.edge1.snapshot_path().with_file_name("aliases").display());
+    let file = world.edge1.snapshot_path().with_file_name("aliases");
     eventually(START, "the aliases to be written", || {
         let text = std::fs::read_to_string(&file)?;
         Ok(before.iter().all(|alias| text.contains(&alias.to_string())))
@@ -210,7 +209,9 @@ fn the_outside_does_not_get_to_aliases() -> Result<()> {
             let via = world.edge1.ips().iter().find(|ip| ip.is_ipv4() == alias.is_ipv4()).context("no address")?;
             world.edge2.ip(&["route", "add", &alias.to_string(), "via", &via.to_string()])?;
         }
-        let dropped = || Ok(world.status()?["dataplane"]["dropped_packets"]["alias"].as_u64().unwrap_or_default());
+        let dropped = || -> Result<u64> {
+            Ok(world.status()?["dataplane"]["dropped_packets"]["alias"].as_u64().unwrap_or_default())
+        };
         let outside = world.edge2.host().within(Duration::from_millis(500));
         eventually(START, "the uplink to be guarded", || {
             let _ = outside.connect(SocketAddr::new(aliases[0], 7001))?;
@@ -222,8 +223,6 @@ fn the_outside_does_not_get_to_aliases() -> Result<()> {
             let attempt = format!("{:?}", outside.connect(target)?);
             assert!(!attempt.contains("ECONNREFUSED") && !attempt.contains("ECONNRESET"), "{target}: {attempt}");
             assert!(outside.udp(target).is_err());
-            let echo = std::process::Command::new("ping").args(["-c", "1", "-W", "1", &alias.to_string()]).output();
-            drop(echo);
             assert!(dropped()? >= before + 2, "{target}");
             reset_at_once(&world.client, target)?;
         }
@@ -237,7 +236,7 @@ fn the_outside_does_not_get_to_aliases() -> Result<()> {
 fn routes_are_followed_as_they_come_and_go() -> Result<()> {
     let Some(world) = World::raise(&options())? else { return Ok(()) };
     world.write(&[Endpoint::new("10.99.0.7".parse()?, "far")])?;
-    let way = || Ok(world.endpoints()?.first().context("no endpoint")?["path"]["way"].clone());
+    let way = || -> Result<Value> { Ok(world.endpoints()?.first().context("no endpoint")?["path"]["way"].clone()) };
     assert_eq!(way()?, "remote");
     let alias = world.aliases()?;
     let via = world.edge2.ips().first().context("no address")?.to_string();
@@ -252,8 +251,6 @@ fn routes_are_followed_as_they_come_and_go() -> Result<()> {
 
 #[test]
 fn a_range_that_is_in_use_is_said_and_pods_of_other_sites_are_refused() -> Result<()> {
-    let Some(lab) = Lab::for_test()? else { return Ok(()) };
-    drop(lab);
     let options = options().set("commonConfig.aliasCIDR", "192.168.10.0/28");
     let Some(world) = World::raise(&options)? else { return Ok(()) };
     world.write(&world.everywhere()?)?;
