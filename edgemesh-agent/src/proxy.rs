@@ -12,7 +12,7 @@ mod sockets;
 mod tcp;
 mod udp;
 
-use std::{sync::Arc, time::Duration};
+use std::{net::IpAddr, sync::Arc, time::Duration};
 
 use tokio::sync::{Semaphore, watch};
 
@@ -20,7 +20,7 @@ pub use counters::{Counters, ProxyStatus, RefusalCount, Sight};
 pub use dial::{Dial, NoTunnel, ReceiveDatagram, Refusal, SendDatagram};
 pub use sockets::Sockets;
 
-use crate::{conditions::Conditions, lifecycle::Tasks, model::ServiceTable};
+use crate::{alias::Target, conditions::Conditions, lifecycle::Tasks, model::ServiceTable};
 
 /// How long getting to a pod may take.
 const DIAL_DEADLINE: Duration = Duration::from_secs(5);
@@ -70,7 +70,7 @@ impl<D: Dial> Proxy<D> {
     }
 
     /// Whom an alias stands for now.
-    fn target(&self, alias: std::net::IpAddr) -> Option<crate::alias::Target> {
+    fn target(&self, alias: IpAddr) -> Option<Target> {
         self.tables.borrow().aliases.target(alias).cloned()
     }
 }

@@ -69,8 +69,7 @@ impl Reach {
             (None, None) => {}
         }
         if host_network {
-            let met = self.meetings.range::<(Box<str>, IpAddr), _>((node.into(), addr)..).next();
-            let met = met.is_some_and(|(name, at)| **name == *node && *at == addr);
+            let met = self.meetings.contains(&(node.into(), addr));
             return if met { Reason::Met } else { Reason::NotMet };
         }
         match self.routes.to(addr) {

@@ -31,12 +31,14 @@ pub struct Sockets {
 }
 
 impl Sockets {
-    /// Makes them, for the families that this node has.
+    /// Makes them, for the families that this node has, and lets this process have as many open files as it may: each
+    /// connection is one.
     ///
     /// # Errors
     ///
     /// The system refuses; IPv6 alone may be missing.
     pub fn bind() -> io::Result<Self> {
+        raise_limit_on_files();
         let mut sockets = Self { tcp: Vec::new(), udp: Vec::new() };
         for ip in [IpAddr::V4(Ipv4Addr::LOCALHOST), IpAddr::V6(Ipv6Addr::LOCALHOST)] {
             let made = tcp(ip).and_then(|tcp| Ok((tcp, udp(ip)?)));
@@ -109,6 +111,18 @@ fn bind_to(socket: &OwnedFd, addr: SocketAddr) -> nix::Result<()> {
     match addr {
         SocketAddr::V4(addr) => bind(socket.as_raw_fd(), &SockaddrIn::from(addr)),
         SocketAddr::V6(addr) => bind(socket.as_raw_fd(), &SockaddrIn6::from(addr)),
+    }
+}
+
+/// Where it fails, connections beyond the limit are not accepted, which is a condition.
+fn raise_limit_on_files() {
+    let mut limit = libc::rlimit { rlim_cur: 0, rlim_max: 0 };
+    // SAFETY: getrlimit writes one rlimit, setrlimit reads one; `limit` is one and outlives both calls.
+    unsafe {
+        if libc::getrlimit(libc::RLIMIT_NOFILE, &raw mut limit) == 0 && limit.rlim_cur < limit.rlim_max {
+            limit.rlim_cur = limit.rlim_max;
+            libc::setrlimit(libc::RLIMIT_NOFILE, &raw const limit);
+        }
     }
 }
 
