@@ -87,8 +87,10 @@ impl Detour {
         }
         let ranges = config.common.aliases;
         let file = config.common.alias_file.clone().map(AliasFile::new);
-        let source = device.map(|device| device.address);
-        let sockets = match divert(config, ranges, source).await {
+        let second = config.common.bridge_device_ipv6.map(IpAddr::V6);
+        let sources: Vec<IpAddr> =
+            device.into_iter().flat_map(|device| [Some(device.address), second]).flatten().collect();
+        let sockets = match divert(config, ranges, &sources).await {
             Ok(sockets) => Some(sockets),
             Err(why) => {
                 let message = format!("{why}; pods that only the tunnel reaches are refused");
@@ -316,13 +318,13 @@ impl Keeper {
 }
 
 /// Makes the ranges local and has what is sent there come to sockets of this agent.
-async fn divert(config: &AgentConfig, ranges: AliasRanges, source: Option<IpAddr>) -> Result<Sockets, String> {
+async fn divert(config: &AgentConfig, ranges: AliasRanges, sources: &[IpAddr]) -> Result<Sockets, String> {
     let sockets = Sockets::bind().map_err(|error| format!("cannot make the sockets of aliases: {error}"))?;
     // The program comes first: until the range is local, nothing gets to it, and what else listens on this node must
     // never get what was meant for an alias.
     divert_aliases(&config.proxy.ebpf, ranges, sockets.each()).map_err(|error| error.to_string())?;
     for range in ranges.each() {
-        let source = source.filter(|source| source.is_ipv4() == range.network().is_ipv4());
+        let source = sources.iter().copied().find(|source| source.is_ipv4() == range.network().is_ipv4());
         let made = route::ensure_local(range, source).await;
         match made {
             Err(error) if range.network().is_ipv6() && error.is_unsupported() => {}

@@ -151,6 +151,8 @@ impl<D: Dial> Flows<D> {
             if let Err(refusal) = carried {
                 debug!(%client, %alias, node = &*target.node, "datagrams to another site are dropped: {refusal}");
                 proxy.counters.refuse(&refusal);
+                let waiting = std::iter::from_fn(|| queued.try_recv().ok()).count();
+                add(&proxy.counters.datagrams_dropped, waiting as u64);
                 // Its socket and its queue stay until then, and take what the client sends meanwhile.
                 tokio::select! {
                     () = stop.cancelled() => return,
