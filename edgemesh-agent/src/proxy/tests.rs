@@ -19,6 +19,7 @@ use tokio::{
     io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt, ReadBuf},
     net::{TcpListener, TcpStream, UdpSocket},
     sync::watch,
+    task::JoinSet,
     time::{Instant, timeout},
 };
 
@@ -55,9 +56,9 @@ impl Dial for Direct {
         if node == "asleep" {
             return std::future::pending().await;
         }
-        let stream = TcpStream::connect(addr).await.map_err(|error| match error.kind() {
-            io::ErrorKind::ConnectionRefused => Refusal::Refused,
-            _ => Refusal::Failed(error.to_string()),
+        let stream = TcpStream::connect(addr).await.map_err(|error| {
+            let refused = error.kind() == io::ErrorKind::ConnectionRefused;
+            if refused { Refusal::Refused } else { Refusal::Failed(error.to_string()) }
         })?;
         Ok(Far { stream, read: false, shut: false })
     }
@@ -371,7 +372,8 @@ fn datagrams_arrive_whole_and_answers_come_from_the_address_that_was_asked() {
         for (pod_ip, any) in [("127.0.0.7", "0.0.0.0:0"), ("::1", "[::]:0")] {
             let pod = UdpSocket::bind((pod_ip, 0)).await.unwrap();
             let alias = bench.alias("edge2", pod.local_addr().unwrap());
-            let pod = tokio::spawn(echo(pod));
+            let mut pods = JoinSet::new();
+            pods.spawn(echo(pod));
             let connected = UdpSocket::bind(any).await.unwrap();
             connected.connect(alias).await.unwrap();
             let unconnected = UdpSocket::bind(any).await.unwrap();
@@ -385,7 +387,6 @@ fn datagrams_arrive_whole_and_answers_come_from_the_address_that_was_asked() {
                 let (length, from) = timeout(DEADLINE, unconnected.recv_from(&mut buffer)).await.unwrap().unwrap();
                 assert_eq!((&buffer[..length], from), (&datagram[..], alias), "{size}");
             }
-            pod.abort();
         }
         let counted = bench.counters.read();
         assert_eq!((counted.open_flows, counted.datagrams_out, counted.datagrams_in), (4, 24, 24));
@@ -398,11 +399,12 @@ fn many_clients_of_one_alias_each_get_their_own_answers() {
         const CLIENTS: usize = 200;
         let pod = UdpSocket::bind("127.0.0.7:0").await.unwrap();
         let alias = bench.alias("edge2", pod.local_addr().unwrap());
-        tokio::spawn(echo(pod));
-        let mut clients = Vec::new();
+        let mut pods = JoinSet::new();
+        pods.spawn(echo(pod));
+        let mut clients = JoinSet::new();
         for number in 0..CLIENTS {
             let client = UdpSocket::bind("0.0.0.0:0").await.unwrap();
-            clients.push(tokio::spawn(async move {
+            clients.spawn(async move {
                 for round in 0..5 {
                     let asked = format!("{number} {round}");
                     client.send_to(asked.as_bytes(), alias).await.unwrap();
@@ -410,10 +412,10 @@ fn many_clients_of_one_alias_each_get_their_own_answers() {
                     let (length, from) = timeout(DEADLINE, client.recv_from(&mut buffer)).await.unwrap().unwrap();
                     assert_eq!((&buffer[..length], from), (asked.as_bytes(), alias));
                 }
-            }));
+            });
         }
-        for client in clients {
-            client.await.unwrap();
+        while let Some(ended) = clients.join_next().await {
+            ended.unwrap();
         }
         let counted = bench.counters.read();
         assert_eq!((counted.flows, counted.datagrams_out, counted.datagrams_in), (200, 1000, 1000));

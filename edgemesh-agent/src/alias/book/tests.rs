@@ -172,7 +172,7 @@ proptest! {
         let mut book = Book::new(ranges, now);
         let mut model: BTreeMap<u8, Known> = BTreeMap::new();
         let key = |n: u8| {
-            let addr = if n % 3 == 0 { format!("fd00::{n}") } else { format!("10.0.0.{n}") };
+            let addr = if n.is_multiple_of(3) { format!("fd00::{n}") } else { format!("10.0.0.{n}") };
             (format!("node{}", n % 2), ip(&addr))
         };
         for step in steps {
