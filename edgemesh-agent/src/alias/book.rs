@@ -169,11 +169,6 @@ impl Book {
         &self.live
     }
 
-    /// The ranges they are from.
-    pub fn ranges(&self) -> AliasRanges {
-        self.ranges
-    }
-
     /// Counts up whenever [`Book::entries`] would give something else.
     pub fn revision(&self) -> u64 {
         self.revision

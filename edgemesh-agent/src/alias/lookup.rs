@@ -37,11 +37,6 @@ impl Aliases {
         self.count == 0
     }
 
-    /// All of them, in no particular order.
-    pub fn iter(&self) -> impl Iterator<Item = (IpAddr, &Target)> {
-        self.parts.iter().flat_map(|part| part.iter()).map(|(alias, target)| (*alias, target))
-    }
-
     pub(super) fn insert(&mut self, alias: IpAddr, target: Target) {
         let parts = Arc::make_mut(&mut self.parts);
         parts.resize_with(PARTS, Arc::default);

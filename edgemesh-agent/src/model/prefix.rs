@@ -1,7 +1,7 @@
 use std::{fmt, net::IpAddr, str::FromStr};
 
 /// A network: the addresses that share their first `length` bits, `10.0.0.0/8` or `fd00::/8`.
-#[derive(Clone, Copy, Debug, Eq, Hash, Ord, PartialEq, PartialOrd)]
+#[derive(Clone, Copy, Debug, Eq, Hash, PartialEq)]
 pub struct IpPrefix {
     network: IpAddr,
     length: u8,

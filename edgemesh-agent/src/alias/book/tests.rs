@@ -25,7 +25,7 @@ fn the_same_pod_has_the_same_alias_and_another_node_s_pod_with_the_same_address_
     assert_ne!(one, other);
     assert_eq!(book.aliases().target(other), Some(&Target { node: "edge2".into(), addr: ip("10.0.0.2") }));
     let v6 = book.acquire("edge1", ip("fd00::2")).unwrap();
-    assert!(book.ranges().v6.contains(v6), "{v6}");
+    assert!(book.ranges.v6.contains(v6), "{v6}");
     assert_eq!(book.aliases().len(), 3);
 }
 
