@@ -103,7 +103,9 @@ impl Detour {
         if let Some(file) = file.clone() {
             book.restore(restore(file, conditions).await);
         }
-        info!(v4 = %ranges.v4, v6 = %ranges.v6, known = book.aliases().len(), "pods of other sites have aliases");
+        if sockets.is_some() {
+            info!(v4 = %ranges.v4, v6 = %ranges.v6, known = book.aliases().len(), "pods of other sites have aliases");
+        }
         Some(Self { ranges, book, file, sockets, conditions: conditions.clone() })
     }
 
