@@ -16,6 +16,9 @@ use super::{Question, message::Message};
 
 /// How long it is remembered that nobody could answer (RFC 9520 wants one second to five minutes).
 pub(super) const FAILURE: Duration = Duration::from_secs(2);
+/// How long an answer past its TTL is given at once after it could not be had anew (RFC 8767 section 5 suggests 30 s).
+/// Meanwhile it is asked for behind the clients' backs, and ends that as soon as it comes.
+pub(super) const RECHECK: Duration = Duration::from_secs(30);
 /// The least time from one refresh of an entry to the next.
 const REFRESH_PAUSE: Duration = Duration::from_secs(2);
 /// An entry asked for this often since it came is refreshed before its end …
@@ -152,7 +155,7 @@ impl Cache {
 
     /// Remembers for [`FAILURE`] that the question could not be answered; `message` is what was said instead.
     ///
-    /// An older answer stays, and may be given stale at once for that time.
+    /// An older answer stays, and may be given stale at once for [`RECHECK`].
     pub(super) fn fail(&mut self, question: &Question, message: Arc<Message>, now: Instant) {
         if self.has_last_resort(question, now) {
             self.note_failure(question, now);
@@ -161,7 +164,7 @@ impl Cache {
         }
     }
 
-    /// Lets an older answer be given stale at once for [`FAILURE`].
+    /// Lets an older answer be given stale at once for [`RECHECK`].
     pub(super) fn note_failure(&mut self, question: &Question, now: Instant) {
         if let Some(&place) = self.index.get(question.key())
             && let Some(entry) = self.entries.get_mut(place)
@@ -242,7 +245,7 @@ impl Entry {
     }
 
     fn failed_lately(&self, now: Instant) -> bool {
-        self.failed.is_some_and(|at| now.saturating_duration_since(at) < FAILURE)
+        self.failed.is_some_and(|at| now.saturating_duration_since(at) < RECHECK)
     }
 
     fn size(&self) -> usize {

@@ -292,6 +292,44 @@ async fn an_upstream_whose_own_upstreams_are_gone_keeps_nobody_waiting() {
 }
 
 #[tokio::test]
+async fn where_one_upstream_cannot_and_the_other_is_silent_nobody_waits_once_that_is_known() {
+    let (lab, [router, other]) = Lab::with_upstreams().await;
+    let names = ["a.example", "b.example", "c.example"];
+    for upstream in [&router, &other] {
+        upstream.set_ttl(1);
+    }
+    for name in names {
+        assert_eq!(lab.address(name).await, [192, 0, 2, 1]);
+    }
+    router.set(Manner::Code(2));
+    other.set(Manner::Silent);
+    sleep(Duration::from_millis(1100)).await;
+    assert!(lab.ask("a.example").await.stale());
+    eventually("it is noted", async || !lab.upstream(other.address).healthy).await;
+    // Longer than a failure is remembered.
+    let begin = Instant::now();
+    while begin.elapsed() < Duration::from_millis(4500) {
+        for name in names {
+            let begin = Instant::now();
+            assert!(lab.ask(name).await.stale());
+            assert!(begin.elapsed() < Duration::from_millis(50), "{:?}", begin.elapsed());
+        }
+        sleep(Duration::from_millis(50)).await;
+    }
+    let begin = Instant::now();
+    assert_eq!(lab.ask("unknown.example").await.rcode(), 2);
+    assert!(begin.elapsed() < Duration::from_millis(50), "{:?}", begin.elapsed());
+
+    router.set_answer(2);
+    router.set(Manner::Answer);
+    let back = Instant::now();
+    for name in names {
+        eventually("it is fresh", async || lab.address(name).await == [192, 0, 2, 2]).await;
+    }
+    assert!(back.elapsed() < Duration::from_secs(5), "{:?}", back.elapsed());
+}
+
+#[tokio::test]
 async fn what_is_asked_for_often_is_asked_again_before_its_end() {
     let (lab, [upstream]) = Lab::with_upstreams().await;
     lab.address("hot.example").await;

@@ -67,8 +67,14 @@ fn a_stale_answer_is_given_where_asking_is_in_vain() {
     assert!(get(&mut cache, "a", over + seconds(2), true).unwrap().refresh);
     assert!(get(&mut cache, "a", over + seconds(3), false).is_none(), "they are not, so it is asked");
     cache.fail(&question("a", A), failure("a"), over + seconds(3));
-    assert!(get(&mut cache, "a", over + seconds(4), false).unwrap().stale, "which has just failed");
-    assert!(get(&mut cache, "a", over + seconds(5), false).is_none(), "and is done again");
+    let hit = get(&mut cache, "a", over + seconds(4), false).unwrap();
+    assert!(hit.stale && hit.refresh, "which has just failed, and is tried again for nobody");
+    assert!(get(&mut cache, "a", over + seconds(32), false).unwrap().stale);
+    assert!(get(&mut cache, "a", over + seconds(33), false).is_none(), "and is waited for again");
+    cache.fail(&question("a", A), failure("a"), over + seconds(33));
+    cache.put(&question("a", A), message("a", 10), over + seconds(34));
+    assert!(get(&mut cache, "a", over + seconds(44), false).is_none(), "an answer ends that");
+    cache.put(&question("a", A), message("a", 60), now);
     assert!(get(&mut cache, "a", over + STALE - seconds(1), true).is_some());
     assert!(cache.last_resort(&question("a", A), over + STALE).is_none());
     assert!(get(&mut cache, "a", over + STALE, true).is_none());
@@ -194,15 +200,16 @@ proptest! {
                 }
                 Step::Get { name, silent } => {
                     let known = model.entry(name).or_default();
-                    let failed = known.failed.is_some_and(|at| now < at + FAILURE);
+                    let at = known.failed;
+                    let failed = |within| at.is_some_and(|at| now < at + within);
                     match get(&mut cache, &format!("n{name}"), now, silent) {
-                        Some(hit) if hit.message.rcode() == 2 => prop_assert!(failed && !hit.stale),
+                        Some(hit) if hit.message.rcode() == 2 => prop_assert!(failed(FAILURE) && !hit.stale),
                         Some(hit) => {
                             let (message, since, ttl) = known.answer.clone().unwrap();
                             prop_assert!(Arc::ptr_eq(&hit.message, &message) && hit.since == since, "the newest");
                             prop_assert_eq!(hit.stale, now >= since + ttl);
                             prop_assert!(now < since + ttl + STALE);
-                            prop_assert!(!hit.stale || silent || failed);
+                            prop_assert!(!hit.stale || silent || failed(RECHECK));
                         }
                         None => {}
                     }
