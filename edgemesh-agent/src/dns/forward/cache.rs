@@ -7,6 +7,7 @@ mod order;
 
 use std::{
     collections::HashMap,
+    net::SocketAddr,
     sync::Arc,
     time::{Duration, Instant},
 };
@@ -27,7 +28,7 @@ const HOT: u32 = 3;
 const LAST_PART: u32 = 10;
 const LAST_SECOND: Duration = Duration::from_secs(1);
 /// What an entry costs besides its key and message: slot, index, allocations.
-const OVERHEAD: usize = 192;
+const OVERHEAD: usize = 224;
 
 /// How much is kept.
 #[derive(Clone, Copy, Debug)]
@@ -44,6 +45,8 @@ pub(super) struct Hit {
     pub(super) message: Arc<Message>,
     pub(super) since: Instant,
     pub(super) stale: bool,
+    /// Who could not answer, where this is the memory of that.
+    pub(super) refused_by: Option<SocketAddr>,
     /// Whether it is time to ask again; said once in a while, and the one who is told does it.
     pub(super) refresh: bool,
 }
@@ -71,6 +74,7 @@ pub(super) struct Cache {
 struct Entry {
     key: Arc<[u8]>,
     message: Arc<Message>,
+    refused_by: Option<SocketAddr>,
     since: Instant,
     expires: Instant,
     /// Until when it may be given, as a stale one past `expires`.
@@ -122,7 +126,7 @@ impl Cache {
             entry.refreshed = Some(now);
         }
         entry.hits = entry.hits.saturating_add(1);
-        let hit = Hit { message: Arc::clone(&entry.message), since: entry.since, stale, refresh };
+        let hit = entry.hit(stale, refresh);
         self.entries.touch(place, self.bounds.entries * 4 / 5);
         Some(hit)
     }
@@ -131,7 +135,7 @@ impl Cache {
     pub(super) fn last_resort(&mut self, question: &Question, now: Instant) -> Option<Hit> {
         let entry = self.entry(question).filter(|entry| now < entry.ends && entry.is_answer())?;
         let stale = now >= entry.expires;
-        let hit = Hit { message: Arc::clone(&entry.message), since: entry.since, stale, refresh: false };
+        let hit = entry.hit(stale, false);
         self.counts.stale += u64::from(stale);
         Some(hit)
     }
@@ -144,7 +148,7 @@ impl Cache {
     /// Keeps an answer as long as it allows, in place of an older one.
     pub(super) fn put(&mut self, question: &Question, message: Arc<Message>, now: Instant) {
         match message.lifetime() {
-            Some(lifetime) => self.insert(question, message, now, lifetime, self.bounds.stale),
+            Some(lifetime) => self.insert(question, message, None, now, (lifetime, self.bounds.stale)),
             None => {
                 if let Some(&place) = self.index.get(question.key()) {
                     self.remove(place);
@@ -153,14 +157,15 @@ impl Cache {
         }
     }
 
-    /// Remembers for [`FAILURE`] that the question could not be answered; `message` is what was said instead.
+    /// Remembers for [`FAILURE`] that the question could not be answered; `message` is what was said instead,
+    /// and `by` who said it, None where nobody said anything.
     ///
     /// An older answer stays, and may be given stale at once for [`RECHECK`].
-    pub(super) fn fail(&mut self, question: &Question, message: Arc<Message>, now: Instant) {
+    pub(super) fn fail(&mut self, question: &Question, message: Arc<Message>, by: Option<SocketAddr>, now: Instant) {
         if self.has_last_resort(question, now) {
             self.note_failure(question, now);
         } else {
-            self.insert(question, message, now, FAILURE, Duration::ZERO);
+            self.insert(question, message, by, now, (FAILURE, Duration::ZERO));
         }
     }
 
@@ -199,17 +204,26 @@ impl Cache {
         &mut self,
         question: &Question,
         message: Arc<Message>,
+        refused_by: Option<SocketAddr>,
         now: Instant,
-        lifetime: Duration,
-        stale: Duration,
+        (lifetime, stale): (Duration, Duration),
     ) {
         let known = self.index.get(question.key()).copied();
         let key = known
             .and_then(|place| Some(Arc::clone(&self.entries.get(place)?.key)))
             .unwrap_or_else(|| question.key().into());
         let expires = now + lifetime;
-        let entry =
-            Entry { key, message, since: now, expires, ends: expires + stale, failed: None, refreshed: None, hits: 0 };
+        let entry = Entry {
+            key,
+            message,
+            refused_by,
+            since: now,
+            expires,
+            ends: expires + stale,
+            failed: None,
+            refreshed: None,
+            hits: 0,
+        };
         let size = entry.size();
         if size > self.bounds.bytes / 8 {
             // One of few would fill the cache.
@@ -239,6 +253,11 @@ impl Cache {
 }
 
 impl Entry {
+    fn hit(&self, stale: bool, refresh: bool) -> Hit {
+        let (message, refused_by) = (Arc::clone(&self.message), self.refused_by);
+        Hit { message, since: self.since, stale, refused_by, refresh }
+    }
+
     /// Rather than the memory of a failure.
     fn is_answer(&self) -> bool {
         self.message.lifetime().is_some()

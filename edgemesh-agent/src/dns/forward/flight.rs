@@ -100,13 +100,22 @@ impl Race {
         excuse.map_or(Outcome::Silence, |(message, address)| Outcome::Excuse(message, address))
     }
 
-    /// Waits for the others, as long as it takes to learn whether they are silent.
-    pub(super) async fn rest(mut self) {
+    /// Waits for the others, as long as it takes to learn whether they are silent, and hands a usable answer that is late to
+    /// `late`.
+    pub(super) async fn rest(mut self, mut late: impl FnMut(Message)) {
         if self.in_vain {
             // That is known, and a flood of names must not leave a task waiting for each.
             return;
         }
-        let others = async { while self.attempts.next().await.is_some() {} };
+        let others = async {
+            while let Some((_, result)) = self.attempts.next().await {
+                if let Ok(answer) = result
+                    && answer.is_usable()
+                {
+                    late(answer);
+                }
+            }
+        };
         // How long it takes does not matter any more, and each of them has noted what it learnt.
         let _some_are_silent = timeout(SILENCE, others).await;
     }

@@ -173,16 +173,41 @@ async fn nobody_but_the_upstream_answers_and_only_what_was_asked() {
 #[tokio::test]
 async fn upstreams_that_are_set_in_their_ways_are_understood() {
     let (lab, [upstream]) = Lab::with_upstreams().await;
-    upstream.set(Manner::LowerCase);
     // By chance, one in 2^18 has no capital letter.
-    assert_eq!(lab.address("abcdefghijklmnopqr.example").await, [192, 0, 2, 1]);
-    assert_eq!(upstream.seen(), (2, 0));
+    let [first, second, third] =
+        ["abcdefghijklmnopqr.example", "bcdefghijklmnopqrs.example", "cdefghijklmnopqrst.example"];
+    upstream.set(Manner::LowerCaseByUdp);
+    assert_eq!(lab.address(first).await, [192, 0, 2, 1]);
+    assert_eq!(lab.address(second).await, [192, 0, 2, 1]);
+    assert_eq!(upstream.seen(), (2, 2), "a packet may be forged, and TCP shows that it was");
+    upstream.set(Manner::LowerCase);
+    assert_eq!(lab.address(third).await, [192, 0, 2, 1]);
+    assert_eq!(upstream.seen(), (3, 4));
     assert_eq!(lab.address("other.example").await, [192, 0, 2, 1]);
-    assert_eq!(upstream.seen(), (3, 0), "its ways are remembered");
+    assert_eq!(upstream.seen(), (4, 4), "its ways are remembered");
     upstream.set(Manner::NoEdns);
     assert_eq!(lab.address("plain.example").await, [192, 0, 2, 1]);
     assert_eq!(lab.address("again.example").await, [192, 0, 2, 1]);
-    assert_eq!(upstream.seen(), (6, 0));
+    assert_eq!(upstream.seen(), (7, 4));
+}
+
+#[tokio::test]
+async fn an_upstream_without_tcp_is_not_silent_for_that() {
+    let (lab, [upstream]) = Lab::with_upstreams().await;
+    upstream.set(Manner::TruncateOnly);
+    assert_eq!(lab.ask("long.example").await.rcode(), 2);
+    assert_eq!(upstream.seen(), (1, 1));
+    assert!(lab.upstream(upstream.address).healthy, "it has answered");
+}
+
+#[tokio::test]
+async fn an_answer_that_comes_too_late_is_for_the_next_who_asks() {
+    let (lab, [upstream]) = Lab::with_upstreams().await;
+    upstream.set(Manner::Slow(DEADLINE + Duration::from_millis(300)));
+    assert_eq!(lab.ask("slow.example").await.rcode(), 2);
+    let slow = question("slow.example", A);
+    let known = async || lab.forwarder.cached(&slow, Instant::now()).is_some_and(|reply| reply.rcode() == 0);
+    eventually("it is kept", known).await;
 }
 
 #[tokio::test]
@@ -222,8 +247,10 @@ async fn an_upstream_that_is_slow_or_silent_is_not_waited_for() {
 async fn an_excuse_is_passed_on_and_remembered_for_a_moment() {
     let (lab, [upstream]) = Lab::with_upstreams().await;
     upstream.set(Manner::Code(5));
-    assert_eq!(lab.ask("www.example").await.rcode(), 5);
-    assert_eq!(lab.ask("www.example").await.rcode(), 5);
+    for _ in 0..2 {
+        let reply = lab.ask("www.example").await;
+        assert_eq!((reply.rcode(), reply.source()), (5, Source::Upstream(upstream.address)));
+    }
     assert_eq!(upstream.seen(), (1, 0));
     let later = Instant::now() + Duration::from_millis(2100);
     assert!(lab.forwarder.cached(&question("www.example", A), later).is_none());

@@ -66,12 +66,12 @@ fn a_stale_answer_is_given_where_asking_is_in_vain() {
     assert!(!get(&mut cache, "a", over + seconds(1), true).unwrap().refresh, "somebody asks already");
     assert!(get(&mut cache, "a", over + seconds(2), true).unwrap().refresh);
     assert!(get(&mut cache, "a", over + seconds(3), false).is_none(), "they are not, so it is asked");
-    cache.fail(&question("a", A), failure("a"), over + seconds(3));
+    cache.fail(&question("a", A), failure("a"), None, over + seconds(3));
     let hit = get(&mut cache, "a", over + seconds(4), false).unwrap();
     assert!(hit.stale && hit.refresh, "which has just failed, and is tried again for nobody");
     assert!(get(&mut cache, "a", over + seconds(32), false).unwrap().stale);
     assert!(get(&mut cache, "a", over + seconds(33), false).is_none(), "and is waited for again");
-    cache.fail(&question("a", A), failure("a"), over + seconds(33));
+    cache.fail(&question("a", A), failure("a"), None, over + seconds(33));
     cache.put(&question("a", A), message("a", 10), over + seconds(34));
     assert!(get(&mut cache, "a", over + seconds(44), false).is_none(), "an answer ends that");
     cache.put(&question("a", A), message("a", 60), now);
@@ -84,12 +84,12 @@ fn a_stale_answer_is_given_where_asking_is_in_vain() {
 #[test]
 fn a_failure_is_remembered_for_two_seconds_and_displaces_no_answer() {
     let (mut cache, now) = (Cache::new(BOUNDS), Instant::now());
-    cache.fail(&question("a", A), failure("a"), now);
+    cache.fail(&question("a", A), failure("a"), None, now);
     assert_eq!(get(&mut cache, "a", now + seconds(1), false).unwrap().message.rcode(), 2);
     assert!(cache.last_resort(&question("a", A), now).is_none(), "it helps nobody");
     assert!(get(&mut cache, "a", now + seconds(2), true).is_none());
     cache.put(&question("a", A), message("a", 60), now);
-    cache.fail(&question("a", A), failure("a"), now);
+    cache.fail(&question("a", A), failure("a"), None, now);
     let hit = get(&mut cache, "a", now + seconds(1), false).unwrap();
     assert_eq!((hit.message.rcode(), hit.stale), (0, false), "a refresh that came too early");
 }
@@ -195,7 +195,7 @@ proptest! {
                 }
                 Step::Fail { name } => {
                     let text = format!("n{name}");
-                    cache.fail(&question(&text, A), failure(&text), now);
+                    cache.fail(&question(&text, A), failure(&text), None, now);
                     model.entry(name).or_default().failed = Some(now);
                 }
                 Step::Get { name, silent } => {
