@@ -23,6 +23,7 @@ use std::{
     hash::{BuildHasher as _, RandomState},
     net::SocketAddr,
     path::PathBuf,
+    pin::pin,
     sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock},
     time::{Duration, Instant},
 };
@@ -30,7 +31,7 @@ use std::{
 use serde::Serialize;
 use tokio::{
     sync::{Notify, OwnedSemaphorePermit, Semaphore, mpsc, watch},
-    time::timeout_at,
+    time::{timeout, timeout_at},
 };
 
 use self::{
@@ -51,6 +52,9 @@ pub const DEADLINE: Duration = Duration::from_secs(4);
 const DEADLINE_OF_SILENT: Duration = Duration::from_millis(1500);
 /// Whoever waits for an answer gets a stale one, if there is one, after as long (RFC 8767 section 5 suggests less than 1.8 s).
 pub const STALE_AFTER: Duration = Duration::from_secs(1);
+
+/// When the silence of an upstream that was asked has been noted.
+const NOTED: Duration = upstream::SILENCE.saturating_add(Duration::from_millis(20));
 
 /// How many questions are on their way at most …
 const FLIGHTS: usize = 512;
@@ -355,7 +359,18 @@ impl Forwarder {
         let group = routes.group(question.name());
         let deadline = tokio::time::Instant::now() + if group.is_silent() { DEADLINE_OF_SILENT } else { DEADLINE };
         let mut race = Race::new(question, group.ranked(), self.0.settings.cache.ttl);
-        let outcome = race.run(deadline).await;
+        let outcome = {
+            let mut run = pin!(race.run(deadline));
+            loop {
+                if let Ok(outcome) = timeout(NOTED, &mut run).await {
+                    break outcome;
+                }
+                // Who has fallen silent is probed while this question waits: that may find it well, and only this hard.
+                if group.upstreams.iter().any(|upstream| upstream.is_silent()) {
+                    self.0.look_after.notify_one();
+                }
+            }
+        };
         let mut answered = matches!(outcome, Outcome::Answer(..));
         let reply = self.land(&question, outcome, tokio::time::Instant::now().into_std());
         self.0.flights.lock().unwrap_or_else(PoisonError::into_inner).remove(&question);

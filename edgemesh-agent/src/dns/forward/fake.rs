@@ -42,6 +42,8 @@ pub(super) enum Manner {
     LowerCase,
     /// The same by UDP alone.
     LowerCaseByUdp,
+    /// Names that begin with `hard` get SERVFAIL after 3 s, all others their answer.
+    Hard,
     /// Queries with EDNS are not understood.
     NoEdns,
     Code(u8),
@@ -151,6 +153,11 @@ impl State {
             }
             Manner::Guessing => packets.extend((1..=64).map(|n| changed(&answer, 0, |id| id ^ n))),
             Manner::LowerCase | Manner::LowerCaseByUdp => packets.push(in_lower_case(answer)),
+            Manner::Hard if query[13..].to_ascii_lowercase().starts_with(b"hard") => {
+                sleep(Duration::from_secs(3)).await;
+                packets.push(respond(&query, 2, [&[], &[], &[]]));
+            }
+            Manner::Hard => packets.push(answer),
             Manner::NoEdns if query[11] > 0 => packets.push(respond(&query, 1, [&[], &[], &[]])),
             Manner::NoEdns => packets.push(answer),
             Manner::Code(code) => packets.push(respond(&query, code, [&[], &[], &[]])),

@@ -201,6 +201,31 @@ async fn an_upstream_without_tcp_is_not_silent_for_that() {
 }
 
 #[tokio::test]
+async fn one_hard_name_makes_no_upstream_silent_for_long() {
+    let (lab, [upstream]) = Lab::with_upstreams().await;
+    upstream.set(Manner::Hard);
+    lab.address("easy.example").await;
+    let mut unhealthy = 0;
+    let watch = async {
+        loop {
+            assert!(lab.reasons().is_empty());
+            unhealthy += usize::from(!lab.upstream(upstream.address).healthy);
+            sleep(Duration::from_millis(20)).await;
+        }
+    };
+    let asked = async { [lab.ask("hard.example").await, lab.ask("hard.example").await] };
+    let replies = tokio::select! {
+        replies = asked => replies,
+        () = watch => unreachable!("it goes on"),
+    };
+    for reply in replies {
+        assert_eq!((reply.rcode(), reply.source()), (2, Source::Upstream(upstream.address)));
+    }
+    assert!(unhealthy < 75, "{unhealthy} times 20 ms of 3 s");
+    assert!(lab.upstream(upstream.address).healthy);
+}
+
+#[tokio::test]
 async fn an_answer_that_comes_too_late_is_for_the_next_who_asks() {
     let (lab, [upstream]) = Lab::with_upstreams().await;
     upstream.set(Manner::Slow(DEADLINE + Duration::from_millis(300)));
