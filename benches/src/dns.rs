@@ -82,7 +82,8 @@ pub(crate) fn measure(effort: Effort) -> Result<Vec<Table>> {
         title: "DNS: most queries",
         method: format!(
             "{} Services; one dnsperf thread in a pod asks for all of their names in turn, from 16 sockets (or on 16 \
-             connections) with 200 queries under way, as fast as answers come; on the same CPUs as the agent. \
+             connections) with 200 queries under way, as fast as answers come; on the same CPUs as the agent, \
+             which puts no limit on a client here. \
              {repetitions} runs of {seconds} s.",
             CLUSTER.services
         ),

@@ -23,6 +23,7 @@ use std::{
     hash::{BuildHasher as _, RandomState},
     net::SocketAddr,
     path::PathBuf,
+    pin::pin,
     sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock},
     time::{Duration, Instant},
 };
@@ -30,7 +31,7 @@ use std::{
 use serde::Serialize;
 use tokio::{
     sync::{Notify, OwnedSemaphorePermit, Semaphore, mpsc, watch},
-    time::timeout_at,
+    time::{timeout, timeout_at},
 };
 
 use self::{
@@ -51,6 +52,9 @@ pub const DEADLINE: Duration = Duration::from_secs(4);
 const DEADLINE_OF_SILENT: Duration = Duration::from_millis(1500);
 /// Whoever waits for an answer gets a stale one, if there is one, after as long (RFC 8767 section 5 suggests less than 1.8 s).
 pub const STALE_AFTER: Duration = Duration::from_secs(1);
+
+/// When the silence of an upstream that was asked has been noted.
+const NOTED: Duration = upstream::SILENCE.saturating_add(Duration::from_millis(20));
 
 /// How many questions are on their way at most …
 const FLIGHTS: usize = 512;
@@ -355,7 +359,19 @@ impl Forwarder {
         let group = routes.group(question.name());
         let deadline = tokio::time::Instant::now() + if group.is_silent() { DEADLINE_OF_SILENT } else { DEADLINE };
         let mut race = Race::new(question, group.ranked(), self.0.settings.cache.ttl);
-        let outcome = race.run(deadline).await;
+        let outcome = {
+            let mut run = pin!(race.run(deadline));
+            loop {
+                if let Ok(outcome) = timeout(NOTED, &mut run).await {
+                    break outcome;
+                }
+                // Who has fallen silent is probed while this question waits: that may find it well, and only this hard.
+                if group.upstreams.iter().any(|upstream| upstream.is_silent()) {
+                    self.0.look_after.notify_one();
+                }
+            }
+        };
+        let mut answered = matches!(outcome, Outcome::Answer(..));
         let reply = self.land(&question, outcome, tokio::time::Instant::now().into_std());
         self.0.flights.lock().unwrap_or_else(PoisonError::into_inner).remove(&question);
         tell.send_replace(Some(reply));
@@ -363,7 +379,12 @@ impl Forwarder {
         if group.upstreams.iter().any(|upstream| upstream.is_silent()) {
             self.0.look_after.notify_one();
         }
-        race.rest().await;
+        let keep = |message| {
+            if !std::mem::replace(&mut answered, true) {
+                self.shard(&question).put(&question, Arc::new(message), Instant::now());
+            }
+        };
+        race.rest(keep).await;
         if group.upstreams.iter().any(|upstream| upstream.is_silent()) {
             self.0.look_after.notify_one();
         }
@@ -371,18 +392,19 @@ impl Forwarder {
 
     /// Keeps what came, and makes it an answer.
     fn land(&self, question: &Question, outcome: Outcome, now: Instant) -> Reply {
-        let (message, source) = match outcome {
+        let (message, by) = match outcome {
             Outcome::Answer(message, address) => {
                 let message = Arc::new(message);
                 self.shard(question).put(question, Arc::clone(&message), now);
                 return Reply { message, since: now, stale: false, source: Source::Upstream(address) };
             }
-            Outcome::Excuse(message, address) => (Arc::new(message), Source::Upstream(address)),
-            Outcome::Silence => (Arc::new(Message::failure(question)), Source::None),
+            Outcome::Excuse(message, address) => (Arc::new(message), Some(address)),
+            Outcome::Silence => (Arc::new(Message::failure(question)), None),
         };
         let mut shard = self.shard(question);
-        shard.fail(question, Arc::clone(&message), now);
+        shard.fail(question, Arc::clone(&message), by, now);
         let known = shard.last_resort(question, now);
+        let source = by.map_or(Source::None, Source::Upstream);
         known.map_or(Reply { message, since: now, stale: false, source }, Reply::of)
     }
 
@@ -435,6 +457,7 @@ impl Forwarder {
 pub enum Source {
     /// Kept from an earlier question, or asked for another client at the same time.
     Cache,
+    /// It said so just now; or, where it said that it cannot, within the last two seconds.
     Upstream(SocketAddr),
     /// No upstream answered: it is SERVFAIL.
     None,
@@ -443,7 +466,11 @@ pub enum Source {
 impl Reply {
     fn of(hit: Hit) -> Self {
         // A failure that is remembered is nobody's answer.
-        let source = if hit.message.lifetime().is_some() { Source::Cache } else { Source::None };
+        let source = match (hit.message.lifetime(), hit.refused_by) {
+            (Some(_), _) => Source::Cache,
+            (None, Some(address)) => Source::Upstream(address),
+            (None, None) => Source::None,
+        };
         Self { message: hit.message, since: hit.since, stale: hit.stale, source }
     }
 

@@ -7,6 +7,7 @@ mod order;
 
 use std::{
     collections::HashMap,
+    net::SocketAddr,
     sync::Arc,
     time::{Duration, Instant},
 };
@@ -16,6 +17,9 @@ use super::{Question, message::Message};
 
 /// How long it is remembered that nobody could answer (RFC 9520 wants one second to five minutes).
 pub(super) const FAILURE: Duration = Duration::from_secs(2);
+/// How long an answer past its TTL is given at once after it could not be had anew (RFC 8767 section 5 suggests 30 s).
+/// Meanwhile it is asked for behind the clients' backs, and ends that as soon as it comes.
+pub(super) const RECHECK: Duration = Duration::from_secs(30);
 /// The least time from one refresh of an entry to the next.
 const REFRESH_PAUSE: Duration = Duration::from_secs(2);
 /// An entry asked for this often since it came is refreshed before its end …
@@ -24,7 +28,7 @@ const HOT: u32 = 3;
 const LAST_PART: u32 = 10;
 const LAST_SECOND: Duration = Duration::from_secs(1);
 /// What an entry costs besides its key and message: slot, index, allocations.
-const OVERHEAD: usize = 192;
+const OVERHEAD: usize = 224;
 
 /// How much is kept.
 #[derive(Clone, Copy, Debug)]
@@ -41,6 +45,8 @@ pub(super) struct Hit {
     pub(super) message: Arc<Message>,
     pub(super) since: Instant,
     pub(super) stale: bool,
+    /// Who could not answer, where this is the memory of that.
+    pub(super) refused_by: Option<SocketAddr>,
     /// Whether it is time to ask again; said once in a while, and the one who is told does it.
     pub(super) refresh: bool,
 }
@@ -68,6 +74,7 @@ pub(super) struct Cache {
 struct Entry {
     key: Arc<[u8]>,
     message: Arc<Message>,
+    refused_by: Option<SocketAddr>,
     since: Instant,
     expires: Instant,
     /// Until when it may be given, as a stale one past `expires`.
@@ -119,7 +126,7 @@ impl Cache {
             entry.refreshed = Some(now);
         }
         entry.hits = entry.hits.saturating_add(1);
-        let hit = Hit { message: Arc::clone(&entry.message), since: entry.since, stale, refresh };
+        let hit = entry.hit(stale, refresh);
         self.entries.touch(place, self.bounds.entries * 4 / 5);
         Some(hit)
     }
@@ -128,7 +135,7 @@ impl Cache {
     pub(super) fn last_resort(&mut self, question: &Question, now: Instant) -> Option<Hit> {
         let entry = self.entry(question).filter(|entry| now < entry.ends && entry.is_answer())?;
         let stale = now >= entry.expires;
-        let hit = Hit { message: Arc::clone(&entry.message), since: entry.since, stale, refresh: false };
+        let hit = entry.hit(stale, false);
         self.counts.stale += u64::from(stale);
         Some(hit)
     }
@@ -141,7 +148,7 @@ impl Cache {
     /// Keeps an answer as long as it allows, in place of an older one.
     pub(super) fn put(&mut self, question: &Question, message: Arc<Message>, now: Instant) {
         match message.lifetime() {
-            Some(lifetime) => self.insert(question, message, now, lifetime, self.bounds.stale),
+            Some(lifetime) => self.insert(question, message, None, now, (lifetime, self.bounds.stale)),
             None => {
                 if let Some(&place) = self.index.get(question.key()) {
                     self.remove(place);
@@ -150,18 +157,19 @@ impl Cache {
         }
     }
 
-    /// Remembers for [`FAILURE`] that the question could not be answered; `message` is what was said instead.
+    /// Remembers for [`FAILURE`] that the question could not be answered; `message` is what was said instead,
+    /// and `by` who said it, None where nobody said anything.
     ///
-    /// An older answer stays, and may be given stale at once for that time.
-    pub(super) fn fail(&mut self, question: &Question, message: Arc<Message>, now: Instant) {
+    /// An older answer stays, and may be given stale at once for [`RECHECK`].
+    pub(super) fn fail(&mut self, question: &Question, message: Arc<Message>, by: Option<SocketAddr>, now: Instant) {
         if self.has_last_resort(question, now) {
             self.note_failure(question, now);
         } else {
-            self.insert(question, message, now, FAILURE, Duration::ZERO);
+            self.insert(question, message, by, now, (FAILURE, Duration::ZERO));
         }
     }
 
-    /// Lets an older answer be given stale at once for [`FAILURE`].
+    /// Lets an older answer be given stale at once for [`RECHECK`].
     pub(super) fn note_failure(&mut self, question: &Question, now: Instant) {
         if let Some(&place) = self.index.get(question.key())
             && let Some(entry) = self.entries.get_mut(place)
@@ -196,17 +204,26 @@ impl Cache {
         &mut self,
         question: &Question,
         message: Arc<Message>,
+        refused_by: Option<SocketAddr>,
         now: Instant,
-        lifetime: Duration,
-        stale: Duration,
+        (lifetime, stale): (Duration, Duration),
     ) {
         let known = self.index.get(question.key()).copied();
         let key = known
             .and_then(|place| Some(Arc::clone(&self.entries.get(place)?.key)))
             .unwrap_or_else(|| question.key().into());
         let expires = now + lifetime;
-        let entry =
-            Entry { key, message, since: now, expires, ends: expires + stale, failed: None, refreshed: None, hits: 0 };
+        let entry = Entry {
+            key,
+            message,
+            refused_by,
+            since: now,
+            expires,
+            ends: expires + stale,
+            failed: None,
+            refreshed: None,
+            hits: 0,
+        };
         let size = entry.size();
         if size > self.bounds.bytes / 8 {
             // One of few would fill the cache.
@@ -236,13 +253,18 @@ impl Cache {
 }
 
 impl Entry {
+    fn hit(&self, stale: bool, refresh: bool) -> Hit {
+        let (message, refused_by) = (Arc::clone(&self.message), self.refused_by);
+        Hit { message, since: self.since, stale, refused_by, refresh }
+    }
+
     /// Rather than the memory of a failure.
     fn is_answer(&self) -> bool {
         self.message.lifetime().is_some()
     }
 
     fn failed_lately(&self, now: Instant) -> bool {
-        self.failed.is_some_and(|at| now.saturating_duration_since(at) < FAILURE)
+        self.failed.is_some_and(|at| now.saturating_duration_since(at) < RECHECK)
     }
 
     fn size(&self) -> usize {

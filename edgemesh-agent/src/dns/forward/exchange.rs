@@ -7,12 +7,13 @@ use std::{
     io,
     net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr},
     sync::atomic::Ordering::Relaxed,
+    time::Duration,
 };
 
 use tokio::{
     io::{AsyncReadExt, AsyncWriteExt},
     net::{TcpStream, UdpSocket},
-    time::Instant,
+    time::{Instant, timeout},
 };
 
 use super::{
@@ -26,13 +27,18 @@ const BUFFER: usize = 4096;
 /// After so many packets that are not the answer somebody is guessing, and TCP leaves nothing to guess.
 const MOST_REJECTED: usize = 16;
 /// How often a query is put in another way: without EDNS, without mixed case, by TCP.
-const MOST_WAYS: usize = 4;
+const MOST_WAYS: usize = 6;
+/// How long TCP may take to show how the upstream treats the case of names; some have no TCP.
+const CASE_BY_TCP: Duration = Duration::from_millis(500);
 
 /// Why there is no answer.
 #[derive(Debug, thiserror::Error)]
 pub(super) enum ExchangeError {
     #[error(transparent)]
     Io(#[from] io::Error),
+    /// Which is not the upstream's fault.
+    #[error("cannot open a socket: {0}; raise the limit of open files, or lower the load")]
+    Exhausted(io::Error),
     #[error("the answer is not a proper message")]
     Malformed,
     #[error("no random numbers")]
@@ -46,34 +52,73 @@ pub(super) async fn ask(
     question: &Question,
     limits: &TtlLimits,
 ) -> Result<Message, ExchangeError> {
-    let (mut edns, mut by_tcp) = (upstream.edns(), false);
+    let now = || Instant::now().into_std();
+    let edns_tried = upstream.edns(now());
+    let (mut edns, mut by_tcp, mut other_case) = (edns_tried, false, false);
     for _ in 0..MOST_WAYS {
-        let query = Query::new(question, edns, upstream.keeps_case()).ok_or(ExchangeError::Random)?;
-        let asked = Instant::now();
+        let asked = now();
+        let query = Query::new(question, edns, upstream.keeps_case(asked)).ok_or(ExchangeError::Random)?;
         upstream.asked.fetch_add(1, Relaxed);
-        let received = match by_tcp {
-            false => query.by_udp(upstream, limits).await?,
-            true => query.by_tcp(upstream.address, limits).await?,
+        let received = match (by_tcp, other_case) {
+            (false, _) => query.by_udp(upstream, limits).await,
+            (true, false) => query.by_tcp(upstream.address, limits).await,
+            (true, true) => {
+                let by_tcp = timeout(CASE_BY_TCP, query.by_tcp(upstream.address, limits));
+                by_tcp.await.unwrap_or_else(|elapsed| Err(elapsed.into()))
+            }
         };
-        let heard = |usable| upstream.answered(asked.into_std(), usable, Instant::now().into_std());
+        let received = match received {
+            Err(error) if is_exhausted(&error) => return Err(ExchangeError::Exhausted(error)),
+            // A second packet of another case shows as much: each has a port and an id to be guessed.
+            Err(_) if by_tcp && other_case && upstream.keeps_case(asked) => {
+                by_tcp = false;
+                continue;
+            }
+            received => received?,
+        };
         match received {
-            Received::Answer(message) if edns && matches!(message.rcode(), FORMERR | NOTIMP) => edns = false,
+            Received::Answer(message) if edns && matches!(message.rcode(), FORMERR | NOTIMP) => {
+                upstream.heard(asked, now());
+                edns = false;
+            }
             Received::Answer(message) => {
-                heard(message.is_usable());
-                if message.is_usable() && !edns {
-                    upstream.lacks_edns();
+                if !message.is_usable() {
+                    upstream.refused(asked, now());
+                    return Ok(message);
+                }
+                upstream.answered(question, asked, now());
+                if edns_tried && !edns {
+                    upstream.lacks_edns(now());
                 }
                 return Ok(message);
             }
-            Received::OtherCase => upstream.changes_case(),
-            Received::Truncated | Received::NotOurs if !by_tcp => by_tcp = true,
+            // One such packet may be forged; TCP leaves nothing to guess.
+            Received::OtherCase if !other_case && !by_tcp => {
+                upstream.heard(asked, now());
+                (other_case, by_tcp) = (true, true);
+            }
+            Received::OtherCase => {
+                upstream.heard(asked, now());
+                upstream.changes_case(now());
+            }
+            Received::Truncated if !by_tcp => {
+                upstream.answered(question, asked, now());
+                by_tcp = true;
+            }
+            Received::NotOurs if !by_tcp => by_tcp = true,
             Received::Truncated | Received::NotOurs | Received::Malformed => {
-                heard(false);
+                upstream.refused(asked, now());
                 return Err(ExchangeError::Malformed);
             }
         }
     }
     Err(ExchangeError::Malformed)
+}
+
+/// Whether it is this machine that lacks something, rather than the way to the upstream.
+fn is_exhausted(error: &io::Error) -> bool {
+    let codes = [libc::EMFILE, libc::ENFILE, libc::ENOBUFS, libc::ENOMEM, libc::EADDRINUSE];
+    error.raw_os_error().is_some_and(|code| codes.contains(&code))
 }
 
 struct Query {

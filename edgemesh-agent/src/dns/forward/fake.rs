@@ -36,8 +36,14 @@ pub(super) enum Manner {
     Forged,
     /// Always with other ids.
     Guessing,
+    /// By UDP it says that the answer is too long, and it closes what comes by TCP.
+    TruncateOnly,
     /// The question comes back in lower case.
     LowerCase,
+    /// The same by UDP alone.
+    LowerCaseByUdp,
+    /// Names that begin with `hard` get SERVFAIL after 3 s, all others their answer.
+    Hard,
     /// Queries with EDNS are not understood.
     NoEdns,
     Code(u8),
@@ -132,7 +138,7 @@ impl State {
                 sleep(pause).await;
                 packets.push(answer);
             }
-            Manner::Truncate => packets.push(changed(&answer, 2, |flags| flags | 2)),
+            Manner::Truncate | Manner::TruncateOnly => packets.push(changed(&answer, 2, |flags| flags | 2)),
             Manner::Stray => {
                 let (other, _) = self::query(u16::from_be_bytes([query[0], query[1]]), "other", A);
                 packets.extend([changed(&answer, 0, |id| id ^ 1), self.answer(&other, 1), answer]);
@@ -146,11 +152,12 @@ impl State {
                 packets.push(answer);
             }
             Manner::Guessing => packets.extend((1..=64).map(|n| changed(&answer, 0, |id| id ^ n))),
-            Manner::LowerCase => {
-                let mut answer = answer;
-                answer[12..query.len() - 11].make_ascii_lowercase();
-                packets.push(answer);
+            Manner::LowerCase | Manner::LowerCaseByUdp => packets.push(in_lower_case(answer)),
+            Manner::Hard if query[13..].to_ascii_lowercase().starts_with(b"hard") => {
+                sleep(Duration::from_secs(3)).await;
+                packets.push(respond(&query, 2, [&[], &[], &[]]));
             }
+            Manner::Hard => packets.push(answer),
             Manner::NoEdns if query[11] > 0 => packets.push(respond(&query, 1, [&[], &[], &[]])),
             Manner::NoEdns => packets.push(answer),
             Manner::Code(code) => packets.push(respond(&query, code, [&[], &[], &[]])),
@@ -171,9 +178,14 @@ impl State {
             if manner == Manner::Silent {
                 continue;
             }
+            if manner == Manner::TruncateOnly {
+                drop(stream);
+                continue;
+            }
             let mut query = vec![0; stream.read_u16().await.unwrap().into()];
             stream.read_exact(&mut query).await.unwrap();
             let answer = self.answer(&query, if manner == Manner::Truncate { 200 } else { 1 });
+            let answer = if manner == Manner::LowerCase { in_lower_case(answer) } else { answer };
             let framed = [&u16::try_from(answer.len()).unwrap().to_be_bytes()[..], &answer].concat();
             stream.write_all(&framed).await.unwrap();
         }
@@ -233,6 +245,13 @@ pub(super) fn query(id: u16, name: &str, qtype: u16) -> (Vec<u8>, Vec<u8>) {
 
 pub(super) fn question(name: &str, qtype: u16) -> Question {
     Question::new(&wire_name(name).unwrap(), qtype, false, false).unwrap()
+}
+
+/// With the name of its question so.
+fn in_lower_case(mut answer: Vec<u8>) -> Vec<u8> {
+    let end = 12 + answer[12..].iter().position(|&byte| byte == 0).unwrap();
+    answer[12..end].make_ascii_lowercase();
+    answer
 }
 
 fn changed(bytes: &[u8], at: usize, change: impl Fn(u8) -> u8) -> Vec<u8> {

@@ -114,9 +114,12 @@ impl Group {
     }
 }
 
-/// Whether what is sent there comes back to ourselves. The scope of an IPv6 address does not matter.
+/// Whether what is sent there comes back to ourselves. The scope of an IPv6 address does not matter, nor
+/// whether one of IPv4 is written as one of IPv6.
 pub(super) fn is_own(address: SocketAddr, own: &[SocketAddr]) -> bool {
-    own.iter().any(|own| own.ip() == address.ip() && own.port() == address.port())
+    let same =
+        |own: &SocketAddr| own.ip().to_canonical() == address.ip().to_canonical() && own.port() == address.port();
+    own.iter().any(same)
 }
 
 #[cfg(test)]
@@ -150,7 +153,9 @@ mod tests {
     #[test]
     fn ourselves_and_repetitions_are_passed_over() {
         let own = ["169.254.96.16:53".parse().unwrap(), "[fe80::1]:53".parse().unwrap()];
-        let servers = ["169.254.96.16:53", "[fe80::1%7]:53", "169.254.96.16:54", "10.0.0.1:53", "10.0.0.1:53"];
+        let ours = ["169.254.96.16:53", "[fe80::1%7]:53", "[::ffff:169.254.96.16]:53"];
+        assert!(ours.iter().all(|server| is_own(server.parse().unwrap(), &own)));
+        let servers = [ours[0], ours[1], ours[2], "169.254.96.16:54", "10.0.0.1:53", "10.0.0.1:53"];
         let servers = servers.map(|server| server.parse().unwrap());
         let routes = Routes::new(&[], &[]).with_rest(&servers, &own).unwrap();
         assert_eq!(addresses(routes.group(b"\0")), ["169.254.96.16:54", "10.0.0.1:53"]);

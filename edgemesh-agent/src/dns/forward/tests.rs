@@ -173,16 +173,66 @@ async fn nobody_but_the_upstream_answers_and_only_what_was_asked() {
 #[tokio::test]
 async fn upstreams_that_are_set_in_their_ways_are_understood() {
     let (lab, [upstream]) = Lab::with_upstreams().await;
-    upstream.set(Manner::LowerCase);
     // By chance, one in 2^18 has no capital letter.
-    assert_eq!(lab.address("abcdefghijklmnopqr.example").await, [192, 0, 2, 1]);
-    assert_eq!(upstream.seen(), (2, 0));
+    let [first, second, third] =
+        ["abcdefghijklmnopqr.example", "bcdefghijklmnopqrs.example", "cdefghijklmnopqrst.example"];
+    upstream.set(Manner::LowerCaseByUdp);
+    assert_eq!(lab.address(first).await, [192, 0, 2, 1]);
+    assert_eq!(lab.address(second).await, [192, 0, 2, 1]);
+    assert_eq!(upstream.seen(), (2, 2), "a packet may be forged, and TCP shows that it was");
+    upstream.set(Manner::LowerCase);
+    assert_eq!(lab.address(third).await, [192, 0, 2, 1]);
+    assert_eq!(upstream.seen(), (3, 4));
     assert_eq!(lab.address("other.example").await, [192, 0, 2, 1]);
-    assert_eq!(upstream.seen(), (3, 0), "its ways are remembered");
+    assert_eq!(upstream.seen(), (4, 4), "its ways are remembered");
     upstream.set(Manner::NoEdns);
     assert_eq!(lab.address("plain.example").await, [192, 0, 2, 1]);
     assert_eq!(lab.address("again.example").await, [192, 0, 2, 1]);
-    assert_eq!(upstream.seen(), (6, 0));
+    assert_eq!(upstream.seen(), (7, 4));
+}
+
+#[tokio::test]
+async fn an_upstream_without_tcp_is_not_silent_for_that() {
+    let (lab, [upstream]) = Lab::with_upstreams().await;
+    upstream.set(Manner::TruncateOnly);
+    assert_eq!(lab.ask("long.example").await.rcode(), 2);
+    assert_eq!(upstream.seen(), (1, 1));
+    assert!(lab.upstream(upstream.address).healthy, "it has answered");
+}
+
+#[tokio::test]
+async fn one_hard_name_makes_no_upstream_silent_for_long() {
+    let (lab, [upstream]) = Lab::with_upstreams().await;
+    upstream.set(Manner::Hard);
+    lab.address("easy.example").await;
+    let mut unhealthy = 0;
+    let watch = async {
+        loop {
+            assert!(lab.reasons().is_empty());
+            unhealthy += usize::from(!lab.upstream(upstream.address).healthy);
+            sleep(Duration::from_millis(20)).await;
+        }
+    };
+    let asked = async { [lab.ask("hard.example").await, lab.ask("hard.example").await] };
+    let replies = tokio::select! {
+        replies = asked => replies,
+        () = watch => unreachable!("it goes on"),
+    };
+    for reply in replies {
+        assert_eq!((reply.rcode(), reply.source()), (2, Source::Upstream(upstream.address)));
+    }
+    assert!(unhealthy < 75, "{unhealthy} times 20 ms of 3 s");
+    assert!(lab.upstream(upstream.address).healthy);
+}
+
+#[tokio::test]
+async fn an_answer_that_comes_too_late_is_for_the_next_who_asks() {
+    let (lab, [upstream]) = Lab::with_upstreams().await;
+    upstream.set(Manner::Slow(DEADLINE + Duration::from_millis(300)));
+    assert_eq!(lab.ask("slow.example").await.rcode(), 2);
+    let slow = question("slow.example", A);
+    let known = async || lab.forwarder.cached(&slow, Instant::now()).is_some_and(|reply| reply.rcode() == 0);
+    eventually("it is kept", known).await;
 }
 
 #[tokio::test]
@@ -222,8 +272,10 @@ async fn an_upstream_that_is_slow_or_silent_is_not_waited_for() {
 async fn an_excuse_is_passed_on_and_remembered_for_a_moment() {
     let (lab, [upstream]) = Lab::with_upstreams().await;
     upstream.set(Manner::Code(5));
-    assert_eq!(lab.ask("www.example").await.rcode(), 5);
-    assert_eq!(lab.ask("www.example").await.rcode(), 5);
+    for _ in 0..2 {
+        let reply = lab.ask("www.example").await;
+        assert_eq!((reply.rcode(), reply.source()), (5, Source::Upstream(upstream.address)));
+    }
     assert_eq!(upstream.seen(), (1, 0));
     let later = Instant::now() + Duration::from_millis(2100);
     assert!(lab.forwarder.cached(&question("www.example", A), later).is_none());
@@ -289,6 +341,44 @@ async fn an_upstream_whose_own_upstreams_are_gone_keeps_nobody_waiting() {
     assert_eq!(lab.forwarder.status().cache.stale, 3);
     let explained = lab.forwarder.explain(&question("a.example", A), Instant::now());
     assert!(explained.cached.is_some_and(|cached| cached.expired && cached.remaining == 0));
+}
+
+#[tokio::test]
+async fn where_one_upstream_cannot_and_the_other_is_silent_nobody_waits_once_that_is_known() {
+    let (lab, [router, other]) = Lab::with_upstreams().await;
+    let names = ["a.example", "b.example", "c.example"];
+    for upstream in [&router, &other] {
+        upstream.set_ttl(1);
+    }
+    for name in names {
+        assert_eq!(lab.address(name).await, [192, 0, 2, 1]);
+    }
+    router.set(Manner::Code(2));
+    other.set(Manner::Silent);
+    sleep(Duration::from_millis(1100)).await;
+    assert!(lab.ask("a.example").await.stale());
+    eventually("it is noted", async || !lab.upstream(other.address).healthy).await;
+    // Longer than a failure is remembered.
+    let begin = Instant::now();
+    while begin.elapsed() < Duration::from_millis(4500) {
+        for name in names {
+            let begin = Instant::now();
+            assert!(lab.ask(name).await.stale());
+            assert!(begin.elapsed() < Duration::from_millis(50), "{:?}", begin.elapsed());
+        }
+        sleep(Duration::from_millis(50)).await;
+    }
+    let begin = Instant::now();
+    assert_eq!(lab.ask("unknown.example").await.rcode(), 2);
+    assert!(begin.elapsed() < Duration::from_millis(50), "{:?}", begin.elapsed());
+
+    router.set_answer(2);
+    router.set(Manner::Answer);
+    let back = Instant::now();
+    for name in names {
+        eventually("it is fresh", async || lab.address(name).await == [192, 0, 2, 2]).await;
+    }
+    assert!(back.elapsed() < Duration::from_secs(5), "{:?}", back.elapsed());
 }
 
 #[tokio::test]

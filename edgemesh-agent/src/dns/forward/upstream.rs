@@ -23,6 +23,12 @@ const LAST_PAUSE: Duration = Duration::from_secs(2);
 /// How long others wait for it before they ask the next, where it has not been timed yet; also the longest.
 const HEDGE: Duration = Duration::from_millis(200);
 const SHORTEST_HEDGE: Duration = Duration::from_millis(50);
+/// How long a name that alone was not answered does not make its upstream count as silent again, and how long an upstream
+/// that says anything at all is not called unreachable.
+const HARD: Duration = Duration::from_secs(30);
+/// How long the ways of an upstream are remembered: it may be replaced by a better one, and nothing is to be lost for ever
+/// by one odd packet.
+const WAYS: Duration = Duration::from_secs(3600);
 
 /// How many queries are on their way to one upstream at most.
 const SOCKETS: usize = 256;
@@ -36,10 +42,6 @@ pub(super) struct Upstream {
     silent: AtomicBool,
     /// One for each query on its way: those to a silent upstream must not take what others need.
     pub(super) sockets: Semaphore,
-    /// Whether it repeats the case of names.
-    keeps_case: AtomicBool,
-    /// Whether it understands EDNS.
-    edns: AtomicBool,
     pub(super) asked: AtomicU64,
     pub(super) silences: AtomicU64,
     pub(super) refused: AtomicU64,
@@ -52,6 +54,14 @@ pub(super) struct Health {
     round_trip: Option<Duration>,
     heard: Option<Instant>,
     silence: Option<Silence>,
+    /// What it answered usably when it last did.
+    easy: Option<Question>,
+    /// What alone it did not answer, and when something else showed that.
+    hard: Option<(Question, Instant)>,
+    /// Since when it is known not to repeat the case of names.
+    changes_case: Option<Instant>,
+    /// Since when it is known not to understand EDNS.
+    lacks_edns: Option<Instant>,
 }
 
 /// An upstream that does not answer.
@@ -61,47 +71,106 @@ struct Silence {
     /// What it did not answer. To ask just that shows more than whether it lives: a resolver that lost its own upstreams
     /// still answers what it knows.
     question: Question,
+    /// Another name that it did not answer either: then it is not the question that is hard.
+    other: Option<Question>,
+    /// What of the two is asked next.
+    ask_other: bool,
     probe_at: Instant,
     pause: Duration,
 }
 
 impl Health {
-    /// An answer came to something asked at `asked`; `usable` where it was not an excuse such as SERVFAIL.
-    pub(super) fn answered(&mut self, asked: Instant, usable: bool, now: Instant) {
+    /// Something came to what was asked at `asked`, so it lives; that need not be of use to anybody.
+    pub(super) fn heard(&mut self, asked: Instant, now: Instant) {
         let sample = now.saturating_duration_since(asked);
         // RFC 6298.
         self.round_trip = Some(self.round_trip.map_or(sample, |smooth| (smooth * 7 + sample) / 8));
         self.heard = Some(now);
-        if usable {
-            self.silence = None;
+    }
+
+    /// It answered what was asked at `asked`, and not with an excuse such as SERVFAIL.
+    ///
+    /// Nothing less ends a silence: SERVFAIL is what a resolver says that has lost its own upstreams, and after seconds
+    /// for which nobody should wait.
+    pub(super) fn answered(&mut self, question: &Question, asked: Instant, now: Instant) {
+        self.heard(asked, now);
+        self.easy = Some(*question);
+        if self.hard.is_some_and(|(hard, _)| hard.name() == question.name()) {
+            self.hard = None;
+        }
+        if let Some(silence) = self.silence.take()
+            && silence.other.is_none()
+            && silence.question.name() != question.name()
+        {
+            self.hard = Some((silence.question, now));
         }
     }
 
-    /// Nothing came to what was asked at `asked`. Means nothing where the upstream has answered anything since: then it is
-    /// the question that is hard.
+    /// Nothing came to what was asked at `asked`. Means nothing where anything has come since: then it is the question
+    /// that is hard, as it is where that was found out a short while ago.
     pub(super) fn unanswered(&mut self, question: &Question, asked: Instant, now: Instant, random: f64) {
-        if self.silence.is_none() && self.heard.is_none_or(|heard| heard < asked) {
-            let probe_at = now + FIRST_PAUSE.mul_f64(jitter(random));
-            self.silence = Some(Silence { since: now, question: *question, probe_at, pause: FIRST_PAUSE });
+        if self.heard.is_some_and(|heard| heard >= asked) {
+            return;
         }
+        if let Some(silence) = &mut self.silence {
+            if silence.question.name() != question.name() {
+                silence.other = Some(*question);
+            }
+            return;
+        }
+        let recent = |at| now.saturating_duration_since(at) < HARD;
+        let hard = self.hard.filter(|(_, at)| recent(*at)).map(|(hard, _)| hard);
+        if hard.is_some_and(|hard| hard.name() == question.name()) {
+            return;
+        }
+        let probe_at = now + FIRST_PAUSE.mul_f64(jitter(random));
+        let question = *question;
+        self.silence =
+            Some(Silence { since: now, question, other: hard, ask_other: false, probe_at, pause: FIRST_PAUSE });
     }
 
     /// What to ask it now, to learn whether it is back; the next probe comes after a longer pause.
+    ///
+    /// In turn what it did not answer, and another name that it did not, or else what it last did: as long as it is about
+    /// one name, that may be the reason.
     pub(super) fn probe(&mut self, now: Instant, random: f64) -> Option<Question> {
+        let easy = self.easy.or_else(root_servers);
         let silence = self.silence.as_mut().filter(|silence| silence.probe_at <= now)?;
         silence.pause = LAST_PAUSE.min(silence.pause * 2);
         silence.probe_at = now + silence.pause.mul_f64(jitter(random));
-        Some(silence.question)
+        let other = silence.other.or(easy).filter(|_| silence.ask_other);
+        silence.ask_other = !silence.ask_other;
+        other.or(Some(silence.question))
     }
 
     pub(super) fn next_probe(&self) -> Option<Instant> {
         self.silence.as_ref().map(|silence| silence.probe_at)
     }
 
+    /// Since when it is silent; None where it is not. Whatever came meanwhile shows that it lives, and puts that off.
+    pub(super) fn silent_since(&self) -> Option<Instant> {
+        let since = self.silence.as_ref()?.since;
+        Some(self.heard.filter(|heard| *heard > since).map_or(since, |heard| heard + HARD))
+    }
+
+    pub(super) fn keeps_case(&self, now: Instant) -> bool {
+        self.changes_case.is_none_or(|at| now.saturating_duration_since(at) >= WAYS)
+    }
+
+    pub(super) fn edns(&self, now: Instant) -> bool {
+        self.lacks_edns.is_none_or(|at| now.saturating_duration_since(at) >= WAYS)
+    }
+
     /// How long to wait for its answer before another is asked.
     pub(super) fn hedge(&self) -> Duration {
         self.round_trip.map_or(HEDGE, |smooth| (smooth * 2).clamp(SHORTEST_HEDGE, HEDGE))
     }
+}
+
+/// What every resolver must know, and asks first itself (RFC 9609): the name servers of the root.
+fn root_servers() -> Option<Question> {
+    const NS: u16 = 2;
+    Question::new(&[0], NS, false, false)
 }
 
 /// A pause is random within a factor of two, so that the nodes of a site do not come all at once.
@@ -116,8 +185,6 @@ impl Upstream {
             health: Mutex::default(),
             silent: AtomicBool::new(false),
             sockets: Semaphore::new(SOCKETS),
-            keeps_case: AtomicBool::new(true),
-            edns: AtomicBool::new(true),
             asked: AtomicU64::new(0),
             silences: AtomicU64::new(0),
             refused: AtomicU64::new(0),
@@ -125,9 +192,18 @@ impl Upstream {
         }
     }
 
-    pub(super) fn answered(&self, asked: Instant, usable: bool, now: Instant) {
-        self.change(|health| health.answered(asked, usable, now));
-        self.refused.fetch_add(u64::from(!usable), Relaxed);
+    pub(super) fn heard(&self, asked: Instant, now: Instant) {
+        self.change(|health| health.heard(asked, now));
+    }
+
+    pub(super) fn answered(&self, question: &Question, asked: Instant, now: Instant) {
+        self.change(|health| health.answered(question, asked, now));
+    }
+
+    /// It said that it could not, or nothing that makes sense.
+    pub(super) fn refused(&self, asked: Instant, now: Instant) {
+        self.heard(asked, now);
+        self.refused.fetch_add(1, Relaxed);
     }
 
     pub(super) fn unanswered(&self, question: &Question, asked: Instant, now: Instant) {
@@ -153,7 +229,7 @@ impl Upstream {
     }
 
     pub(super) fn silent_since(&self) -> Option<Instant> {
-        self.health().silence.as_ref().map(|silence| silence.since)
+        self.health().silent_since()
     }
 
     /// Sorts the best first: those that answer, the fastest of them, and those not timed yet before that.
@@ -161,22 +237,22 @@ impl Upstream {
         (self.is_silent(), self.health().round_trip.unwrap_or_default())
     }
 
-    pub(super) fn keeps_case(&self) -> bool {
-        self.keeps_case.load(Relaxed)
+    pub(super) fn keeps_case(&self, now: Instant) -> bool {
+        self.health().keeps_case(now)
     }
 
-    /// It does not repeat the case of names, which costs it a protection from now on.
-    pub(super) fn changes_case(&self) {
-        self.keeps_case.store(false, Relaxed);
+    /// It does not repeat the case of names, which costs it a protection for a while.
+    pub(super) fn changes_case(&self, now: Instant) {
+        self.health().changes_case = Some(now);
     }
 
-    pub(super) fn edns(&self) -> bool {
-        self.edns.load(Relaxed)
+    pub(super) fn edns(&self, now: Instant) -> bool {
+        self.health().edns(now)
     }
 
     /// It answers only queries without EDNS.
-    pub(super) fn lacks_edns(&self) {
-        self.edns.store(false, Relaxed);
+    pub(super) fn lacks_edns(&self, now: Instant) {
+        self.health().lacks_edns = Some(now);
     }
 
     pub(super) fn status(&self, domains: Vec<String>) -> UpstreamStatus {

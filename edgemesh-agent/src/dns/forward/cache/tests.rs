@@ -66,9 +66,15 @@ fn a_stale_answer_is_given_where_asking_is_in_vain() {
     assert!(!get(&mut cache, "a", over + seconds(1), true).unwrap().refresh, "somebody asks already");
     assert!(get(&mut cache, "a", over + seconds(2), true).unwrap().refresh);
     assert!(get(&mut cache, "a", over + seconds(3), false).is_none(), "they are not, so it is asked");
-    cache.fail(&question("a", A), failure("a"), over + seconds(3));
-    assert!(get(&mut cache, "a", over + seconds(4), false).unwrap().stale, "which has just failed");
-    assert!(get(&mut cache, "a", over + seconds(5), false).is_none(), "and is done again");
+    cache.fail(&question("a", A), failure("a"), None, over + seconds(3));
+    let hit = get(&mut cache, "a", over + seconds(4), false).unwrap();
+    assert!(hit.stale && hit.refresh, "which has just failed, and is tried again for nobody");
+    assert!(get(&mut cache, "a", over + seconds(32), false).unwrap().stale);
+    assert!(get(&mut cache, "a", over + seconds(33), false).is_none(), "and is waited for again");
+    cache.fail(&question("a", A), failure("a"), None, over + seconds(33));
+    cache.put(&question("a", A), message("a", 10), over + seconds(34));
+    assert!(get(&mut cache, "a", over + seconds(44), false).is_none(), "an answer ends that");
+    cache.put(&question("a", A), message("a", 60), now);
     assert!(get(&mut cache, "a", over + STALE - seconds(1), true).is_some());
     assert!(cache.last_resort(&question("a", A), over + STALE).is_none());
     assert!(get(&mut cache, "a", over + STALE, true).is_none());
@@ -78,12 +84,12 @@ fn a_stale_answer_is_given_where_asking_is_in_vain() {
 #[test]
 fn a_failure_is_remembered_for_two_seconds_and_displaces_no_answer() {
     let (mut cache, now) = (Cache::new(BOUNDS), Instant::now());
-    cache.fail(&question("a", A), failure("a"), now);
+    cache.fail(&question("a", A), failure("a"), None, now);
     assert_eq!(get(&mut cache, "a", now + seconds(1), false).unwrap().message.rcode(), 2);
     assert!(cache.last_resort(&question("a", A), now).is_none(), "it helps nobody");
     assert!(get(&mut cache, "a", now + seconds(2), true).is_none());
     cache.put(&question("a", A), message("a", 60), now);
-    cache.fail(&question("a", A), failure("a"), now);
+    cache.fail(&question("a", A), failure("a"), None, now);
     let hit = get(&mut cache, "a", now + seconds(1), false).unwrap();
     assert_eq!((hit.message.rcode(), hit.stale), (0, false), "a refresh that came too early");
 }
@@ -189,20 +195,21 @@ proptest! {
                 }
                 Step::Fail { name } => {
                     let text = format!("n{name}");
-                    cache.fail(&question(&text, A), failure(&text), now);
+                    cache.fail(&question(&text, A), failure(&text), None, now);
                     model.entry(name).or_default().failed = Some(now);
                 }
                 Step::Get { name, silent } => {
                     let known = model.entry(name).or_default();
-                    let failed = known.failed.is_some_and(|at| now < at + FAILURE);
+                    let at = known.failed;
+                    let failed = |within| at.is_some_and(|at| now < at + within);
                     match get(&mut cache, &format!("n{name}"), now, silent) {
-                        Some(hit) if hit.message.rcode() == 2 => prop_assert!(failed && !hit.stale),
+                        Some(hit) if hit.message.rcode() == 2 => prop_assert!(failed(FAILURE) && !hit.stale),
                         Some(hit) => {
                             let (message, since, ttl) = known.answer.clone().unwrap();
                             prop_assert!(Arc::ptr_eq(&hit.message, &message) && hit.since == since, "the newest");
                             prop_assert_eq!(hit.stale, now >= since + ttl);
                             prop_assert!(now < since + ttl + STALE);
-                            prop_assert!(!hit.stale || silent || failed);
+                            prop_assert!(!hit.stale || silent || failed(RECHECK));
                         }
                         None => {}
                     }
