@@ -23,3 +23,4 @@ pub mod show;
 pub mod snapshot;
 pub mod status;
 pub mod telemetry;
+pub mod tunnel;

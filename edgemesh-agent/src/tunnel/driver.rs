@@ -1,0 +1,612 @@
+//! The swarm's task: turns its events, commands and the passing of time into dials and paths. It never waits for anything
+//! but these.
+
+mod events;
+mod wanted;
+
+use std::{
+    collections::{BTreeMap, HashMap, HashSet},
+    hash::{BuildHasher as _, RandomState},
+    net::SocketAddr,
+    sync::{Arc, atomic::Ordering},
+    time::{Duration, Instant},
+};
+
+use futures::StreamExt as _;
+use libp2p::{
+    Multiaddr, PeerId, Swarm,
+    core::transport::ListenerId,
+    multiaddr::Protocol,
+    relay,
+    swarm::{
+        ConnectionId,
+        dial_opts::{DialOpts, PeerCondition},
+    },
+};
+use tokio::{
+    sync::{mpsc, oneshot, watch},
+    task::JoinSet,
+};
+use tokio_util::sync::CancellationToken;
+use tracing::{debug, info, warn};
+
+use self::wanted::Want;
+use super::{
+    AllowList, NodeName, Peers, Psks, RelayNode, ServeRelay, Settings,
+    admission::Quiet,
+    book::Book,
+    counters::Counters,
+    gate::{Gate, ip, is_relayed},
+    identity::Membership,
+    interfaces::worth_telling,
+    mesh::{self, Mesh, Parts},
+    relays::{Action, Host, Relays},
+    serve::Server,
+};
+
+/// How long a name of a relay may take to resolve.
+const RESOLVE: Duration = Duration::from_secs(5);
+
+/// Addresses that one relay is dialled at.
+const MAX_RELAY_ADDRESSES: usize = 16;
+
+/// Neighbours that are connected without being needed.
+const MAX_NEIGHBOURS: usize = 256;
+
+/// How long a peer that was found not to be a member is not dialled again because of mDNS.
+const STRANGER: Duration = Duration::from_secs(600);
+
+/// Strangers remembered.
+const MAX_STRANGERS: usize = 1024;
+
+/// How long an idle relayed connection is kept beside a direct one.
+const RETIRE: Duration = Duration::from_secs(30);
+
+/// What the handle asks of the swarm.
+pub(super) enum Command {
+    /// Answered when there is a path to the node, or with why there is none.
+    Connect {
+        node: NodeName,
+        reply: oneshot::Sender<Result<(), String>>,
+    },
+    SetRelays(Vec<RelayNode>),
+    SetMembership {
+        psks: Psks,
+        allow: AllowList,
+    },
+}
+
+/// Why a swarm came to its end.
+#[derive(Debug)]
+pub(super) enum Ended {
+    Stopped,
+    /// This node has another identity now, for which a new swarm is needed.
+    NewIdentity,
+}
+
+/// What outlives a swarm.
+pub(super) struct Core {
+    pub(super) settings: Settings,
+    pub(super) commands: mpsc::Receiver<Command>,
+    pub(super) peers: watch::Sender<Arc<Peers>>,
+    pub(super) addresses: watch::Sender<Vec<SocketAddr>>,
+    pub(super) counters: Arc<Counters>,
+    pub(super) server: Arc<Server>,
+    pub(super) stop: CancellationToken,
+}
+
+/// A swarm that listens.
+pub(super) struct Listening {
+    swarm: Swarm<Gate<Mesh>>,
+    listeners: HashMap<ListenerId, Multiaddr>,
+}
+
+impl Core {
+    fn membership(&self) -> Arc<Membership> {
+        Arc::new(Membership { psks: self.settings.psks.clone(), allow: self.settings.allow.clone() })
+    }
+
+    /// Builds a swarm and listens. IPv6, or QUIC, may be missing on a node; nothing at all is an error.
+    pub(super) fn listen(&self) -> Result<Listening, String> {
+        let Settings { node, psks, security, mdns, open_timeout, port, listen, .. } = &self.settings;
+        let keypair = psks.keypair(node).ok_or_else(|| format!("cannot derive the identity of node {node}"))?;
+        let mut swarm = mesh::build(Parts {
+            node: node.clone(),
+            keypair,
+            membership: self.membership(),
+            server: Arc::clone(&self.server),
+            counters: Arc::clone(&self.counters),
+            security: *security,
+            mdns: *mdns,
+            deadline: *open_timeout,
+        })?;
+        let mut listeners = HashMap::new();
+        let mut errors = Vec::new();
+        for address in mesh::listen_addresses(*port, listen) {
+            match swarm.listen_on(address.clone()) {
+                Ok(id) => {
+                    listeners.insert(id, address);
+                }
+                Err(error) => errors.push((address, super::gate::with_sources(&error))),
+            }
+        }
+        for (address, error) in &errors {
+            debug!(%address, "the tunnel does not listen: {error}");
+        }
+        if listeners.is_empty() {
+            let errors: Vec<String> = errors.iter().map(|(address, error)| format!("{address}: {error}")).collect();
+            return Err(errors.join("; "));
+        }
+        Ok(Listening { swarm, listeners })
+    }
+
+    /// Drives a swarm to its end.
+    pub(super) async fn drive(&mut self, listening: Listening) -> Ended {
+        let mut driver = Driver::new(self, listening);
+        let ended = driver.run().await;
+        let _ = self.peers.send_replace(Arc::default());
+        ended
+    }
+}
+
+/// What is to be done at a time.
+#[derive(Clone, Debug, Eq, Ord, PartialEq, PartialOrd)]
+enum Task {
+    /// Try the next way to a wanted node.
+    Stage(NodeName),
+    /// Try for a direct path to a node that is reached through a relay; the number of attempts so far.
+    Upgrade(NodeName, u32),
+    /// Have both TCP and QUIC to a relay.
+    Transports(NodeName),
+    /// Close relayed paths that a direct one has made needless.
+    Retire(NodeName),
+    /// Connect to a neighbour; the number of attempts so far.
+    Neighbour(PeerId, u32),
+    /// Listen again where a listener has failed.
+    Listen(Multiaddr),
+    /// Give up the circuit through a relay that is no longer one.
+    Unlisten(u64),
+}
+
+/// What a dial is for.
+#[derive(Clone, Debug)]
+enum Purpose {
+    Wanted(NodeName),
+    Relay(NodeName),
+    Other,
+}
+
+struct Driver<'a> {
+    core: &'a mut Core,
+    swarm: Swarm<Gate<Mesh>>,
+    peers: Peers,
+    book: Book,
+    relays: Relays,
+    /// Listeners on sockets of this node.
+    listeners: HashMap<ListenerId, Multiaddr>,
+    /// Listeners at relays, and whether the reservation is made.
+    circuits: HashMap<ListenerId, (NodeName, bool)>,
+    unlisten: HashMap<u64, ListenerId>,
+    wanted: HashMap<NodeName, Want>,
+    dials: HashMap<ConnectionId, Purpose>,
+    /// Connections that this node has made, by the address dialled, until their peer has passed the gate.
+    outbound: HashMap<ConnectionId, Multiaddr>,
+    schedule: BTreeMap<(Instant, u64), Task>,
+    scheduled: u64,
+    resolving: JoinSet<(RelayNode, Vec<SocketAddr>)>,
+    ping_failures: HashMap<ConnectionId, u32>,
+    strangers: HashMap<PeerId, Instant>,
+    quiet: Quiet,
+    /// Whether others have confirmed that this node can be reached from outside.
+    public: bool,
+}
+
+impl<'a> Driver<'a> {
+    fn new(core: &'a mut Core, listening: Listening) -> Self {
+        let mut relays = Relays::new(core.settings.node.clone());
+        relays.set(&core.settings.relays, Instant::now());
+        let mut driver = Self {
+            core,
+            swarm: listening.swarm,
+            peers: Peers::default(),
+            book: Book::default(),
+            relays,
+            listeners: listening.listeners,
+            circuits: HashMap::new(),
+            unlisten: HashMap::new(),
+            wanted: HashMap::new(),
+            dials: HashMap::new(),
+            outbound: HashMap::new(),
+            schedule: BTreeMap::new(),
+            scheduled: 0,
+            resolving: JoinSet::new(),
+            ping_failures: HashMap::new(),
+            strangers: HashMap::new(),
+            quiet: Quiet::default(),
+            public: false,
+        };
+        driver.update_relay_role();
+        driver
+    }
+
+    async fn run(&mut self) -> Ended {
+        let stop = self.core.stop.clone();
+        loop {
+            self.run_due(Instant::now());
+            let next = [self.schedule.keys().next().map(|(at, _)| *at), self.relays.next()];
+            let next = next.into_iter().flatten().min().unwrap_or_else(|| Instant::now() + Duration::from_secs(60));
+            tokio::select! {
+                () = stop.cancelled() => return Ended::Stopped,
+                event = self.swarm.select_next_some() => self.on_swarm_event(event),
+                command = self.core.commands.recv() => match command {
+                    None => return Ended::Stopped,
+                    Some(command) => if let Some(ended) = self.on_command(command) {
+                        return ended;
+                    },
+                },
+                Some(resolved) = self.resolving.join_next(), if !self.resolving.is_empty() => {
+                    if let Ok((relay, addresses)) = resolved {
+                        self.on_resolved(&relay, &addresses);
+                    }
+                }
+                () = tokio::time::sleep_until(next.into()) => {}
+            }
+        }
+    }
+
+    fn after(&mut self, pause: Duration, task: Task) {
+        self.scheduled += 1;
+        self.schedule.insert((Instant::now() + pause, self.scheduled), task);
+    }
+
+    fn run_due(&mut self, now: Instant) {
+        while let Some(entry) = self.schedule.first_entry() {
+            if entry.key().0 > now {
+                break;
+            }
+            let task = entry.remove();
+            self.run_task(task);
+        }
+        for action in self.relays.due(now, random) {
+            match action {
+                Action::Dial(relay) => {
+                    self.resolving.spawn(resolve(relay));
+                }
+                Action::Reserve(node) => self.reserve(&node),
+            }
+        }
+    }
+
+    fn run_task(&mut self, task: Task) {
+        match task {
+            Task::Stage(node) => self.next_stage(&node),
+            Task::Upgrade(node, attempt) => self.upgrade(&node, attempt),
+            Task::Transports(node) => self.complete_transports(&node),
+            Task::Retire(node) => self.retire(&node),
+            Task::Neighbour(peer, attempt) => self.dial_neighbour(peer, attempt),
+            Task::Listen(address) => match self.swarm.listen_on(address.clone()) {
+                Ok(id) => {
+                    self.listeners.insert(id, address);
+                }
+                Err(error) => {
+                    debug!(%address, "cannot listen again: {error}");
+                    self.after(Duration::from_secs(5), Task::Listen(address));
+                }
+            },
+            Task::Unlisten(key) => {
+                if let Some(id) = self.unlisten.remove(&key) {
+                    self.circuits.remove(&id);
+                    self.swarm.remove_listener(id);
+                }
+            }
+        }
+    }
+
+    fn on_command(&mut self, command: Command) -> Option<Ended> {
+        match command {
+            Command::Connect { node, reply } => self.connect(node, reply),
+            Command::SetRelays(list) => {
+                self.core.settings.relays = list;
+                self.set_relays();
+            }
+            Command::SetMembership { psks, allow } => {
+                let same = self.core.settings.psks.same_identity(&psks);
+                self.core.settings.psks = psks;
+                self.core.settings.allow = allow;
+                if !same {
+                    info!("the tunnel takes on the identity of the new PSK; connections are made anew");
+                    return Some(Ended::NewIdentity);
+                }
+                self.set_membership();
+            }
+        }
+        None
+    }
+
+    fn set_membership(&mut self) {
+        let membership = self.core.membership();
+        self.swarm.behaviour_mut().set_membership(Arc::clone(&membership));
+        let gone = self.peers.all().filter(|(node, path)| membership.check(node, &path.peer).is_err());
+        let gone: Vec<ConnectionId> = gone.map(|(_, path)| path.connection).collect();
+        for connection in gone {
+            self.swarm.close_connection(connection);
+        }
+    }
+
+    fn set_relays(&mut self) {
+        let gone = self.relays.set(&self.core.settings.relays, Instant::now());
+        for node in &gone {
+            for path in self.peers.paths(node) {
+                path.pinned.store(false, Ordering::Relaxed);
+            }
+            let listeners = self.circuits.iter().filter(|(_, (relay, _))| relay == node);
+            let listeners: Vec<(ListenerId, bool)> = listeners.map(|(id, (_, reserved))| (*id, *reserved)).collect();
+            for (id, reserved) in listeners {
+                if reserved {
+                    self.circuits.remove(&id);
+                    self.swarm.remove_listener(id);
+                } else {
+                    // The relay client takes it ill when the answer comes after its listener has gone.
+                    self.scheduled += 1;
+                    self.unlisten.insert(self.scheduled, id);
+                    self.after(Duration::from_secs(20), Task::Unlisten(self.scheduled));
+                }
+            }
+        }
+        // Those that were connected before they became relays.
+        let nodes: Vec<NodeName> = self.relays.nodes().cloned().collect();
+        for node in nodes {
+            let direct = self.peers.paths(&node).iter().filter(|path| path.is_direct());
+            let mut connected = false;
+            for path in direct {
+                path.pinned.store(true, Ordering::Relaxed);
+                connected = true;
+            }
+            if connected {
+                self.relays.connected(&node, Instant::now());
+            }
+        }
+        self.update_relay_role();
+    }
+
+    /// Relays for others, or not, and tells them where this node can be reached.
+    fn update_relay_role(&mut self) {
+        let Settings { serve_relay, announce, .. } = &self.core.settings;
+        let listed = self.relays.listed();
+        let serves = match serve_relay {
+            ServeRelay::Always => true,
+            ServeRelay::WhenPublic => listed.is_some() || self.public,
+            ServeRelay::WhenListed => listed.is_some(),
+        };
+        let mut external: Vec<Multiaddr> = announce.iter().flat_map(|address| multiaddrs(*address)).collect();
+        for address in listed.into_iter().flat_map(|relay| &relay.addresses) {
+            match &address.host {
+                Host::Ip(ip) => external.extend(multiaddrs(SocketAddr::new(*ip, address.port))),
+                Host::Name(name) => {
+                    let base = Multiaddr::empty().with(Protocol::Dns(name.as_str().into()));
+                    external.push(base.with(Protocol::Tcp(address.port)));
+                }
+            }
+        }
+        if serves && external.is_empty() {
+            // A reservation without an address of the relay is void.
+            external.extend(self.own_addresses());
+        }
+        for address in external {
+            self.swarm.add_external_address(address);
+        }
+        let status = if serves { relay::Status::Enable } else { relay::Status::Disable };
+        self.swarm.behaviour_mut().inner.relay.set_status(Some(status));
+        self.tell_addresses();
+    }
+
+    fn own_addresses(&self) -> Vec<Multiaddr> {
+        let direct = self.swarm.listeners().filter(|address| !is_relayed(address));
+        direct.filter(|address| ip(address).is_some_and(worth_telling)).cloned().collect()
+    }
+
+    fn tell_addresses(&mut self) {
+        let mut told = self.own_addresses();
+        told.extend(self.swarm.external_addresses().filter(|address| !is_relayed(address)).cloned());
+        let mut seen = HashSet::new();
+        told.retain(|address| seen.insert(address.clone()));
+        self.swarm.behaviour_mut().set_addresses(told.iter());
+        let mut sockets: Vec<SocketAddr> = self.swarm.listeners().filter_map(socket_address).collect();
+        sockets.sort_unstable();
+        sockets.dedup();
+        self.core.addresses.send_if_modified(|old| {
+            let changed = *old != sockets;
+            *old = sockets;
+            changed
+        });
+    }
+
+    fn publish(&self) {
+        self.core.peers.send_replace(Arc::new(self.peers.clone()));
+    }
+
+    fn reserve(&mut self, node: &NodeName) {
+        let direct = self.peers.paths(node).iter().find(|path| path.is_direct());
+        let address = direct.and_then(|path| {
+            let known = self.book.addresses(&path.peer).into_iter().next()?;
+            Some(known.with(Protocol::P2p(path.peer)).with(Protocol::P2pCircuit))
+        });
+        let Some(address) = address else {
+            return self.relays.lost(node, Instant::now(), random());
+        };
+        match self.swarm.listen_on(address) {
+            Ok(id) => {
+                self.circuits.insert(id, (node.clone(), false));
+            }
+            Err(error) => {
+                debug!(relay = %node, "cannot ask for a reservation: {error}");
+                self.relays.unreserved(node, Instant::now(), random());
+            }
+        }
+    }
+
+    fn on_resolved(&mut self, relay: &RelayNode, addresses: &[SocketAddr]) {
+        let node = &relay.node;
+        if addresses.is_empty() {
+            self.relay_trouble(node, "none of its addresses can be resolved");
+            return self.relays.failed(node, Instant::now(), random());
+        }
+        let ids = self.core.settings.psks.peer_ids(node);
+        for id in &ids {
+            self.book.told(*id, addresses.iter().flat_map(|address| multiaddrs(*address)));
+        }
+        if self.peers.paths(node).iter().any(|path| path.is_direct()) {
+            return self.relays.connected(node, Instant::now());
+        }
+        // Each transport by itself: only a relay that is reached over UDP sees what hole a NAT makes for UDP.
+        for id in ids {
+            for quic in [false, true] {
+                let addresses = self.book.addresses(&id).into_iter().filter(|a| is_quic(a) == quic).collect();
+                self.dial(id, addresses, Purpose::Relay(node.clone()));
+            }
+        }
+        self.relay_failed_if_idle(node);
+        if !self.schedule.values().any(|task| matches!(task, Task::Transports(other) if other == node)) {
+            self.after(Duration::from_secs(60), Task::Transports(node.clone()));
+        }
+    }
+
+    fn relay_failed_if_idle(&mut self, node: &NodeName) {
+        let dialling = self.dials.values().any(|purpose| matches!(purpose, Purpose::Relay(other) if other == node));
+        if !dialling && !self.peers.paths(node).iter().any(|path| path.is_direct()) {
+            self.relays.failed(node, Instant::now(), random());
+        }
+    }
+
+    fn relay_trouble(&mut self, node: &NodeName, why: &str) {
+        match self.quiet.pass("relay", Instant::now()) {
+            Some(left_out) => warn!(relay = %node, left_out, "relay cannot be reached: {why}"),
+            None => debug!(relay = %node, "relay cannot be reached: {why}"),
+        }
+    }
+
+    /// Dials, unless there is nowhere to; says whether.
+    fn dial(&mut self, peer: PeerId, addresses: Vec<Multiaddr>, purpose: Purpose) -> bool {
+        if addresses.is_empty() {
+            return false;
+        }
+        let options = DialOpts::peer_id(peer).addresses(addresses).condition(PeerCondition::Always).build();
+        let connection = options.connection_id();
+        match self.swarm.dial(options) {
+            Ok(()) => {
+                self.dials.insert(connection, purpose);
+                true
+            }
+            Err(error) => {
+                debug!(%peer, "cannot dial: {error}");
+                false
+            }
+        }
+    }
+
+    fn upgrade(&mut self, node: &NodeName, attempt: u32) {
+        let Some(path) = self.peers.paths(node).first().filter(|path| !path.is_direct()) else { return };
+        let peer = path.peer;
+        let addresses = self.book.addresses(&peer);
+        self.dial(peer, addresses, Purpose::Other);
+        let pause = Duration::from_secs(15).saturating_mul(1 << attempt.min(5)).min(Duration::from_secs(300));
+        self.after(pause.mul_f64(1.0 + random() / 2.0), Task::Upgrade(node.clone(), attempt + 1));
+    }
+
+    fn complete_transports(&mut self, node: &NodeName) {
+        if !self.relays.contains(node) {
+            return;
+        }
+        let direct: Vec<_> = self.peers.paths(node).iter().filter(|path| path.is_direct()).cloned().collect();
+        if let Some(peer) = direct.first().map(|path| path.peer) {
+            let has = |quic| direct.iter().any(|path| (path.transport == super::Transport::Quic) == quic);
+            for quic in [false, true].into_iter().filter(|quic| !has(*quic)) {
+                let addresses = self.book.addresses(&peer).into_iter().filter(|a| is_quic(a) == quic).collect();
+                self.dial(peer, addresses, Purpose::Other);
+            }
+        }
+        self.after(Duration::from_secs(60).mul_f64(1.0 + random() / 2.0), Task::Transports(node.clone()));
+    }
+
+    fn retire(&mut self, node: &NodeName) {
+        let paths = self.peers.paths(node);
+        if !paths.iter().any(|path| path.is_direct()) {
+            return;
+        }
+        let relayed: Vec<_> = paths.iter().filter(|path| !path.is_direct()).cloned().collect();
+        let mut busy = false;
+        for path in relayed {
+            if path.streams() == 0 {
+                self.swarm.close_connection(path.connection);
+            } else {
+                busy = true;
+            }
+        }
+        if busy {
+            self.after(RETIRE, Task::Retire(node.clone()));
+        }
+    }
+
+    fn dial_neighbour(&mut self, peer: PeerId, attempt: u32) {
+        let connected = self.peers.all().any(|(_, path)| path.peer == peer && path.is_direct());
+        let stranger = self.strangers.get(&peer).is_some_and(|since| since.elapsed() < STRANGER);
+        let neighbours = self.peers.all().filter(|(_, path)| path.on_link && path.is_direct()).count();
+        if connected || stranger || neighbours >= MAX_NEIGHBOURS || peer == *self.swarm.local_peer_id() {
+            return;
+        }
+        let addresses = self.book.addresses(&peer).into_iter().filter(|address| !is_quic(address)).collect();
+        self.dial(peer, addresses, Purpose::Other);
+        if attempt < 5 {
+            let pause = Duration::from_secs(2 << attempt).mul_f64(1.0 + random());
+            self.after(pause, Task::Neighbour(peer, attempt + 1));
+        }
+    }
+}
+
+/// A number in 0..1 for pauses.
+fn random() -> f64 {
+    // Each state is keyed anew; nobody needs to be kept from guessing these.
+    RandomState::new().hash_one(0u8) as f64 / u64::MAX as f64
+}
+
+async fn resolve(relay: RelayNode) -> (RelayNode, Vec<SocketAddr>) {
+    let mut addresses: Vec<SocketAddr> = Vec::new();
+    for address in &relay.addresses {
+        match &address.host {
+            Host::Ip(ip) => addresses.push(SocketAddr::new(*ip, address.port)),
+            Host::Name(name) => {
+                let lookup = tokio::net::lookup_host((name.as_str(), address.port));
+                match tokio::time::timeout(RESOLVE, lookup).await {
+                    Ok(Ok(found)) => addresses.extend(found),
+                    Ok(Err(error)) => debug!(relay = %relay.node, name, "cannot resolve: {error}"),
+                    Err(_) => debug!(relay = %relay.node, name, "did not resolve within {RESOLVE:?}"),
+                }
+            }
+        }
+    }
+    let mut seen = HashSet::new();
+    addresses.retain(|address| seen.insert(*address));
+    addresses.truncate(MAX_RELAY_ADDRESSES / 2);
+    (relay, addresses)
+}
+
+/// Both transports at a socket address.
+fn multiaddrs(address: SocketAddr) -> [Multiaddr; 2] {
+    let base = Multiaddr::from(address.ip().to_canonical());
+    [base.clone().with(Protocol::Tcp(address.port())), base.with(Protocol::Udp(address.port())).with(Protocol::QuicV1)]
+}
+
+fn is_quic(address: &Multiaddr) -> bool {
+    address.iter().any(|part| part == Protocol::QuicV1)
+}
+
+/// The address and port that a direct address begins with.
+fn socket_address(address: &Multiaddr) -> Option<SocketAddr> {
+    if is_relayed(address) {
+        return None;
+    }
+    match address.iter().nth(1)? {
+        Protocol::Tcp(port) | Protocol::Udp(port) => Some(SocketAddr::new(ip(address)?, port)),
+        _ => None,
+    }
+}
