@@ -95,6 +95,10 @@ pub struct Settings {
     /// Addresses at which this node can be reached besides those of its interfaces, such as a forwarded port; default:
     /// none.
     pub announce: Vec<SocketAddr>,
+    /// What connections run on; default: TCP and QUIC.
+    pub transports: Vec<Transport>,
+    /// Whether to punch holes in NATs; default: yes.
+    pub hole_punching: bool,
     /// Whether to find other nodes on the LAN by multicast DNS; default: yes.
     pub mdns: bool,
     /// How TCP connections are encrypted; must be the same on all nodes.
@@ -119,6 +123,8 @@ impl Settings {
             relays: Vec::new(),
             serve_relay: ServeRelay::default(),
             announce: Vec::new(),
+            transports: vec![Transport::Tcp, Transport::Quic],
+            hole_punching: true,
             mdns: true,
             security: Security::default(),
             open_timeout: Duration::from_secs(5),
@@ -155,12 +161,22 @@ impl Tunnel {
     ///
     /// It can listen nowhere, as when the port is in use.
     pub fn start(settings: Settings, policy: Arc<dyn DialPolicy>) -> Result<Self, StartError> {
+        Self::start_refusing(settings, policy, always_refused)
+    }
+
+    /// [`Self::start`] with another idea of what is never dialled; tests have their pods on loopback.
+    fn start_refusing(
+        settings: Settings,
+        policy: Arc<dyn DialPolicy>,
+        refused: fn(IpAddr) -> Option<&'static str>,
+    ) -> Result<Self, StartError> {
         let (node, port) = (settings.node.clone(), settings.port);
         let counters = Arc::new(Counters::default());
         let (stop, tasks) = (CancellationToken::new(), TaskTracker::new());
         let server = Arc::new(serve::Server::new(serve::NewServer {
             node: node.clone(),
             policy,
+            refused,
             deadline: settings.open_timeout,
             idle: settings.udp_idle,
             most: settings.max_served,

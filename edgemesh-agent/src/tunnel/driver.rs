@@ -32,7 +32,7 @@ use tracing::{debug, info, warn};
 
 use self::wanted::Want;
 use super::{
-    AllowList, NodeName, Peers, Psks, RelayNode, ServeRelay, Settings,
+    AllowList, NodeName, Peers, Psks, RelayNode, ServeRelay, Settings, Transport,
     admission::Quiet,
     book::Book,
     counters::Counters,
@@ -108,7 +108,8 @@ impl Core {
 
     /// Builds a swarm and listens. IPv6, or QUIC, may be missing on a node; nothing at all is an error.
     pub(super) fn listen(&self) -> Result<Listening, String> {
-        let Settings { node, psks, security, mdns, open_timeout, port, listen, .. } = &self.settings;
+        let Settings { node, psks, security, hole_punching, mdns, open_timeout, port, listen, transports, .. } =
+            &self.settings;
         let keypair = psks.keypair(node).ok_or_else(|| format!("cannot derive the identity of node {node}"))?;
         let mut swarm = mesh::build(Parts {
             node: node.clone(),
@@ -117,12 +118,13 @@ impl Core {
             server: Arc::clone(&self.server),
             counters: Arc::clone(&self.counters),
             security: *security,
+            hole_punching: *hole_punching,
             mdns: *mdns,
             deadline: *open_timeout,
         })?;
         let mut listeners = HashMap::new();
         let mut errors = Vec::new();
-        for address in mesh::listen_addresses(*port, listen) {
+        for address in mesh::listen_addresses(*port, listen, transports) {
             match swarm.listen_on(address.clone()) {
                 Ok(id) => {
                     listeners.insert(id, address);
@@ -197,6 +199,8 @@ struct Driver<'a> {
     ping_failures: HashMap<ConnectionId, u32>,
     strangers: HashMap<PeerId, Instant>,
     quiet: Quiet,
+    /// What this node says on its own authority that it is reached at.
+    external: Vec<Multiaddr>,
     /// Whether others have confirmed that this node can be reached from outside.
     public: bool,
 }
@@ -223,6 +227,7 @@ impl<'a> Driver<'a> {
             ping_failures: HashMap::new(),
             strangers: HashMap::new(),
             quiet: Quiet::default(),
+            external: Vec::new(),
             public: false,
         };
         driver.update_relay_role();
@@ -378,10 +383,10 @@ impl<'a> Driver<'a> {
             ServeRelay::WhenPublic => listed.is_some() || self.public,
             ServeRelay::WhenListed => listed.is_some(),
         };
-        let mut external: Vec<Multiaddr> = announce.iter().flat_map(|address| multiaddrs(*address)).collect();
+        let mut external: Vec<Multiaddr> = announce.iter().flat_map(|address| self.multiaddrs(*address)).collect();
         for address in listed.into_iter().flat_map(|relay| &relay.addresses) {
             match &address.host {
-                Host::Ip(ip) => external.extend(multiaddrs(SocketAddr::new(*ip, address.port))),
+                Host::Ip(ip) => external.extend(self.multiaddrs(SocketAddr::new(*ip, address.port))),
                 Host::Name(name) => {
                     let base = Multiaddr::empty().with(Protocol::Dns(name.as_str().into()));
                     external.push(base.with(Protocol::Tcp(address.port)));
@@ -392,9 +397,13 @@ impl<'a> Driver<'a> {
             // A reservation without an address of the relay is void.
             external.extend(self.own_addresses());
         }
-        for address in external {
-            self.swarm.add_external_address(address);
+        for address in self.external.iter().filter(|address| !external.contains(address)) {
+            self.swarm.remove_external_address(address);
         }
+        for address in &external {
+            self.swarm.add_external_address(address.clone());
+        }
+        self.external = external;
         let status = if serves { relay::Status::Enable } else { relay::Status::Disable };
         self.swarm.behaviour_mut().inner.relay.set_status(Some(status));
         self.tell_addresses();
@@ -452,17 +461,17 @@ impl<'a> Driver<'a> {
             return self.relays.failed(node, Instant::now(), random());
         }
         let ids = self.core.settings.psks.peer_ids(node);
+        let known: Vec<Multiaddr> = addresses.iter().flat_map(|address| self.multiaddrs(*address)).collect();
         for id in &ids {
-            self.book.told(*id, addresses.iter().flat_map(|address| multiaddrs(*address)));
+            self.book.told(*id, known.iter().cloned());
         }
         if self.peers.paths(node).iter().any(|path| path.is_direct()) {
             return self.relays.connected(node, Instant::now());
         }
         // Each transport by itself: only a relay that is reached over UDP sees what hole a NAT makes for UDP.
         for id in ids {
-            for quic in [false, true] {
-                let addresses = self.book.addresses(&id).into_iter().filter(|a| is_quic(a) == quic).collect();
-                self.dial(id, addresses, Purpose::Relay(node.clone()));
+            for transport in [Transport::Tcp, Transport::Quic] {
+                self.dial(id, self.addresses(&id, transport), Purpose::Relay(node.clone()));
             }
         }
         self.relay_failed_if_idle(node);
@@ -483,6 +492,21 @@ impl<'a> Driver<'a> {
             Some(left_out) => warn!(relay = %node, left_out, "relay cannot be reached: {why}"),
             None => debug!(relay = %node, "relay cannot be reached: {why}"),
         }
+    }
+
+    /// A socket address with each transport that is in use.
+    fn multiaddrs(&self, address: SocketAddr) -> impl Iterator<Item = Multiaddr> + use<> {
+        let transports = self.core.settings.transports.clone();
+        transports.into_iter().map(move |transport| mesh::multiaddr(address, transport))
+    }
+
+    /// The known direct addresses of a peer for a transport; none if it is not in use.
+    fn addresses(&self, peer: &PeerId, transport: Transport) -> Vec<Multiaddr> {
+        if !self.core.settings.transports.contains(&transport) {
+            return Vec::new();
+        }
+        let addresses = self.book.addresses(peer).into_iter();
+        addresses.filter(|address| mesh::transport(address) == transport).collect()
     }
 
     /// Dials, unless there is nowhere to; says whether.
@@ -507,8 +531,9 @@ impl<'a> Driver<'a> {
     fn upgrade(&mut self, node: &NodeName, attempt: u32) {
         let Some(path) = self.peers.paths(node).first().filter(|path| !path.is_direct()) else { return };
         let peer = path.peer;
-        let addresses = self.book.addresses(&peer);
-        self.dial(peer, addresses, Purpose::Other);
+        for transport in [Transport::Tcp, Transport::Quic] {
+            self.dial(peer, self.addresses(&peer, transport), Purpose::Other);
+        }
         let pause = Duration::from_secs(15).saturating_mul(1 << attempt.min(5)).min(Duration::from_secs(300));
         self.after(pause.mul_f64(1.0 + random() / 2.0), Task::Upgrade(node.clone(), attempt + 1));
     }
@@ -519,10 +544,10 @@ impl<'a> Driver<'a> {
         }
         let direct: Vec<_> = self.peers.paths(node).iter().filter(|path| path.is_direct()).cloned().collect();
         if let Some(peer) = direct.first().map(|path| path.peer) {
-            let has = |quic| direct.iter().any(|path| (path.transport == super::Transport::Quic) == quic);
-            for quic in [false, true].into_iter().filter(|quic| !has(*quic)) {
-                let addresses = self.book.addresses(&peer).into_iter().filter(|a| is_quic(a) == quic).collect();
-                self.dial(peer, addresses, Purpose::Other);
+            for transport in [Transport::Tcp, Transport::Quic] {
+                if !direct.iter().any(|path| path.transport == transport) {
+                    self.dial(peer, self.addresses(&peer, transport), Purpose::Other);
+                }
             }
         }
         self.after(Duration::from_secs(60).mul_f64(1.0 + random() / 2.0), Task::Transports(node.clone()));
@@ -554,8 +579,9 @@ impl<'a> Driver<'a> {
         if connected || stranger || neighbours >= MAX_NEIGHBOURS || peer == *self.swarm.local_peer_id() {
             return;
         }
-        let addresses = self.book.addresses(&peer).into_iter().filter(|address| !is_quic(address)).collect();
-        self.dial(peer, addresses, Purpose::Other);
+        // One transport will do; which it is no longer matters when there is a connection.
+        let transport = self.core.settings.transports.first().copied().unwrap_or(Transport::Tcp);
+        self.dial(peer, self.addresses(&peer, transport), Purpose::Other);
         if attempt < 5 {
             let pause = Duration::from_secs(2 << attempt).mul_f64(1.0 + random());
             self.after(pause, Task::Neighbour(peer, attempt + 1));
@@ -588,16 +614,6 @@ async fn resolve(relay: RelayNode) -> (RelayNode, Vec<SocketAddr>) {
     addresses.retain(|address| seen.insert(*address));
     addresses.truncate(MAX_RELAY_ADDRESSES / 2);
     (relay, addresses)
-}
-
-/// Both transports at a socket address.
-fn multiaddrs(address: SocketAddr) -> [Multiaddr; 2] {
-    let base = Multiaddr::from(address.ip().to_canonical());
-    [base.clone().with(Protocol::Tcp(address.port())), base.with(Protocol::Udp(address.port())).with(Protocol::QuicV1)]
-}
-
-fn is_quic(address: &Multiaddr) -> bool {
-    address.iter().any(|part| part == Protocol::QuicV1)
 }
 
 /// The address and port that a direct address begins with.

@@ -1,6 +1,11 @@
 //! The swarm: transports and behaviours, put together.
 
-use std::{num::NonZeroU8, sync::Arc, time::Duration};
+use std::{
+    net::{IpAddr, SocketAddr},
+    num::NonZeroU8,
+    sync::Arc,
+    time::Duration,
+};
 
 use libp2p::{
     Multiaddr, Swarm, SwarmBuilder, autonat, dcutr, identify,
@@ -12,7 +17,9 @@ use libp2p::{
     tcp, tls, yamux,
 };
 
-use super::{NodeName, counters::Counters, gate::Gate, identity::Membership, serve::Server, streams::Streams};
+use super::{
+    NodeName, Transport, counters::Counters, gate::Gate, identity::Membership, serve::Server, streams::Streams,
+};
 
 /// Streams of a connection, from both sides and for all purposes. yamux ends a connection that has more, and grants each
 /// of them 256 KiB of its GiB.
@@ -58,7 +65,7 @@ pub(super) struct Mesh {
     pub(super) ping: ping::Behaviour,
     pub(super) relay_client: relay::client::Behaviour,
     pub(super) relay: relay::Behaviour,
-    pub(super) dcutr: dcutr::Behaviour,
+    pub(super) dcutr: Toggle<dcutr::Behaviour>,
     pub(super) autonat: autonat::v2::client::Behaviour,
     pub(super) autonat_server: autonat::v2::server::Behaviour,
     pub(super) mdns: Toggle<mdns::tokio::Behaviour>,
@@ -72,6 +79,7 @@ pub(super) struct Parts {
     pub(super) server: Arc<Server>,
     pub(super) counters: Arc<Counters>,
     pub(super) security: Security,
+    pub(super) hole_punching: bool,
     pub(super) mdns: bool,
     pub(super) deadline: Duration,
 }
@@ -135,7 +143,7 @@ fn swarm(config: libp2p::swarm::Config) -> libp2p::swarm::Config {
 type BoxError = Box<dyn std::error::Error + Send + Sync>;
 
 fn behaviour(keypair: &Keypair, relay_client: relay::client::Behaviour, parts: Parts) -> Result<Gate<Mesh>, BoxError> {
-    let Parts { node, keypair: _, membership, server, counters, security: _, mdns, deadline } = parts;
+    let Parts { node, keypair: _, membership, server, counters, security: _, hole_punching, mdns, deadline } = parts;
     let me = keypair.public().to_peer_id();
     let relay_config = relay::Config {
         max_reservations: MAX_RESERVATIONS,
@@ -165,7 +173,7 @@ fn behaviour(keypair: &Keypair, relay_client: relay::client::Behaviour, parts: P
         ping: ping::Behaviour::new(ping::Config::new().with_interval(PING_EVERY).with_timeout(PING_EVERY)),
         relay_client,
         relay: relay::Behaviour::new(me, relay_config),
-        dcutr: dcutr::Behaviour::new(me),
+        dcutr: hole_punching.then(|| dcutr::Behaviour::new(me)).into(),
         autonat: autonat::v2::client::Behaviour::default(),
         autonat_server: autonat::v2::server::Behaviour::default(),
         mdns: mdns.into(),
@@ -173,11 +181,22 @@ fn behaviour(keypair: &Keypair, relay_client: relay::client::Behaviour, parts: P
     Ok(Gate::new(mesh, &node, membership, deadline, counters))
 }
 
-/// Where to listen: both transports, both families.
-pub(super) fn listen_addresses(port: u16, ips: &[std::net::IpAddr]) -> Vec<Multiaddr> {
-    let both = |ip: &std::net::IpAddr| {
-        let base = Multiaddr::from(*ip);
-        [base.clone().with(Protocol::Tcp(port)), base.with(Protocol::Udp(port)).with(Protocol::QuicV1)]
-    };
-    ips.iter().flat_map(both).collect()
+/// Where to listen: each transport on each address.
+pub(super) fn listen_addresses(port: u16, ips: &[IpAddr], transports: &[Transport]) -> Vec<Multiaddr> {
+    let at = |ip: &IpAddr, transport: &Transport| multiaddr(SocketAddr::new(*ip, port), *transport);
+    ips.iter().flat_map(|ip| transports.iter().map(move |transport| at(ip, transport))).collect()
+}
+
+/// A transport at a socket address.
+pub(super) fn multiaddr(address: SocketAddr, transport: Transport) -> Multiaddr {
+    let base = Multiaddr::from(address.ip().to_canonical());
+    match transport {
+        Transport::Tcp => base.with(Protocol::Tcp(address.port())),
+        Transport::Quic => base.with(Protocol::Udp(address.port())).with(Protocol::QuicV1),
+    }
+}
+
+/// What a direct address runs on.
+pub(super) fn transport(address: &Multiaddr) -> Transport {
+    if address.iter().any(|part| part == Protocol::QuicV1) { Transport::Quic } else { Transport::Tcp }
 }

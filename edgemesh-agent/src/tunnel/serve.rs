@@ -2,7 +2,7 @@
 
 use std::{
     io,
-    net::SocketAddr,
+    net::{IpAddr, SocketAddr},
     sync::Arc,
     time::{Duration, Instant},
 };
@@ -19,7 +19,6 @@ use super::{
     Decision, DialPolicy, NodeName, Protocol, Target,
     counters::Counters,
     paths::Path,
-    policy::always_refused,
     splice::{UdpIdle, splice, splice_udp},
     stream::{DatagramStream, Frames, Stream},
     wire::{self, Request, Response, Status},
@@ -41,6 +40,7 @@ enum Place {
 pub(super) struct Server {
     node: NodeName,
     policy: Arc<dyn DialPolicy>,
+    refused: fn(IpAddr) -> Option<&'static str>,
     deadline: Duration,
     idle: UdpIdle,
     /// Places for flows, so that memory is bounded.
@@ -56,6 +56,8 @@ pub(super) struct Server {
 pub(super) struct NewServer {
     pub(super) node: NodeName,
     pub(super) policy: Arc<dyn DialPolicy>,
+    /// Rules that come before and after the policy.
+    pub(super) refused: fn(IpAddr) -> Option<&'static str>,
     pub(super) deadline: Duration,
     pub(super) idle: UdpIdle,
     pub(super) most: usize,
@@ -69,10 +71,10 @@ const REFUSALS_AT_ONCE: usize = 256;
 
 impl Server {
     pub(super) fn new(new: NewServer) -> Self {
-        let NewServer { node, policy, deadline, idle, most, counters, tasks, stop } = new;
+        let NewServer { node, policy, refused, deadline, idle, most, counters, tasks, stop } = new;
         let places = Arc::new(Semaphore::new(most.min(Semaphore::MAX_PERMITS)));
         let refusals = Arc::new(Semaphore::new(REFUSALS_AT_ONCE));
-        Self { node, policy, deadline, idle, places, refusals, counters, tasks, stop }
+        Self { node, policy, refused, deadline, idle, places, refusals, counters, tasks, stop }
     }
 
     /// Takes a stream that a peer has opened on `path`.
@@ -146,7 +148,7 @@ impl Server {
             return refuse(Status::Invalid, &format!("this is node {}", self.node));
         }
         if let Target::Address(address) = target
-            && let Some(rule) = always_refused(address.ip())
+            && let Some(rule) = (self.refused)(address.ip())
         {
             return refuse(Status::NotAllowed, rule);
         }
@@ -155,7 +157,7 @@ impl Server {
             Decision::NotAllowed { rule } => return refuse(Status::NotAllowed, &rule),
         };
         // Once more, for what a policy makes of a target.
-        if let Some(rule) = always_refused(address.ip()) {
+        if let Some(rule) = (self.refused)(address.ip()) {
             return refuse(Status::NotAllowed, rule);
         }
         // A little less than the near side waits, so that it hears of it.

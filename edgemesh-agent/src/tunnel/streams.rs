@@ -28,7 +28,8 @@ use super::{
     counters::Counters,
     gate::{ip, is_relayed},
     interfaces,
-    paths::{NewPath, OpenRequest, Path, Transport},
+    mesh::transport,
+    paths::{NewPath, OpenRequest, Path},
     serve::Server,
 };
 
@@ -66,12 +67,11 @@ impl Streams {
         let place = local.filter(|local| is_relayed(local)).unwrap_or(remote);
         let relay = is_relayed(place).then(|| relay(place)).flatten();
         let remote_ip = if relay.is_some() { None } else { ip(remote) };
-        let quic = place.iter().any(|part| part == Protocol::QuicV1);
         let (open, requests) = mpsc::channel(WAITING);
         let path = Arc::new(Path::new(NewPath {
             connection,
             peer,
-            transport: if quic { Transport::Quic } else { Transport::Tcp },
+            transport: transport(place),
             remote: remote_ip,
             relay,
             on_link: remote_ip.is_some_and(interfaces::on_link),

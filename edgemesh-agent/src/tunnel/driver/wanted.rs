@@ -5,8 +5,8 @@ use std::time::{Duration, Instant};
 use libp2p::{Multiaddr, PeerId, multiaddr::Protocol, swarm::ConnectionId};
 use tokio::sync::oneshot;
 
-use super::{Driver, Purpose, Task, is_quic};
-use crate::tunnel::NodeName;
+use super::{Driver, Purpose, Task};
+use crate::tunnel::{NodeName, Transport};
 
 /// Those who wait for one node.
 const MAX_WAITERS: usize = 8192;
@@ -87,10 +87,8 @@ impl Driver<'_> {
             let mut dialled = false;
             for id in &ids {
                 let addresses = match stage {
-                    Stage::Tcp | Stage::Quic => {
-                        let quic = stage == Stage::Quic;
-                        self.book.addresses(id).into_iter().filter(|address| is_quic(address) == quic).collect()
-                    }
+                    Stage::Tcp => self.addresses(id, Transport::Tcp),
+                    Stage::Quic => self.addresses(id, Transport::Quic),
                     Stage::Circuits | Stage::Last => self.circuit_addresses(node),
                 };
                 dialled |= self.dial(*id, addresses, Purpose::Wanted(node.clone()));
