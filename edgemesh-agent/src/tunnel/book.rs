@@ -4,7 +4,10 @@ use std::collections::HashMap;
 
 use libp2p::{Multiaddr, PeerId, multiaddr::Protocol};
 
-use super::gate::{ip, is_relayed};
+use super::{
+    gate::{ip, is_relayed},
+    policy::always_refused,
+};
 
 /// Peers of which addresses are kept.
 const MAX_PEERS: usize = 8192;
@@ -22,8 +25,10 @@ struct Entry {
     worked: Option<Multiaddr>,
     /// Seen on this LAN.
     nearby: Vec<Multiaddr>,
-    /// What the peer says of itself, or the configuration of a relay.
+    /// What the peer says of itself in its hello, or the configuration says of a relay.
     told: Vec<Multiaddr>,
+    /// What the peer says of itself since, by identify: unlike a hello this has addresses of container bridges in it.
+    identified: Vec<Multiaddr>,
 }
 
 impl Book {
@@ -34,6 +39,15 @@ impl Book {
             && let Some(entry) = self.entry(peer)
         {
             entry.told = told;
+        }
+    }
+
+    /// What `peer` said of itself by identify. Its loopback is nobody else's.
+    pub(super) fn identified(&mut self, peer: PeerId, addresses: impl IntoIterator<Item = Multiaddr>) {
+        let elsewhere = |address: &Multiaddr| ip(address).is_some_and(|ip| always_refused(ip).is_none());
+        let identified = addresses.into_iter().filter_map(direct).filter(elsewhere).take(MAX_ADDRESSES).collect();
+        if let Some(entry) = self.entry(peer) {
+            entry.identified = identified;
         }
     }
 
@@ -66,9 +80,9 @@ impl Book {
 
     /// Where to try `peer`, each address once, the likely ones first.
     pub(super) fn addresses(&self, peer: &PeerId) -> Vec<Multiaddr> {
-        let Some(Entry { worked, nearby, told }) = self.0.get(peer) else { return Vec::new() };
+        let Some(Entry { worked, nearby, told, identified }) = self.0.get(peer) else { return Vec::new() };
         let mut addresses: Vec<Multiaddr> = Vec::new();
-        for address in nearby.iter().chain(worked).chain(told) {
+        for address in nearby.iter().chain(worked).chain(told).chain(identified) {
             if !addresses.contains(address) {
                 addresses.push(address.clone());
             }

@@ -621,8 +621,8 @@ fn socket_address(address: &Multiaddr) -> Option<SocketAddr> {
     if is_relayed(address) {
         return None;
     }
-    match address.iter().nth(1)? {
-        Protocol::Tcp(port) | Protocol::Udp(port) => Some(SocketAddr::new(ip(address)?, port)),
-        _ => None,
+    if let Protocol::Tcp(port) | Protocol::Udp(port) = address.iter().nth(1)? {
+        return Some(SocketAddr::new(ip(address)?, port));
     }
+    None
 }

@@ -129,6 +129,7 @@ impl<B: NetworkBehaviour> Gate<B> {
         }
     }
 
+    #[expect(clippy::wildcard_enum_match_arm, reason = "libp2p has many events, and the rest is no matter here")]
     fn on_event(&mut self, event: FromSwarm<'_>) {
         let now = Instant::now();
         match event {

@@ -2,10 +2,7 @@
 
 use std::net::IpAddr;
 
-use nix::{
-    ifaddrs::getifaddrs,
-    sys::socket::{SockaddrLike as _, SockaddrStorage},
-};
+use nix::{ifaddrs::getifaddrs, sys::socket::SockaddrStorage};
 
 /// Devices whose addresses mean nothing to other nodes; EdgeMesh (Go) has these and `br`, which leaves out the LAN bridges
 /// of many hosts too (`pkg/tunnel/util.go`).
@@ -13,11 +10,8 @@ const LOCAL_DEVICES: [&str; 11] =
     ["lo", "docker", "edgemesh", "tunl", "flannel", "cni", "kube-ipvs", "veth", "cali", "cilium", "nodelocaldns"];
 
 fn address(storage: &SockaddrStorage) -> Option<IpAddr> {
-    match storage.family()? {
-        nix::sys::socket::AddressFamily::Inet => storage.as_sockaddr_in().map(|addr| addr.ip().into()),
-        nix::sys::socket::AddressFamily::Inet6 => storage.as_sockaddr_in6().map(|addr| addr.ip().into()),
-        _ => None,
-    }
+    let v4 = storage.as_sockaddr_in().map(|address| address.ip().into());
+    v4.or_else(|| storage.as_sockaddr_in6().map(|address| address.ip().into()))
 }
 
 /// Whether `ip` is on a link of this node, by its interfaces' networks.

@@ -175,7 +175,7 @@ impl Path {
     fn rank(&self) -> (PathKind, Transport, Instant) {
         let kind = match self.kind() {
             PathKind::Relayed { .. } => PathKind::Relayed { via: None },
-            kind => kind,
+            kind @ (PathKind::Lan | PathKind::Direct | PathKind::HolePunched) => kind,
         };
         (kind, self.transport, self.since)
     }

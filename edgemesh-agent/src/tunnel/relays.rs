@@ -185,6 +185,15 @@ impl Relays {
         self.relays.iter().map(|relay| &relay.spec.node)
     }
 
+    /// Whether a relay may be there of which nothing is known yet.
+    pub(super) fn fresh(&self) -> bool {
+        let fresh = |relay: &Relay| match relay.state {
+            State::Down { .. } | State::Dialling { .. } => relay.failures == 0,
+            State::Connected { .. } | State::Reserving { .. } | State::Reserved => false,
+        };
+        self.relays.iter().any(fresh)
+    }
+
     /// What is due, and taken as begun; `random` in 0..1 spreads the pauses of nodes that lost a relay together.
     pub(super) fn due(&mut self, now: Instant, mut random: impl FnMut() -> f64) -> Vec<Action> {
         let mut actions = Vec::new();
@@ -192,7 +201,11 @@ impl Relays {
             match relay.state {
                 State::Dialling { until } if until <= now => relay.fail(now, random()),
                 State::Reserving { until } if until <= now => relay.fail_reservation(now, random()),
-                _ => {}
+                State::Down { .. }
+                | State::Dialling { .. }
+                | State::Connected { .. }
+                | State::Reserving { .. }
+                | State::Reserved => {}
             }
             match relay.state {
                 State::Down { due } if due <= now => {
@@ -203,7 +216,11 @@ impl Relays {
                     relay.state = State::Reserving { until: now + PATIENCE };
                     actions.push(Action::Reserve(relay.spec.node.clone()));
                 }
-                _ => {}
+                State::Down { .. }
+                | State::Dialling { .. }
+                | State::Connected { .. }
+                | State::Reserving { .. }
+                | State::Reserved => {}
             }
         }
         actions
@@ -241,8 +258,8 @@ impl Relays {
         if let Some(relay) = self.get(node)
             && !matches!(relay.state, State::Down { .. } | State::Dialling { .. })
         {
-            // At once, but not all nodes in the same moment.
-            relay.failures = 0;
+            // Soon, but not all nodes in the same moment.
+            relay.failures = 1;
             relay.state = State::Down { due: now + FIRST_PAUSE.mul_f64(random) };
         }
     }

@@ -204,6 +204,10 @@ async fn connect(protocol: Protocol, address: SocketAddr) -> io::Result<Dialled>
     }
 }
 
+#[expect(
+    clippy::wildcard_enum_match_arm,
+    reason = "addresses without a route, firewalls, interfaces that are down: all is one to who asked"
+)]
 fn status_of(error: &io::Error) -> Status {
     use io::ErrorKind as K;
     match error.kind() {
@@ -212,7 +216,41 @@ fn status_of(error: &io::Error) -> Status {
         _ if matches!(error.raw_os_error(), Some(libc::EMFILE | libc::ENFILE | libc::ENOBUFS | libc::ENOMEM)) => {
             Status::Busy
         }
-        // Addresses without a route, firewalls, interfaces that are down.
         _ => Status::Unreachable,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn errors_of_the_dial_are_told_apart() {
+        for (errno, status) in [
+            (libc::ECONNREFUSED, Status::Refused),
+            (libc::EHOSTUNREACH, Status::Unreachable),
+            (libc::ENETUNREACH, Status::Unreachable),
+            (libc::EACCES, Status::Unreachable),
+            (libc::ETIMEDOUT, Status::TimedOut),
+            (libc::EMFILE, Status::Busy),
+        ] {
+            assert_eq!(status_of(&io::Error::from_raw_os_error(errno)), status, "{errno}");
+        }
+    }
+
+    #[test]
+    fn requests_that_make_no_sense_are_told_so() {
+        let good = Request { protocol: 1, node: "n".into(), ip: vec![10, 0, 0, 1], port: 80, patience: 1 };
+        assert_eq!(parse(&good), Ok((Protocol::Tcp, Target::Address("10.0.0.1:80".parse().unwrap()))));
+        assert_eq!(parse(&Request { ip: Vec::new(), ..good.clone() }), Ok((Protocol::Tcp, Target::Node { port: 80 })));
+        for bad in [
+            Request { protocol: 0, ..good.clone() },
+            Request { protocol: 7, ..good.clone() },
+            Request { port: 0, ..good.clone() },
+            Request { port: 65_536, ..good.clone() },
+            Request { ip: vec![1], ..good },
+        ] {
+            assert!(parse(&bad).is_err(), "{bad:?}");
+        }
     }
 }

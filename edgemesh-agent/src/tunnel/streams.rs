@@ -114,6 +114,7 @@ impl NetworkBehaviour for Streams {
         Ok(self.connected(connection, peer, None, address))
     }
 
+    #[expect(clippy::wildcard_enum_match_arm, reason = "libp2p has many events, and the rest is no matter here")]
     fn on_swarm_event(&mut self, event: FromSwarm<'_>) {
         match event {
             FromSwarm::ConnectionClosed(closed) => {
@@ -179,6 +180,7 @@ impl ConnectionHandler for Handler {
         match never {}
     }
 
+    #[expect(clippy::wildcard_enum_match_arm, reason = "libp2p has many events, and the rest is no matter here")]
     fn on_connection_event(
         &mut self,
         event: ConnectionEvent<'_, Self::InboundProtocol, Self::OutboundProtocol, (), Self::OutboundOpenInfo>,

@@ -1,5 +1,6 @@
 //! Real swarms on loopback.
 
+mod measure;
 mod membership;
 mod relays;
 mod streams;
@@ -13,7 +14,7 @@ use std::{
 
 use tokio::{
     io::{AsyncReadExt as _, AsyncWriteExt as _},
-    net::{TcpListener, TcpStream},
+    net::{TcpListener, TcpSocket, TcpStream},
     time::timeout,
 };
 
@@ -124,6 +125,20 @@ async fn echo() -> SocketAddr {
         write.shutdown().await
     })
     .await
+}
+
+/// An address that answers no connection, as long as what comes with it is kept: the kernel drops what a full backlog has
+/// no room for.
+async fn silence(ip: IpAddr) -> (SocketAddr, (TcpListener, Vec<TcpStream>)) {
+    let socket = TcpSocket::new_v4().unwrap();
+    socket.bind((ip, 0).into()).unwrap();
+    let listener = socket.listen(1).unwrap();
+    let address = listener.local_addr().unwrap();
+    let mut full = Vec::new();
+    while let Ok(Ok(socket)) = timeout(Duration::from_millis(200), TcpStream::connect(address)).await {
+        full.push(socket);
+    }
+    (address, (listener, full))
 }
 
 async fn open(tunnel: &Tunnel, node: &str, target: SocketAddr) -> Stream {

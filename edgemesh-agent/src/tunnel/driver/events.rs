@@ -6,7 +6,9 @@ use std::{
 };
 
 use libp2p::{
-    Multiaddr, PeerId, identify, mdns, ping, relay,
+    Multiaddr, PeerId,
+    core::ConnectedPoint,
+    identify, mdns, ping, relay,
     swarm::{ConnectionId, DialError, SwarmEvent},
 };
 use tracing::{debug, info, warn};
@@ -22,6 +24,7 @@ use crate::tunnel::{
 const PING_FAILURES: u32 = 2;
 
 impl Driver<'_> {
+    #[expect(clippy::wildcard_enum_match_arm, reason = "libp2p has many events, and the rest is no matter here")]
     pub(super) fn on_swarm_event(&mut self, event: SwarmEvent<gate::Event<MeshEvent>>) {
         match event {
             SwarmEvent::Behaviour(gate::Event::Member { peer, connection, node, addresses }) => {
@@ -33,10 +36,12 @@ impl Driver<'_> {
                 self.dial_failed(connection, "what answers there is no member");
             }
             SwarmEvent::Behaviour(gate::Event::Inner(event)) => self.on_mesh_event(event),
-            SwarmEvent::ConnectionEstablished { connection_id, endpoint, .. } => {
-                if let libp2p::core::ConnectedPoint::Dialer { address, .. } = endpoint {
-                    self.outbound.insert(connection_id, address);
-                }
+            SwarmEvent::ConnectionEstablished {
+                connection_id,
+                endpoint: ConnectedPoint::Dialer { address, .. },
+                ..
+            } => {
+                self.outbound.insert(connection_id, address);
             }
             SwarmEvent::ConnectionClosed { connection_id, cause, .. } => {
                 let cause = cause.map(|cause| with_sources(&cause));
@@ -85,6 +90,7 @@ impl Driver<'_> {
         }
     }
 
+    #[expect(clippy::wildcard_enum_match_arm, reason = "libp2p has many events, and the rest is no matter here")]
     fn on_mesh_event(&mut self, event: MeshEvent) {
         match event {
             MeshEvent::Ping(ping::Event { connection, result, .. }) => match result {
@@ -104,7 +110,7 @@ impl Driver<'_> {
                 }
             },
             MeshEvent::Identify(identify::Event::Received { peer_id, info, .. }) => {
-                self.book.told(peer_id, info.listen_addrs);
+                self.book.identified(peer_id, info.listen_addrs);
             }
             MeshEvent::Dcutr(event) => match event.result {
                 Ok(connection) => {
@@ -232,7 +238,11 @@ impl Driver<'_> {
             DialError::WrongPeerId { address, .. } => {
                 format!("{address}: who answers has another identity; is the PSK the same on both nodes?")
             }
-            other => with_sources(other),
+            DialError::LocalPeerId { .. }
+            | DialError::NoAddresses
+            | DialError::DialPeerConditionFalse(_)
+            | DialError::Aborted
+            | DialError::Denied { .. } => with_sources(error),
         };
         debug!(peer = peer.map(tracing::field::display), "dial failed: {why}");
         self.dial_failed(connection, &why);

@@ -17,6 +17,9 @@ const MAX_REASONS: usize = 6;
 /// How long each way is given before the next is tried beside it.
 const HEAD_START: Duration = Duration::from_millis(150);
 
+/// How long relays that are being dialled for the first time are waited for.
+const FIRST_RELAY: Duration = Duration::from_secs(1);
+
 /// How long a failure is the answer to whoever asks next.
 const FAILED: Duration = Duration::from_millis(250);
 
@@ -33,6 +36,7 @@ enum Stage {
 /// A node that is wanted, or was a moment ago.
 pub(super) struct Want {
     waiters: Vec<oneshot::Sender<Result<(), String>>>,
+    begun: Instant,
     stage: Stage,
     reasons: Vec<String>,
     /// When it failed, and why.
@@ -68,7 +72,8 @@ impl Driver<'_> {
             }
         }
         self.wanted.retain(|_, want| want.failed.as_ref().is_none_or(|(at, _)| at.elapsed() < FAILED));
-        let want = Want { waiters: vec![reply], stage: Stage::Tcp, reasons: Vec::new(), failed: None };
+        let want =
+            Want { waiters: vec![reply], begun: Instant::now(), stage: Stage::Tcp, reasons: Vec::new(), failed: None };
         self.wanted.insert(node.clone(), want);
         self.next_stage(&node);
     }
@@ -78,6 +83,11 @@ impl Driver<'_> {
         let ids = self.core.settings.psks.peer_ids(node);
         while let Some(want) = self.wanted.get_mut(node).filter(|want| want.failed.is_none()) {
             let stage = want.stage;
+            let waits = stage == Stage::Circuits && self.relays.fresh() && want.begun.elapsed() < FIRST_RELAY;
+            if waits && !self.relay_connected() {
+                return self.after(HEAD_START, Task::Stage(node.clone()));
+            }
+            let Some(want) = self.wanted.get_mut(node) else { return };
             want.stage = match stage {
                 Stage::Tcp => Stage::Quic,
                 Stage::Quic => Stage::Circuits,
@@ -110,6 +120,10 @@ impl Driver<'_> {
         self.relays.nodes().filter(|other| *other != node).filter_map(relay).collect()
     }
 
+    fn relay_connected(&self) -> bool {
+        self.relays.nodes().any(|relay| self.peers.paths(relay).iter().any(|path| path.is_direct()))
+    }
+
     /// A dial, or a connection that was not a member's, came to nothing.
     pub(super) fn dial_failed(&mut self, connection: ConnectionId, why: &str) {
         match self.dials.remove(&connection) {
@@ -139,7 +153,7 @@ impl Driver<'_> {
         if self.is_dialling(node) {
             return;
         }
-        let relays = self.relays.nodes().any(|relay| self.peers.paths(relay).iter().any(|path| path.is_direct()));
+        let relays = self.relay_connected();
         let Some(want) = self.wanted.get_mut(node) else { return };
         let mut why = want.reasons.join("; ");
         if why.is_empty() {
