@@ -135,11 +135,16 @@ impl<B: NetworkBehaviour> Gate<B> {
         match event {
             FromSwarm::ListenFailure(failure) => {
                 self.admission.failed(&failure.connection_id, now);
-                if !matches!(failure.error, ListenError::Denied { .. }) {
-                    let why = format!("no handshake: {}", with_sources(failure.error));
-                    self.log_refusal("handshake", failure.send_back_addr, None, &why);
-                } else {
+                let remote = failure.send_back_addr;
+                let why = with_sources(failure.error);
+                if matches!(failure.error, ListenError::Denied { .. }) {
                     self.counters.denied_connections.add(1);
+                    match self.quiet.pass("denied", now) {
+                        Some(left_out) => warn!(%remote, left_out, "connection not taken: {why}"),
+                        None => debug!(%remote, "connection not taken: {why}"),
+                    }
+                } else {
+                    self.log_refusal("handshake", remote, None, &format!("no handshake: {why}"));
                 }
             }
             FromSwarm::ConnectionClosed(closed) => {

@@ -173,13 +173,17 @@ impl Tunnel {
         match answer.await {
             Ok(answer) => answer.map_err(|why| OpenError::NoPath { node: node.clone(), why }),
             Err(_) if self.stop.is_cancelled() => Err(OpenError::Stopped),
+            // The swarm is being started anew, as with a new identity: the next one is asked.
             Err(_) => {
-                let why = "the tunnel was started anew meanwhile".to_owned();
-                Err(OpenError::NoPath { node: node.clone(), why })
+                tokio::time::sleep(RESTART).await;
+                Ok(())
             }
         }
     }
 }
+
+/// How long a swarm that is being started anew is given before it is asked again.
+const RESTART: Duration = Duration::from_millis(100);
 
 /// Paths that may fail under one request.
 const MAX_ATTEMPTS: usize = 4;
