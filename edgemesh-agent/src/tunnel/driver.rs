@@ -100,11 +100,17 @@ impl Core {
         Arc::new(Membership { psks: self.settings.psks.clone(), allow: self.settings.allow.clone() })
     }
 
-    /// Builds a swarm and listens. IPv6, or QUIC, may be missing on a node; nothing at all is an error.
+    /// Builds a swarm and listens. IPv6, or QUIC, may be missing on a node; nothing at all is an error, and so is a port
+    /// that is in use.
     pub(super) fn listen(&self) -> Result<Listening, String> {
         let Settings { node, psks, security, hole_punching, mdns, open_timeout, port, listen, transports, .. } =
             &self.settings;
         let keypair = psks.keypair(node).ok_or_else(|| format!("cannot derive the identity of node {node}"))?;
+        for ip in listen {
+            for transport in transports {
+                in_use(SocketAddr::new(*ip, *port), *transport)?;
+            }
+        }
         let mut swarm = mesh::build(Parts {
             node: node.clone(),
             keypair,
@@ -434,6 +440,24 @@ impl<'a> Driver<'a> {
             let pause = Duration::from_secs(2 << attempt).mul_f64(1.0 + random());
             self.after(pause, Task::Neighbour(peer, attempt + 1));
         }
+    }
+}
+
+/// Fails if somebody else has the address.
+///
+/// libp2p listens for TCP with SO_REUSEPORT, for the sake of hole punching: two agents would share the port without a word,
+/// and each would get half of the connections.
+fn in_use(address: SocketAddr, transport: Transport) -> Result<(), String> {
+    let probe = match transport {
+        Transport::Tcp => std::net::TcpListener::bind(address).map(drop),
+        Transport::Quic => std::net::UdpSocket::bind(address).map(drop),
+    };
+    match probe {
+        Err(error) if error.kind() == std::io::ErrorKind::AddrInUse => {
+            Err(format!("{address} is in use; does another agent run on this node?"))
+        }
+        // Whatever else is wrong shows when it is done in earnest.
+        Ok(()) | Err(_) => Ok(()),
     }
 }
 

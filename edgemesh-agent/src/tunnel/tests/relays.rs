@@ -166,6 +166,9 @@ async fn starting_does_not_wait_for_relays() {
 async fn a_port_in_use_is_an_error_that_names_it() {
     let port = free_port();
     let _first = start(Settings { port, ..settings("first") });
-    let second = Tunnel::start(Settings { port, ..settings("second") }, everything()).err().unwrap();
-    assert!(second.to_string().contains(&format!("port {port}")), "{second}");
+    for transport in [Transport::Tcp, Transport::Quic] {
+        let second = Settings { port, transports: vec![transport], ..settings("second") };
+        let error = Tunnel::start(second, everything()).err().unwrap();
+        assert!(error.to_string().contains(&format!("{port} is in use")), "{error}");
+    }
 }
