@@ -232,7 +232,7 @@ impl Tunnel {
         let _ = self.commands.send(Command::SetMembership { psks, allow }).await;
     }
 
-    /// Ends the tunnel with all of its streams, and waits until everything has been let go.
+    /// Ends the tunnel with all of its streams and waits for its tasks. libp2p may take a moment longer to close its sockets.
     pub async fn stop(&self) {
         self.stop.cancel();
         self.tasks.close();
