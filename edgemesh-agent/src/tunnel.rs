@@ -25,6 +25,7 @@ mod open;
 mod paths;
 mod policy;
 mod relays;
+mod secure;
 mod serve;
 mod splice;
 mod stream;

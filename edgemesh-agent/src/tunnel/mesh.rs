@@ -18,7 +18,8 @@ use libp2p::{
 };
 
 use super::{
-    NodeName, Transport, counters::Counters, gate::Gate, identity::Membership, serve::Server, streams::Streams,
+    NodeName, Transport, counters::Counters, gate::Gate, identity::Membership, secure::Buffered, serve::Server,
+    streams::Streams,
 };
 
 /// Streams of a connection, from both sides and for all purposes. yamux ends a connection that has more, and grants each
@@ -110,8 +111,8 @@ pub(super) fn build(parts: Parts) -> Result<Swarm<Gate<Mesh>>, String> {
         };
     }
     Ok(match parts.security {
-        Security::Tls => finish!(tls::Config::new),
-        Security::Noise => finish!(noise::Config::new),
+        Security::Tls => finish!(|keypair: &Keypair| tls::Config::new(keypair).map(Buffered)),
+        Security::Noise => finish!(|keypair: &Keypair| noise::Config::new(keypair).map(Buffered)),
     })
 }
 
