@@ -25,3 +25,4 @@ pub mod show;
 pub mod snapshot;
 pub mod status;
 pub mod telemetry;
+pub mod tunnel;
