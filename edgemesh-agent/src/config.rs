@@ -9,6 +9,7 @@ mod document;
 mod keys;
 mod render;
 mod source;
+mod tunnel;
 #[cfg(test)]
 mod tests;
 mod value;
@@ -25,8 +26,9 @@ use std::{
 
 pub use self::dns::{CacheDnsConfig, DnsConfig};
 pub use self::render::{default_yaml, minimal_yaml, schema};
+pub use self::tunnel::{AllowedHost, AllowedTarget, ParseAllowedTargetError, TunnelConfig};
 use crate::{
-    alias::{AliasRanges, Overrides},
+    alias::AliasRanges,
     model::IpPrefix,
 };
 
@@ -39,6 +41,8 @@ pub struct AgentConfig {
     /// None where DNS is not answered on this node.
     pub dns: Option<DnsConfig>,
     pub tunnel: TunnelConfig,
+    /// Where it was read from, and is read again for what is followed; None for a text.
+    pub file: Option<PathBuf>,
 }
 
 /// Where Services and endpoints come from (`kubeAPIConfig`).
@@ -162,15 +166,6 @@ impl Default for CommonConfig {
             alias_file: Some(PathBuf::from("/var/lib/edgemesh/agent/aliases")),
         }
     }
-}
-
-/// `modules.edgeTunnel`.
-#[derive(Clone, Debug, Default, Eq, PartialEq)]
-pub struct TunnelConfig {
-    /// Default false, as in EdgeMesh, whose manifests set it.
-    pub enable: bool,
-    /// `directCIDRs` and `neverDirectCIDRs`; both empty.
-    pub overrides: Overrides,
 }
 
 /// `modules.edgeProxy`.
@@ -344,7 +339,11 @@ pub fn load(path: &Path, leniency: Leniency, environment: &Environment) -> Resul
         return Err(ConfigError::TooLarge { file });
     }
     match str::from_utf8(&bytes) {
-        Ok(text) => parse(text, &file, leniency, environment),
+        Ok(text) => {
+            let mut loaded = parse(text, &file, leniency, environment)?;
+            loaded.config.file = Some(path.to_owned());
+            Ok(loaded)
+        }
         Err(error) => {
             let line = 1 + bytes.iter().take(error.valid_up_to()).filter(|byte| **byte == b'\n').count();
             let message = "not UTF-8; expected a YAML text".to_owned();
@@ -380,7 +379,7 @@ pub fn parse(text: &str, file: &str, leniency: Leniency, environment: &Environme
             // As EdgeMesh's `DetectRunningMode` and its defaults for each mode have it.
             let dns = draft.dns_enable.unwrap_or(!environment.kubernetes_port).then_some(draft.dns);
             let (common, proxy, tunnel) = (draft.common, draft.proxy, draft.tunnel);
-            Ok(Loaded { config: AgentConfig { source, common, proxy, tunnel, dns }, notes })
+            Ok(Loaded { config: AgentConfig { source, common, proxy, tunnel, dns, file: None }, notes })
         }
         _ => Err(ConfigError::Invalid { problems }),
     }

@@ -17,6 +17,7 @@ pub mod health;
 mod inotify;
 pub mod kube;
 pub mod lifecycle;
+pub mod mesh;
 pub mod metrics;
 pub mod model;
 pub mod net;

@@ -1,6 +1,7 @@
 //! `/metrics` in OpenMetrics text; docs/metrics.md names and explains each family.
 
 mod dns;
+mod tunnel;
 
 use std::{collections::BTreeMap, fmt::Write as _, net::SocketAddr, sync::Arc};
 
@@ -122,6 +123,9 @@ pub fn render(
     }
     if let Some(aliases) = &status.aliases {
         add_aliases(&mut registry, aliases);
+    }
+    if let Some(tunnel) = &status.tunnel {
+        tunnel::add(&mut registry, tunnel);
     }
     if let Some(latency) = latency {
         let help = "Seconds from a change's arrival at the source until it was in force in the kernel";
@@ -423,6 +427,7 @@ mod tests {
             dns: None,
             device: None,
             aliases: None,
+            tunnel: None,
             services: 1,
             frontends: 2,
             backends: 0,

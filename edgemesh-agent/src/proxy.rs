@@ -10,6 +10,7 @@ mod counters;
 mod dial;
 mod sockets;
 mod tcp;
+mod through;
 mod udp;
 
 use std::{net::IpAddr, sync::Arc, time::Duration};
@@ -19,6 +20,7 @@ use tokio::sync::{Semaphore, watch};
 pub use counters::{Counters, ProxyStatus, RefusalCount, Sight};
 pub use dial::{Dial, NoTunnel, ReceiveDatagram, Refusal, SendDatagram};
 pub use sockets::Sockets;
+pub use through::{Receiver, Sender, Through};
 
 use crate::{alias::Target, conditions::Conditions, lifecycle::Tasks, model::ServiceTable};
 

@@ -3,6 +3,7 @@
 mod dns;
 mod events;
 mod trace;
+mod tunnel;
 
 use std::fmt::Write;
 
@@ -11,6 +12,7 @@ use serde_json::Value;
 pub use dns::dns;
 pub use events::{EVENTS_HEAD, event};
 pub use trace::trace;
+pub use tunnel::peers;
 
 use crate::dataplane::ebpf::probe::Answer;
 use crate::status::{BackendsReport, Counts, EndpointRow, PathRow, ServiceRow, VerdictRow};
@@ -83,6 +85,7 @@ pub fn status(status: &Value) -> String {
         },
     ));
     rows.extend(aliases(&status["aliases"]).map(|line| ("Aliases", line)));
+    rows.extend(tunnel::status(&status["tunnel"]).map(|line| ("Tunnel", line)));
     rows.push((
         "Serving",
         format!(

@@ -3,6 +3,7 @@
 
 mod events;
 mod trace;
+mod tunnel;
 
 use std::{
     collections::BTreeMap,
@@ -17,6 +18,8 @@ pub use trace::{
     ClientRow, Facts, KernelRow, KernelState, Outcome, ParseTargetError, PolicyRow, PortRef, Target, TraceReport,
     TracedEndpoint, TracedFrontend, Unresolved, trace,
 };
+
+pub use tunnel::{PeerRow, RelayRow, TunnelCounts, TunnelStatus};
 
 use crate::{
     conditions::Condition,
@@ -57,6 +60,8 @@ pub struct Status {
     pub device: Option<Device>,
     /// None where `edgeTunnel` is not enabled.
     pub aliases: Option<AliasStatus>,
+    /// None where `edgeTunnel` is not enabled.
+    pub tunnel: Option<TunnelStatus>,
     pub services: usize,
     pub frontends: usize,
     /// Eligible (frontend, backend) pairs.

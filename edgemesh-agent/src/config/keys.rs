@@ -6,10 +6,11 @@ use std::{
     time::Duration,
 };
 
-use super::{CommonConfig, DataplaneMode, DnsConfig, ProxyConfig, ServiceFilter, SourceChoice, TunnelConfig};
+use super::{AllowedTarget, CommonConfig, DataplaneMode, DnsConfig, ProxyConfig, ServiceFilter, SourceChoice, TunnelConfig};
 use crate::{
     dns::{forward::StubDomain, zone::ClusterDomain},
     model::IpPrefix,
+    tunnel::{RelayNode, ServeRelay},
 };
 
 /// The `apiVersion` of EdgeMesh's agent configuration.
@@ -83,6 +84,17 @@ pub(super) enum Slot {
     Filter(fn(&mut Draft) -> &mut ServiceFilter),
     Dataplane(fn(&mut Draft) -> &mut DataplaneMode),
     Source(fn(&mut Draft) -> &mut SourceChoice),
+    /// As `Bool`, with its text kept out of messages: it stands beside a secret.
+    SecretBool(fn(&mut Draft) -> &mut bool),
+    /// As `Path`, with its text kept out of messages: it stands where users might write a secret.
+    SecretPath(fn(&mut Draft) -> &mut PathBuf),
+    /// Mappings with the keys given, [`RELAY_NODE`].
+    RelayNodes(fn(&mut Draft) -> &mut Vec<RelayNode>, &'static [Key]),
+    ServeRelay(fn(&mut Draft) -> &mut ServeRelay),
+    /// `HOST:PORT` each.
+    Targets(fn(&mut Draft) -> &mut Vec<AllowedTarget>),
+    /// Names of nodes or PeerIds.
+    Peers(fn(&mut Draft) -> &mut Vec<String>),
 }
 
 /// The type of a key without effect, with the values that change nothing: EdgeMesh's defaults.
@@ -96,8 +108,6 @@ pub(super) enum Plain {
     Choice(&'static [&'static str]),
     /// Texts; none by default.
     Texts,
-    /// Mappings; none by default.
-    Items(&'static [Key]),
     /// EdgeMesh overwrites it at start, whatever it holds.
     Opaque,
 }
@@ -519,11 +529,37 @@ const EDGE_TUNNEL: &[Key] = &[
     accepted("mode", "Overwritten at start.", Plain::Opaque),
     accepted("nodeName", "Overwritten at start.", Plain::Opaque),
     accepted("configPath", "Overwritten at start.", Plain::Opaque),
-    accepted("listenPort", "Port for other nodes.", Plain::Whole(20006)),
-    accepted("transport", "What carries the tunnel.", Plain::Choice(&["tcp", "ws", "quic"])),
+    used("listenPort", "Port for other nodes, TCP and UDP.", Slot::Port(|d| &mut d.tunnel.listen_port)),
+    used(
+        "allowedTargets",
+        "What is dialled for other nodes besides this node's endpoints: HOST:PORT each, HOST being node (this one), an \
+         address or a network, PORT a port or *.",
+        Slot::Targets(|d| &mut d.tunnel.allowed_targets),
+    ),
+    used(
+        "allowedPeers",
+        "The nodes that this one talks to, each by its name or PeerId. Empty: all that know the PSK.",
+        Slot::Peers(|d| &mut d.tunnel.allowed_peers),
+    ),
+    used(
+        "serveRelay",
+        "When this node forwards for others: whenListed in relayNodes, whenPublic (also when others can reach it) or \
+         always.",
+        Slot::ServeRelay(|d| &mut d.tunnel.serve_relay),
+    ),
+    used(
+        "enableHolePunch",
+        "Whether holes are punched in NATs, so that traffic leaves the relays.",
+        Slot::Bool(|d| &mut d.tunnel.hole_punching),
+    ),
+    accepted("transport", "What carries the tunnel; this agent always uses TCP and QUIC.", Plain::Choice(&["tcp", "ws", "quic"])),
     // Sic.
     accepted("rendezvous", "Name under which nodes find each other.", Plain::Text(&["EDGEMESH_PLAYGOUND"])),
-    accepted("relayNodes", "Nodes that others can reach and that forward for them.", Plain::Items(RELAY_NODE)),
+    used(
+        "relayNodes",
+        "Nodes that others can reach and that forward for them; followed while the agent runs.",
+        Slot::RelayNodes(|d| &mut d.tunnel.relays, RELAY_NODE),
+    ),
     accepted("enableIpfsLog", "Whether libp2p logs its details.", Plain::Bool(false)),
     accepted("maxCandidates", "How many relays are considered.", Plain::Whole(15)),
     accepted("heartbeatPeriod", "Seconds between looks at the relays' connections.", Plain::Whole(120)),
@@ -541,13 +577,21 @@ const RELAY_NODE: &[Key] = &[
 ];
 
 const PSK: &[Key] = &[
-    accepted("enable", "Whether nodes have to know the secret.", Plain::Bool(true)),
-    accepted("path", "Path of the file that holds it.", Plain::Text(&["/etc/edgemesh/psk"])),
+    used(
+        "enable",
+        "Whether nodes have to know the secret; without, this agent has no tunnel.",
+        Slot::SecretBool(|d| &mut d.tunnel.psk_enable),
+    ),
+    used(
+        "path",
+        "Path of the file that holds it; followed while the agent runs. A second line is another one that others may use.",
+        Slot::SecretPath(|d| &mut d.tunnel.psk),
+    ),
 ];
 
 const TUNNEL_LIMITS: &[Key] = &[
     accepted("enable", "Whether streams are limited.", Plain::Bool(true)),
-    accepted("tunnelBaseStreamIn", "Streams from all nodes.", Plain::Whole(10240)),
+    used("tunnelBaseStreamIn", "Streams from all nodes at a time.", Slot::Count(|d| &mut d.tunnel.max_served)),
     accepted("tunnelBaseStreamOut", "Streams to all nodes.", Plain::Whole(10240)),
     accepted("tunnelPeerBaseStreamIn", "Streams from one node.", Plain::Whole(1024)),
     accepted("tunnelPeerBaseStreamOut", "Streams to one node.", Plain::Whole(1024)),

@@ -7,7 +7,11 @@ use super::{
     keys::{Draft, KEYS, Key, Kind, Plain},
     *,
 };
-use crate::dns::forward::StubDomain;
+use crate::{
+    alias::Overrides,
+    dns::forward::StubDomain,
+    tunnel::{RelayNode, ServeRelay},
+};
 
 mod edgemesh;
 mod fuzz;
@@ -45,6 +49,7 @@ fn defaults() -> AgentConfig {
         proxy: ProxyConfig::default(),
         dns: None,
         tunnel: TunnelConfig::default(),
+        file: None,
     }
 }
 
@@ -152,6 +157,14 @@ modules:
     enable: true
     directCIDRs: [10.0.0.0/8, 'fd00:10::/32']
     neverDirectCIDRs: [10.1.0.0/16]
+    listenPort: 443
+    allowedTargets: ['node:2222', '192.168.1.0/24:*']
+    allowedPeers: [edge1, cloud1]
+    serveRelay: whenPublic
+    enableHolePunch: false
+    relayNodes: [{nodeName: cloud1, advertiseAddress: [203.0.113.7, 'relay.example.org:443', '2001:db8::7']}]
+    psk: {enable: false, path: /run/psk}
+    tunnelLimitConfig: {tunnelBaseStreamIn: 7}
 ",
     );
     assert_eq!(notes(&loaded), [""; 0]);
@@ -213,7 +226,22 @@ modules:
                 direct: vec!["10.0.0.0/8".parse().unwrap(), "fd00:10::/32".parse().unwrap()],
                 never_direct: vec!["10.1.0.0/16".parse().unwrap()],
             },
+            listen_port: 443,
+            allowed_targets: ["node:2222", "192.168.1.0/24:*"].map(|target| target.parse().unwrap()).to_vec(),
+            allowed_peers: vec!["edge1".to_owned(), "cloud1".to_owned()],
+            serve_relay: ServeRelay::WhenPublic,
+            hole_punching: false,
+            relays: vec![RelayNode {
+                node: "cloud1".parse().unwrap(),
+                addresses: ["203.0.113.7", "relay.example.org:443", "2001:db8::7"]
+                    .map(|address| address.parse().unwrap())
+                    .to_vec(),
+            }],
+            psk_enable: false,
+            psk: "/run/psk".into(),
+            max_served: 7,
         },
+        file: None,
     };
     assert_eq!(loaded.config, expected);
 }

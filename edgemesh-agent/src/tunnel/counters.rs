@@ -38,6 +38,8 @@ pub struct Counters {
     pub connected: PathCounters,
     /// Peers cut off because they were no members.
     pub refused_peers: Counter,
+    /// Of those, the ones whose identity was not what this node's PSK gives the node they claimed to be.
+    pub wrong_identities: Counter,
     /// Connections of which the handshake was not even begun, since too many came.
     pub denied_connections: Counter,
     /// Holes that were punched.

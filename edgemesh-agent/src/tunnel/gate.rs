@@ -122,6 +122,9 @@ impl<B: NetworkBehaviour> Gate<B> {
     /// Writes one line a minute for each kind of trouble, at most.
     fn log_refusal(&mut self, kind: &'static str, remote: &Multiaddr, claimed: Option<&NodeName>, why: &str) {
         self.counters.refused_peers.add(1);
+        if kind == "identity" {
+            self.counters.wrong_identities.add(1);
+        }
         let claimed = claimed.map_or("nobody", NodeName::as_str);
         match self.quiet.pass(kind, Instant::now()) {
             Some(left_out) => warn!(%remote, claimed, left_out, "peer cut off before anything was served: {why}"),

@@ -290,6 +290,15 @@ impl DatagramStream {
         Poll::Ready(Ok(()))
     }
 
+    /// Has everything that was sent leave this node, as far as the far side lets it.
+    ///
+    /// # Errors
+    ///
+    /// The flow has ended.
+    pub fn poll_flush(&mut self, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        self.frames.poll_flush(cx)
+    }
+
     /// Receives a datagram into `buffer`, which it replaces; `false` when the flow has ended.
     ///
     /// # Errors
@@ -325,7 +334,7 @@ impl DatagramStream {
     /// As there.
     pub async fn send(&mut self, datagram: &[u8]) -> io::Result<()> {
         std::future::poll_fn(|cx| self.poll_send(cx, datagram)).await?;
-        std::future::poll_fn(|cx| self.frames.poll_flush(cx)).await
+        std::future::poll_fn(|cx| self.poll_flush(cx)).await
     }
 
     /// Receives a datagram; see [`Self::poll_recv`].
