@@ -38,9 +38,9 @@ use crate::{
     health::{self, Canary, CanaryState, Watch},
     kube,
     lifecycle::{Readiness, Tasks},
+    mesh::{self, Threads},
     model::Builder,
     net::{self, Device},
-    proxy::NoTunnel,
     snapshot::{self, Snapshot},
 };
 
@@ -73,6 +73,8 @@ pub struct Bound {
     control_socket: PathBuf,
     tasks: Tasks,
     dataplane: Option<thread::JoinHandle<()>>,
+    /// None without a tunnel.
+    threads: Option<Threads>,
 }
 
 /// Builds and starts the agent for `node`.
@@ -106,9 +108,11 @@ async fn build_on(
     let source = kube::start(&config.source, node, events, restored, conditions.clone(), tasks)?;
     let builder = Builder::new(config.proxy.filter, node);
     let device = ensure_device(&config, &conditions).await;
+    let threads = config.tunnel.enable.then(Threads::start).transpose().map_err(StartError::Thread)?;
     // Whom the tunnel has met, it tells; until it runs, nobody.
-    let (_meet, meetings) = watch::channel(Arc::<Meetings>::default());
-    let (builder, ways, carrying) = match Detour::prepare(&config, device.as_ref(), &conditions).await {
+    let (meet, meetings) = watch::channel(Arc::<Meetings>::default());
+    let detour = Detour::prepare(&config, device.as_ref(), threads.as_ref(), &conditions).await;
+    let (builder, ways, carrying) = match detour {
         Some(detour) => {
             let entered = detour.enter(builder, &config, node, meetings, tasks);
             let (builder, ways, carrying) = entered.map_err(StartError::Thread)?;
@@ -211,7 +215,14 @@ async fn build_on(
         }
         None => None,
     };
-    let aliases = carrying.map(|carrying| carrying.start(tables.clone(), Arc::new(NoTunnel), &conditions, tasks));
+    let (aliases, tunnel) = match (carrying, &threads) {
+        (Some(carrying), Some(threads)) => {
+            let (through, sight) = mesh::start(&config, node, tables.clone(), meet, &conditions, tasks, threads);
+            let aliases = carrying.start(tables.clone(), Arc::new(through), &conditions, tasks, threads);
+            (Some(aliases), Some(sight))
+        }
+        (None, _) | (_, None) => (None, None),
+    };
     let sight = Sight {
         node: node.into(),
         started: Instant::now(),
@@ -224,6 +235,7 @@ async fn build_on(
         dns,
         device,
         aliases,
+        tunnel,
         max_backend_series: config.common.max_backend_series,
         rendering: Arc::new(Semaphore::new(1)),
     };
@@ -244,7 +256,7 @@ async fn build_on(
     info!(version = crate::status::VERSION, node, "edgemesh-agent has started");
     readiness.started();
     let control_socket = config.common.control_socket;
-    Ok(Bound { admin_address, control_socket, tasks: tasks.clone(), dataplane: thread })
+    Ok(Bound { admin_address, control_socket, tasks: tasks.clone(), dataplane: thread, threads })
 }
 
 impl Bound {
@@ -271,6 +283,7 @@ impl Bound {
                 Err(_) => warn!("the data plane's thread is still busy; stopping without it"),
             }
         }
+        drop(self.threads);
         remove_socket(&self.control_socket);
     }
 }

@@ -21,6 +21,7 @@ use crate::{
     config::AgentConfig,
     dataplane::ebpf::{divert_aliases, is_diverted, leave_aliases},
     lifecycle::Tasks,
+    mesh::Threads,
     model::{Builder, ServiceTable},
     net::{
         Device,
@@ -79,18 +80,19 @@ impl Detour {
     pub(super) async fn prepare(
         config: &AgentConfig,
         device: Option<&Device>,
+        threads: Option<&Threads>,
         conditions: &Conditions,
     ) -> Option<Self> {
-        if !config.tunnel.enable {
+        let Some(threads) = threads else {
             take_back(config, conditions).await;
             return None;
-        }
+        };
         let ranges = config.common.aliases;
         let file = config.common.alias_file.clone().map(AliasFile::new);
         let second = config.common.bridge_device_ipv6.map(IpAddr::V6);
         let sources: Vec<IpAddr> =
             device.into_iter().flat_map(|device| [Some(device.address), second]).flatten().collect();
-        let sockets = match divert(config, ranges, &sources).await {
+        let sockets = match divert(config, ranges, &sources, threads).await {
             Ok(sockets) => Some(sockets),
             Err(why) => {
                 let message = format!("{why}; pods that only the tunnel reaches are refused");
@@ -144,15 +146,17 @@ pub(super) struct Carrying {
 }
 
 impl Carrying {
-    /// Carries what is sent to aliases by `dial`.
+    /// Carries what is sent to aliases by `dial`, on the threads of the tunnel.
     pub(super) fn start<D: Dial>(
         self,
         tables: watch::Receiver<Arc<ServiceTable>>,
         dial: Arc<D>,
         conditions: &Conditions,
         tasks: &Tasks,
+        threads: &Threads,
     ) -> Sight {
         if let Some(sockets) = self.sockets {
+            let _there = threads.handle().enter();
             let counters = Arc::clone(&self.sight.counters);
             Proxy { tables, dial, counters, conditions: conditions.clone() }.start(sockets, tasks);
         }
@@ -320,8 +324,17 @@ impl Keeper {
 }
 
 /// Makes the ranges local and has what is sent there come to sockets of this agent.
-async fn divert(config: &AgentConfig, ranges: AliasRanges, sources: &[IpAddr]) -> Result<Sockets, String> {
-    let sockets = Sockets::bind().map_err(|error| format!("cannot make the sockets of aliases: {error}"))?;
+async fn divert(
+    config: &AgentConfig,
+    ranges: AliasRanges,
+    sources: &[IpAddr],
+    threads: &Threads,
+) -> Result<Sockets, String> {
+    let sockets = {
+        // The runtime that carries has to know them.
+        let _there = threads.handle().enter();
+        Sockets::bind().map_err(|error| format!("cannot make the sockets of aliases: {error}"))?
+    };
     // The program comes first: until the range is local, nothing gets to it, and what else listens on this node must
     // never get what was meant for an alias.
     divert_aliases(&config.proxy.ebpf, ranges, sockets.each()).map_err(|error| error.to_string())?;

@@ -1,6 +1,9 @@
 //! The tunnel's families. No series for each peer: a mesh has thousands, and `edgemesh-agent peers` has them all.
 
-use prometheus_client::{metrics::counter::ConstCounter, metrics::gauge::ConstGauge, registry::Registry};
+use prometheus_client::{
+    metrics::{counter::ConstCounter, family::Family, gauge::Gauge},
+    registry::Registry,
+};
 
 use super::{Rows, gauge, whole};
 use crate::status::TunnelStatus;
@@ -12,14 +15,11 @@ struct PathLabels {
 
 pub(super) fn add(registry: &mut Registry, status: &TunnelStatus) {
     gauge(registry, "tunnel_running", "Whether the tunnel has its PSK and its port", i64::from(status.running));
-    let nodes = status.nodes.iter();
-    registry.register_collector(Box::new(Rows {
-        name: "tunnel_nodes",
-        help: "Nodes that are connected, by their best path",
-        rows: nodes
-            .map(|(path, count)| (PathLabels { path: path.clone() }, ConstGauge::new(whole(*count))))
-            .collect(),
-    }));
+    let nodes = Family::<PathLabels, Gauge>::default();
+    for (path, count) in &status.nodes {
+        nodes.get_or_create(&PathLabels { path: path.clone() }).set(whole(*count));
+    }
+    registry.register("tunnel_nodes", "Nodes that are connected, by their best path", nodes);
     let connected = status.relays.iter().filter(|relay| relay.connected).count();
     gauge(registry, "tunnel_relays", "Relays that the configuration names", whole(status.relays.len()));
     gauge(registry, "tunnel_relays_connected", "Those of them that are connected", whole(connected));
