@@ -18,7 +18,7 @@ use std::{net::IpAddr, sync::Arc, time::Duration};
 use tokio::sync::{Semaphore, watch};
 
 pub use counters::{Counters, ProxyStatus, RefusalCount, Sight};
-pub use dial::{Dial, NoTunnel, ReceiveDatagram, Refusal, SendDatagram};
+pub use dial::{Dial, ReceiveDatagram, Refusal, SendDatagram};
 pub use sockets::Sockets;
 pub use through::{Receiver, Sender, Through};
 

@@ -1,16 +1,10 @@
 //! The seam to the tunnel: a pod on another node is named, and a stream to it comes back, or why there is none.
 
-use std::{
-    future::Future,
-    io,
-    net::SocketAddr,
-    pin::Pin,
-    task::{Context, Poll},
-};
+use std::{future::Future, io, net::SocketAddr};
 
 use bytes::Bytes;
 use tokio::{
-    io::{AsyncRead, AsyncWrite, ReadBuf},
+    io::{AsyncRead, AsyncWrite},
     time::Instant,
 };
 
@@ -109,60 +103,5 @@ impl Refusal {
             Self::NoSuchAlias => 7,
             Self::Failed(_) => 8,
         }
-    }
-}
-
-/// Gets nowhere: for an agent whose tunnel is not running, so that its clients are refused at once rather than kept
-/// waiting.
-#[derive(Clone, Copy, Debug, Default)]
-pub struct NoTunnel;
-
-/// What [`NoTunnel`] never gives.
-#[derive(Debug)]
-pub enum Nothing {}
-
-impl Dial for NoTunnel {
-    type Stream = Nothing;
-    type Sender = Nothing;
-    type Receiver = Nothing;
-
-    async fn dial_tcp(&self, _: &str, _: SocketAddr, _: Instant) -> Result<Nothing, Refusal> {
-        Err(Refusal::NoTunnel)
-    }
-
-    async fn open_udp(&self, _: &str, _: SocketAddr, _: Instant) -> Result<(Nothing, Nothing), Refusal> {
-        Err(Refusal::NoTunnel)
-    }
-}
-
-impl AsyncRead for Nothing {
-    fn poll_read(self: Pin<&mut Self>, _: &mut Context<'_>, _: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
-        match *self {}
-    }
-}
-
-impl AsyncWrite for Nothing {
-    fn poll_write(self: Pin<&mut Self>, _: &mut Context<'_>, _: &[u8]) -> Poll<io::Result<usize>> {
-        match *self {}
-    }
-
-    fn poll_flush(self: Pin<&mut Self>, _: &mut Context<'_>) -> Poll<io::Result<()>> {
-        match *self {}
-    }
-
-    fn poll_shutdown(self: Pin<&mut Self>, _: &mut Context<'_>) -> Poll<io::Result<()>> {
-        match *self {}
-    }
-}
-
-impl SendDatagram for Nothing {
-    async fn send(&mut self, _: &[u8]) -> io::Result<()> {
-        match *self {}
-    }
-}
-
-impl ReceiveDatagram for Nothing {
-    async fn receive(&mut self) -> io::Result<Bytes> {
-        match *self {}
     }
 }
