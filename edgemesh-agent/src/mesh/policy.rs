@@ -156,3 +156,110 @@ fn ports_of(entry: &ServiceEntry, node: &str) -> impl Iterator<Item = (Protocol,
 fn hosts_of(entry: &ServiceEntry, node: &str) -> impl Iterator<Item = IpAddr> {
     entry.portless.iter().filter(move |endpoint| is_on(&endpoint.place, node)).map(|endpoint| endpoint.ip)
 }
+
+#[cfg(test)]
+mod tests {
+    use std::num::NonZeroU16;
+
+    use super::*;
+    use crate::{
+        config::ServiceFilter,
+        model::{
+            Builder, Endpoint, EndpointPort, EndpointSet, Event, NamespacedName, Object, Service, ServiceKind,
+            ServicePort, Subset,
+        },
+    };
+
+    fn name(text: &str) -> NamespacedName {
+        NamespacedName::new("default", text)
+    }
+
+    /// The Service `of` with a TCP port 80 and endpoints on port 8080, or headless without ports.
+    fn service(of: &str, portless: bool, endpoints: &[(&str, &str)]) -> [Event; 2] {
+        let number = |number| NonZeroU16::new(number).unwrap();
+        let port = || ServicePort { name: "http".into(), protocol: model::Protocol::Tcp, port: number(80), node_port: None };
+        let (kind, ports) = match portless {
+            true => (ServiceKind::Headless, Vec::new()),
+            false => (ServiceKind::ClusterIp, vec![port()]),
+        };
+        let cluster_ips = if portless { Vec::new() } else { vec!["10.96.0.10".parse().unwrap()] };
+        let made = Service { cluster_ips, ports, ..Service::new(name(of), kind) };
+        let endpoints = endpoints.iter().map(|(ip, node)| {
+            let place = Arc::new(Place { node: Some((*node).into()), ..Place::default() });
+            Endpoint { address: ip.parse().unwrap(), ready: true, serving: true, terminating: false, place }
+        });
+        let of_slice = EndpointPort { name: "http".into(), protocol: model::Protocol::Tcp, port: number(8080) };
+        let ports = if portless { Vec::new() } else { vec![of_slice] };
+        let subsets = vec![Subset { ports, endpoints: endpoints.collect() }];
+        let set = EndpointSet { name: name(of), service: name(of), subsets };
+        [Event::Apply(Object::Service(made.into())), Event::Apply(Object::EndpointSlice(set.into()))]
+    }
+
+    fn policy(targets: &[&str]) -> Policy {
+        let ranges =
+            AliasRanges { v4: "198.18.0.0/16".parse().unwrap(), v6: "fd6d:e54a:1a5e:a11a::/64".parse().unwrap() };
+        Policy::new("edge1", ranges, targets.iter().map(|target| target.parse().unwrap()).collect())
+    }
+
+    fn rule(policy: &Policy, protocol: Protocol, target: impl Into<Target>) -> Option<String> {
+        match policy.decide(&"edge2".parse().unwrap(), protocol, target.into()) {
+            Decision::Allowed(_) => None,
+            Decision::NotAllowed { rule } => Some(rule),
+        }
+    }
+
+    fn tcp(policy: &Policy, target: &str) -> Option<String> {
+        rule(policy, Protocol::Tcp, target.parse::<SocketAddr>().unwrap())
+    }
+
+    #[test]
+    fn endpoints_of_this_node_are_dialled_and_nothing_else_is() {
+        let (policy, mut builder) = (policy(&[]), Builder::new(ServiceFilter::UnlabelledOnly, "edge1"));
+        assert!(tcp(&policy, "10.244.1.2:8080").unwrap().contains("has not told all yet"));
+        let events = service("web", false, &[("10.244.1.2", "edge1"), ("10.244.2.2", "edge2")]);
+        events.into_iter().chain([Event::Synced]).for_each(|event| builder.apply(event));
+        policy.follow(builder.build().unwrap());
+        assert_eq!(tcp(&policy, "10.244.1.2:8080"), None);
+        assert_eq!(tcp(&policy, "[::ffff:10.244.1.2]:8080"), None);
+        for other in ["10.244.1.2:80", "10.244.2.2:8080", "192.168.1.1:443", "10.96.0.10:80"] {
+            assert!(tcp(&policy, other).unwrap().contains("allowedTargets"), "{other}");
+        }
+        let udp = rule(&policy, Protocol::Udp, "10.244.1.2:8080".parse::<SocketAddr>().unwrap());
+        assert!(udp.unwrap().contains("neither an endpoint"));
+
+        // A second Service has the same endpoint: it stays as long as one of them does.
+        service("also", false, &[("10.244.1.2", "edge1")]).into_iter().for_each(|event| builder.apply(event));
+        policy.follow(builder.build().unwrap());
+        service("web", false, &[("10.244.2.2", "edge2")]).into_iter().for_each(|event| builder.apply(event));
+        policy.follow(builder.build().unwrap());
+        assert_eq!(tcp(&policy, "10.244.1.2:8080"), None);
+        service("also", false, &[]).into_iter().for_each(|event| builder.apply(event));
+        policy.follow(builder.build().unwrap());
+        assert!(tcp(&policy, "10.244.1.2:8080").is_some());
+    }
+
+    #[test]
+    fn any_port_of_a_pod_of_a_headless_service_without_ports_is_dialled() {
+        let (policy, mut builder) = (policy(&[]), Builder::new(ServiceFilter::UnlabelledOnly, "edge1"));
+        let events = service("db", true, &[("10.244.1.3", "edge1"), ("10.244.2.3", "edge2")]);
+        events.into_iter().chain([Event::Synced]).for_each(|event| builder.apply(event));
+        policy.follow(builder.build().unwrap());
+        assert_eq!(tcp(&policy, "10.244.1.3:5432"), None);
+        assert!(tcp(&policy, "10.244.2.3:5432").is_some());
+    }
+
+    #[test]
+    fn allowed_targets_are_dialled_and_aliases_never_are() {
+        let policy = policy(&["node:22", "192.168.1.0/24:554", "198.18.0.0/16:*"]);
+        assert_eq!(tcp(&policy, "192.168.1.9:554"), None);
+        assert!(tcp(&policy, "192.168.1.9:555").is_some());
+        assert!(tcp(&policy, "198.18.0.9:80").unwrap().contains("never dialled"));
+        assert!(rule(&policy, Protocol::Tcp, Target::Node { port: 23 }).unwrap().contains("allowedTargets"));
+        assert!(rule(&policy, Protocol::Tcp, Target::Node { port: 22 }).unwrap().contains("no address"));
+        let addresses = ["127.0.0.1:20006", "[fe80::1]:20006", "[fd00::7]:20006", "192.168.1.7:20006"];
+        let (_tell, own) = watch::channel(addresses.map(|address| address.parse().unwrap()).to_vec());
+        policy.set_own(own);
+        let decision = policy.decide(&"edge2".parse().unwrap(), Protocol::Tcp, Target::Node { port: 22 });
+        assert_eq!(decision, Decision::Allowed("192.168.1.7:22".parse().unwrap()));
+    }
+}

@@ -7,6 +7,7 @@ mod churn;
 mod cleanup;
 mod dns;
 mod health;
+mod mesh;
 mod meta_server;
 mod outside;
 mod policy;
