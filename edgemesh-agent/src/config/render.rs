@@ -197,7 +197,7 @@ fn used(slot: &Slot, draft: &mut Draft) -> Value {
         Slot::Source(_) => choice(SOURCES.iter().map(|(word, _)| *word)),
         Slot::SecretBool(_) => json!({ "type": ["boolean", "null"] }),
         Slot::SecretPath(_) => json!({ "type": text, "pattern": "^/" }),
-        Slot::RelayNodes(_, keys) => list_of(keys, draft),
+        Slot::RelayNodes(_, keys) => list_of(*keys, draft),
         Slot::ServeRelay(_) => choice(SERVE_RELAY.iter().map(|(word, _)| *word)),
         Slot::Targets(_) => {
             json!({ "type": ["array", "null"], "items": { "type": "string", "pattern": "^.+:([0-9]+|\\*)$" } })

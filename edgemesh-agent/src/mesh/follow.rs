@@ -280,8 +280,8 @@ impl Follower {
     fn judge_strangers(&mut self, wrong: u64, now: Instant) {
         if wrong > self.wrong {
             (self.wrong, self.wrong_since) = (wrong, Some(now));
-            let message = "somebody without this node's PSK has tried to connect as a node, and was cut off; the log \
-                           (\"peer cut off\") has the address; is the PSK the same on all nodes?";
+            let message = "a node has another PSK than this one: it was cut off, or is a relay; the log has its address \
+                           (\"peer cut off\", \"relay cannot be reached\"); is the PSK the same on all nodes?";
             self.raise(WRONG_PSK, message.to_owned());
         } else if self.wrong_since.is_some_and(|since| now.saturating_duration_since(since) >= WRONG_PSK_STAYS) {
             self.wrong_since = None;
@@ -291,7 +291,7 @@ impl Follower {
 
     fn tell_meetings(&self, peers: &Peers) {
         let met = peers.nodes().flat_map(|node| {
-            peers.seen_at(node).into_iter().map(|ip| (Box::from(node.as_str()), ip.to_canonical()))
+            peers.seen_at(node).into_iter().map(move |ip| (Box::from(node.as_str()), ip.to_canonical()))
         });
         let met: Meetings = met.collect();
         self.meet.send_if_modified(|known| {

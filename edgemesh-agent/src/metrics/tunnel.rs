@@ -43,7 +43,7 @@ pub(super) fn add(registry: &mut Registry, status: &TunnelStatus) {
         ("tunnel_sent_bytes", "Bytes of payload sent to other nodes", counts.sent_bytes),
         ("tunnel_received_bytes", "Bytes of payload received from other nodes", counts.received_bytes),
         ("tunnel_refused_peers", "Peers cut off because they were no members", counts.refused_peers),
-        ("tunnel_wrong_identities", "Those of them that had another PSK", counts.wrong_identities),
+        ("tunnel_wrong_identities", "Peers and relays that had another PSK", counts.wrong_identities),
         ("tunnel_denied_connections", "Connections not taken, as too many came", counts.denied_connections),
         ("tunnel_holes_punched", "Holes punched in NATs", counts.holes_punched),
         ("tunnel_hole_failures", "Attempts at it that were given up", counts.hole_failures),

@@ -105,9 +105,10 @@ pub struct Receiver(Flow);
 impl ReceiveDatagram for Receiver {
     async fn receive(&mut self) -> io::Result<Bytes> {
         let mut datagram = Vec::new();
-        match poll_fn(|cx| self.0.lock().poll_recv(cx, &mut datagram)).await? {
-            true => Ok(datagram.into()),
-            false => Err(io::ErrorKind::UnexpectedEof.into()),
+        if poll_fn(|cx| self.0.lock().poll_recv(cx, &mut datagram)).await? {
+            Ok(datagram.into())
+        } else {
+            Err(io::ErrorKind::UnexpectedEof.into())
         }
     }
 }

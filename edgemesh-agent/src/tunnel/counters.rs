@@ -38,7 +38,7 @@ pub struct Counters {
     pub connected: PathCounters,
     /// Peers cut off because they were no members.
     pub refused_peers: Counter,
-    /// Of those, the ones whose identity was not what this node's PSK gives the node they claimed to be.
+    /// Nodes met whose identity is not what this node's PSK gives them: peers that were cut off for it, and relays.
     pub wrong_identities: Counter,
     /// Connections of which the handshake was not even begun, since too many came.
     pub denied_connections: Counter,

@@ -95,7 +95,7 @@ fn a_pod_that_only_the_tunnel_reaches_is_reached_by_tcp_and_udp() -> Result<()> 
 #[test]
 fn a_node_with_another_psk_is_served_nothing_and_said_so() -> Result<()> {
     let Some(world) = World::raise(["0123456789abcdef-of-one", "0123456789abcdef-of-other"])? else { return Ok(()) };
-    eventually(START, "the wrong PSK to be seen", || has_condition(&world.edge2, "WrongPskSeen"))?;
+    eventually(START, "the wrong PSK to be seen", || has_condition(&world.edge1, "WrongPskSeen"))?;
     assert!(world.client.within(Duration::from_secs(6)).tcp(at(CLUSTER_IPS[0], 80)?).is_err());
     assert_eq!(report(&world.edge1, "peers")?, json!([]));
     eventually(START, "the lack of a relay to be said", || has_condition(&world.edge1, "RelaysUnreachable"))

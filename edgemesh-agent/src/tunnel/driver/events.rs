@@ -229,6 +229,12 @@ impl Driver<'_> {
             // Also what another site with the same private addresses looks like, so it is no matter for a warning unless
             // the address was configured.
             debug!(%address, "who answers there is another than expected: is the PSK the same?");
+            // With two keys a relay is dialled as either, and one of the two is always wrong.
+            if let Some(Purpose::Relay(node)) = self.dials.get(&connection)
+                && self.core.settings.psks.peer_ids(node).len() == 1
+            {
+                self.core.counters.wrong_identities.add(1);
+            }
         }
         let why = match error {
             DialError::Transport(errors) => {
