@@ -9,9 +9,9 @@ mod document;
 mod keys;
 mod render;
 mod source;
-mod tunnel;
 #[cfg(test)]
 mod tests;
+mod tunnel;
 mod value;
 
 use std::{
@@ -27,10 +27,7 @@ use std::{
 pub use self::dns::{CacheDnsConfig, DnsConfig};
 pub use self::render::{default_yaml, minimal_yaml, schema};
 pub use self::tunnel::{AllowedHost, AllowedTarget, ParseAllowedTargetError, TunnelConfig};
-use crate::{
-    alias::AliasRanges,
-    model::IpPrefix,
-};
+use crate::{alias::AliasRanges, model::IpPrefix};
 
 /// The agent's configuration, parsed and validated: nothing after this point sees a raw string.
 #[derive(Clone, Debug, PartialEq)]

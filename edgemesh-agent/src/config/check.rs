@@ -181,15 +181,13 @@ impl Findings<'_> {
                     self.refused(entry.line, path, refusal);
                 }
             }
-            Kind::Accepted(plain) => {
-                match value::differs(&entry.value, plain) {
-                    Err(refusal) => self.refused(entry.line, path, refusal),
-                    Ok(true) if matches!(effect, Effect::Stands) => {
-                        self.note(entry.line, path, "a key of EdgeMesh that has no effect in this version".to_owned());
-                    }
-                    Ok(_) => {}
+            Kind::Accepted(plain) => match value::differs(&entry.value, plain) {
+                Err(refusal) => self.refused(entry.line, path, refusal),
+                Ok(true) if matches!(effect, Effect::Stands) => {
+                    self.note(entry.line, path, "a key of EdgeMesh that has no effect in this version".to_owned());
                 }
-            }
+                Ok(_) => {}
+            },
         }
     }
 

@@ -6,7 +6,9 @@ use std::{
     time::Duration,
 };
 
-use super::{AllowedTarget, CommonConfig, DataplaneMode, DnsConfig, ProxyConfig, ServiceFilter, SourceChoice, TunnelConfig};
+use super::{
+    AllowedTarget, CommonConfig, DataplaneMode, DnsConfig, ProxyConfig, ServiceFilter, SourceChoice, TunnelConfig,
+};
 use crate::{
     dns::{forward::StubDomain, zone::ClusterDomain},
     model::IpPrefix,
@@ -552,7 +554,11 @@ const EDGE_TUNNEL: &[Key] = &[
         "Whether holes are punched in NATs, so that traffic leaves the relays.",
         Slot::Bool(|d| &mut d.tunnel.hole_punching),
     ),
-    accepted("transport", "What carries the tunnel; this agent always uses TCP and QUIC.", Plain::Choice(&["tcp", "ws", "quic"])),
+    accepted(
+        "transport",
+        "What carries the tunnel; this agent always uses TCP and QUIC.",
+        Plain::Choice(&["tcp", "ws", "quic"]),
+    ),
     // Sic.
     accepted("rendezvous", "Name under which nodes find each other.", Plain::Text(&["EDGEMESH_PLAYGOUND"])),
     used(

@@ -145,7 +145,9 @@ mod tests {
         for text in ["node:22", "node:*", "192.168.1.7:554", "192.168.1.0/24:*", "[fd00::7]:443", "[fd00::/8]:443"] {
             assert_eq!(text.parse::<AllowedTarget>().unwrap().to_string(), text);
         }
-        for wrong in ["", "22", "node", "node:", "node:0", "node:+1", "[node]:1", "fd00::7:443", "web:80", "1.2.3.4/33:1"] {
+        for wrong in
+            ["", "22", "node", "node:", "node:0", "node:+1", "[node]:1", "fd00::7:443", "web:80", "1.2.3.4/33:1"]
+        {
             assert!(wrong.parse::<AllowedTarget>().is_err(), "{wrong}");
         }
     }

@@ -40,11 +40,8 @@ pub(super) const SOURCES: [(&str, SourceChoice); 3] =
     [("auto", SourceChoice::Auto), ("inCluster", SourceChoice::InCluster), ("metaServer", SourceChoice::MetaServer)];
 
 /// When a node may be asked to relay, as a file spells it.
-pub(super) const SERVE_RELAY: [(&str, ServeRelay); 3] = [
-    ("whenListed", ServeRelay::WhenListed),
-    ("whenPublic", ServeRelay::WhenPublic),
-    ("always", ServeRelay::Always),
-];
+pub(super) const SERVE_RELAY: [(&str, ServeRelay); 3] =
+    [("whenListed", ServeRelay::WhenListed), ("whenPublic", ServeRelay::WhenPublic), ("always", ServeRelay::Always)];
 
 /// Why a value cannot be used.
 #[derive(Debug)]

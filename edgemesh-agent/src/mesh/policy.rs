@@ -177,7 +177,8 @@ mod tests {
     /// The Service `of` with a TCP port 80 and endpoints on port 8080, or headless without ports.
     fn service(of: &str, portless: bool, endpoints: &[(&str, &str)]) -> [Event; 2] {
         let number = |number| NonZeroU16::new(number).unwrap();
-        let port = || ServicePort { name: "http".into(), protocol: model::Protocol::Tcp, port: number(80), node_port: None };
+        let port =
+            || ServicePort { name: "http".into(), protocol: model::Protocol::Tcp, port: number(80), node_port: None };
         let (kind, ports) = match portless {
             true => (ServiceKind::Headless, Vec::new()),
             false => (ServiceKind::ClusterIp, vec![port()]),

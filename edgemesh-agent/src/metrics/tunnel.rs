@@ -30,9 +30,7 @@ pub(super) fn add(registry: &mut Registry, status: &TunnelStatus) {
     registry.register_collector(Box::new(Rows {
         name: "tunnel_connections",
         help: "Connections to other nodes that came up",
-        rows: paths
-            .map(|(path, count)| (PathLabels { path: (*path).to_owned() }, ConstCounter::new(*count)))
-            .collect(),
+        rows: paths.map(|(path, count)| (PathLabels { path: (*path).to_owned() }, ConstCounter::new(*count))).collect(),
     }));
     for (name, help, count) in [
         ("tunnel_streams_opened", "Streams that this node opened", counts.opened),

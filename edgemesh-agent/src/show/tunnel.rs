@@ -46,7 +46,8 @@ pub(super) fn status(tunnel: &Value) -> Option<String> {
     }
     let nodes = tunnel["nodes"].as_object().into_iter().flatten();
     let nodes: Vec<String> = nodes.map(|(path, count)| format!("{} {path}", word(count))).collect();
-    let mut line = if nodes.is_empty() { "no node connected".to_owned() } else { format!("nodes: {}", nodes.join(", ")) };
+    let mut line =
+        if nodes.is_empty() { "no node connected".to_owned() } else { format!("nodes: {}", nodes.join(", ")) };
     let relays = tunnel["relays"].as_array().map_or(&[][..], Vec::as_slice);
     let relays: Vec<String> = relays
         .iter()

@@ -43,9 +43,12 @@ impl World {
         let (client, server) = (edge1.pod("client")?, edge2.pod("server")?);
         server.serve(App::Tcp, 7001)?;
         server.serve(App::Udp, 7001)?;
-        let service = Service::new("web", &CLUSTER_IPS)
-            .port("tcp", Transport::Tcp, 80, 7001)
-            .port("udp", Transport::Udp, 80, 7001);
+        let service = Service::new("web", &CLUSTER_IPS).port("tcp", Transport::Tcp, 80, 7001).port(
+            "udp",
+            Transport::Udp,
+            80,
+            7001,
+        );
         lab.manifests().write("web", &service.yaml_with(&Endpoint::of(&server, "edge2"))?)?;
         let agents = [
             edge1.start_agent(&options(&edge1, &edge2, psks[0])?)?,

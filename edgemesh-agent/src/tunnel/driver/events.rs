@@ -13,7 +13,7 @@ use libp2p::{
 };
 use tracing::{debug, info, warn};
 
-use super::{Driver, MAX_STRANGERS, RETIRE, STRANGER, Task, random};
+use super::{Driver, MAX_STRANGERS, Purpose, RETIRE, STRANGER, Task, random};
 use crate::tunnel::{
     NodeName, PathKind,
     gate::{self, is_relayed, with_sources},
