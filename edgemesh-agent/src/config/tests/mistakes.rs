@@ -36,9 +36,11 @@ fn names_key_line_and_what_was_meant_of_an_unknown_key() {
     for (text, expected) in cases {
         assert_eq!(refused(text), [expected], "{text}");
         // Lenient, the same is a note.
-        let loaded = parse(text, "agent.yaml", Leniency::Lenient, &POD).unwrap();
+        let mut loaded = parse(text, "agent.yaml", Leniency::Lenient, &POD).unwrap();
         let note = expected.replace("unknown key;", "unknown key, ignored;");
         assert!(notes(&loaded).contains(&note), "{:?}", loaded.notes);
+        // What is right beside it counts.
+        loaded.config.tunnel.relays.clear();
         assert_eq!(loaded.config, defaults());
     }
 }
@@ -438,7 +440,7 @@ fn loads_a_file_and_names_it_in_messages() {
     assert_eq!(loads().unwrap_err().to_string(), format!("{shown}:2: not UTF-8; expected a YAML text"));
 
     fs::write(&path, "#".repeat(MAX_SIZE)).unwrap();
-    assert_eq!(loads().unwrap().config, defaults());
+    assert_eq!(loads().unwrap().config, AgentConfig { file: Some(path.clone()), ..defaults() });
     fs::write(&path, "#".repeat(MAX_SIZE + 1)).unwrap();
     assert!(matches!(loads(), Err(ConfigError::TooLarge { .. })));
 
