@@ -8,6 +8,7 @@ mod client;
 mod convert;
 mod events;
 mod invalid;
+mod listed;
 mod manifest;
 mod meta_server;
 mod state;

@@ -22,6 +22,11 @@ const SECOND: u64 = 1_000_000_000;
 /// does not write on every connection.
 pub const RENEWAL: u64 = SECOND / 4;
 
+/// Instead of the moment at which a client's affinity was last used: it has none yet. No clock gets there.
+pub const NO_AFFINITY: u64 = u64::MAX - 1;
+/// What is remembered of a client is as it should be.
+const SETTLED: u64 = u64::MAX;
+
 /// The tables as one side sees them: maps in the kernel, `HashMap`s in the tests.
 pub trait Tables {
     /// A frontend by key. The reference may be to memory that changes while it is held.
@@ -34,8 +39,10 @@ pub trait Tables {
     fn ring(&self, key: &RingKey, place: usize) -> Option<u16>;
     fn member(&self, key: &MemberKey) -> Option<Member>;
     fn affinity(&self, key: &AffinityKey) -> Option<Affinity>;
-    /// Remembers where a client went.
-    fn remember(&self, key: &AffinityKey, value: &Affinity);
+    /// Remembers where a client went, unless somebody has changed what was remembered since `seen`, when it was last used
+    /// ([`NO_AFFINITY`] if there was none): of a client's first connections at the same moment, the first to get here
+    /// decides for all. Returns whether it was not too late.
+    fn remember(&self, key: &AffinityKey, value: &Affinity, seen: u64) -> bool;
     /// A uniformly distributed number.
     fn random(&self) -> u32;
     /// CLOCK_MONOTONIC, nanoseconds.
@@ -113,16 +120,17 @@ pub fn select_sticky<T: Tables>(
         }
         let affine = read(&frontend.affinity_seconds) != 0;
         let client = if affine || set.flags & HASH_CLIENT != 0 { client() } else { Addr::default() };
-        let remember = affine && set.recall(tables, &client, &mut backend);
-        if backend.id == 0 && !set.choose(tables, &client, &mut backend) {
+        let seen = if affine { set.recall(tables, &client, &mut backend) } else { SETTLED };
+        let is_new = backend.id == 0;
+        if is_new && !set.choose(tables, &client, &mut backend) {
             // The set was replaced and this generation is already gone: look again.
             continue;
         }
         if set.is_torn() {
             continue;
         }
-        if remember {
-            set.remember(tables, &client, &backend);
+        if seen != SETTLED {
+            set.remember(tables, &client, &mut backend, seen, is_new);
         }
         return Verdict::Forward { service, generation: set.generation, backend };
     }
@@ -213,23 +221,37 @@ impl Set<'_> {
     }
 
     /// Puts the backend that a client was last sent to into `backend`, unless that has one already, if it was not too long
-    /// ago and the backend still is in the set. Returns whether what it gets this time is to be remembered.
+    /// ago and the backend still is in the set. Returns [`SETTLED`] unless what it gets this time is to be remembered, and
+    /// then when the client was last remembered.
     #[inline(never)]
-    fn recall<T: Tables>(&self, tables: &T, client: &Addr, backend: &mut Backend) -> bool {
-        let Some(known) = tables.affinity(&self.affinity_key(client)) else { return true };
+    fn recall<T: Tables>(&self, tables: &T, client: &Addr, backend: &mut Backend) -> u64 {
+        let Some(known) = tables.affinity(&self.affinity_key(client)) else { return NO_AFFINITY };
         let age = tables.now().saturating_sub(known.last_used);
         if backend.id == 0 && age <= u64::from(read(&self.frontend.affinity_seconds)) * SECOND {
             *backend = Backend { id: self.find(tables, &known.backend), ..known.backend };
         }
-        age >= RENEWAL
+        let changes = age >= RENEWAL
             || backend.id == 0
             || backend.port != known.backend.port
-            || !backend.addr.same(&known.backend.addr)
+            || !backend.addr.same(&known.backend.addr);
+        if changes { known.last_used } else { SETTLED }
     }
 
+    /// Remembers `backend`; where another connection of the client was faster, and this one `is_new`, `backend` becomes
+    /// the other's.
     #[inline(never)]
-    fn remember<T: Tables>(&self, tables: &T, client: &Addr, backend: &Backend) {
-        tables.remember(&self.affinity_key(client), &Affinity { last_used: tables.now(), backend: *backend });
+    fn remember<T: Tables>(&self, tables: &T, client: &Addr, backend: &mut Backend, seen: u64, is_new: bool) {
+        let key = self.affinity_key(client);
+        let value = Affinity { last_used: tables.now(), backend: *backend };
+        if tables.remember(&key, &value, seen) || !is_new {
+            return;
+        }
+        if let Some(other) = tables.affinity(&key) {
+            let id = self.find(tables, &other.backend);
+            if id != 0 {
+                *backend = Backend { id, ..other.backend };
+            }
+        }
     }
 
     #[inline(always)]

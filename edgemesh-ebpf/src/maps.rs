@@ -104,18 +104,26 @@ impl Tables for Maps {
     }
 
     #[inline(always)]
-    fn remember(&self, key: &AffinityKey, value: &Affinity) {
-        if let Some(known) = AFFINITY.get_ptr_mut(key) {
-            // SAFETY: as `affinity`; at worst another client is remembered for longer.
-            let known = unsafe { &mut *known };
-            if known.backend.addr.same(&value.backend.addr) && known.backend.port == value.backend.port {
-                // In place, as an update would take a new element from the LRU list for each client that is busy.
-                known.last_used = value.last_used;
-                return;
-            }
+    fn remember(&self, key: &AffinityKey, value: &Affinity, seen: u64) -> bool {
+        let Some(known) = AFFINITY.get_ptr_mut(key) else {
+            // A failure for lack of memory is as one for being late, after which nothing is found: the client is left to
+            // chance the next time.
+            return AFFINITY.insert(key, value, BPF_NOEXIST.into()).is_ok();
+        };
+        // SAFETY: as `affinity`; at worst another client is remembered for longer.
+        let known = unsafe { &mut *known };
+        if known.backend.addr.same(&value.backend.addr) && known.backend.port == value.backend.port {
+            // In place, as an update would take a new element from the LRU list for each client that is busy.
+            known.last_used = value.last_used;
+            return true;
         }
-        // A failure leaves the client to chance the next time.
+        if known.last_used != seen {
+            return false;
+        }
+        // Two that both get here at once still part; what they would need is an exchange that is atomic, which programs
+        // have since Linux 5.12.
         let _ = AFFINITY.insert(key, value, 0);
+        true
     }
 
     #[inline(always)]

@@ -291,7 +291,10 @@ fn after_the_owner_gets(end: impl FnOnce(Pid) -> Result<()>) -> Result<()> {
         return skip("raising a lab");
     }
     let machine = Machine::now()?;
-    let mut owner = Command::new(std::env::current_exe()?)
+    // Whoever started the tests in the background of a shell without job control has them ignore SIGINT.
+    let mut owner = Command::new("env")
+        .arg("--default-signal=INT")
+        .arg(std::env::current_exe()?)
         .args(["--exact", "a_process_that_holds_a_lab", "--ignored", "--nocapture"])
         .env("EDGEMESH_LAB_HOLD", "1")
         .process_group(0)

@@ -31,7 +31,7 @@ mod session;
 use std::{
     hash::{BuildHasher, Hasher, RandomState},
     sync::{Mutex, PoisonError},
-    time::{Duration, Instant, SystemTime},
+    time::{Duration, SystemTime},
 };
 
 use k8s_openapi::api::core::v1 as core;
@@ -52,14 +52,15 @@ use super::{
     Error, Events, Restored, SourceState,
     convert::destination_rule::{DestinationRule, GROUP, PLURAL, VERSIONS},
     events::Closed,
-    watch::{GRACE, Listed, limit::Limiter},
+    listed::Listed,
+    watch::limit::Limiter,
 };
 use crate::{
     conditions::Conditions,
     config::{MetaServerConfig, SourceConfig},
     kube::SourceHealth,
     lifecycle::Tasks,
-    model::{Event, Kind},
+    model::Kind,
 };
 
 /// How long after a list that lacks something, or the first, another one is asked for.
@@ -153,29 +154,14 @@ impl Source {
             services.follow(kicks()),
             nodes.follow(kicks()),
             rules.follow(kicks()),
-            self.stop_waiting_for_others(),
+            self.listed.stop_waiting_for_others(&self.events),
             self.probe(),
         );
     }
 
-    async fn stop_waiting_for_others(&self) -> Result<(), Closed> {
-        self.listed.essential().await;
-        sleep(GRACE).await;
-        self.listed(Kind::Node).await?;
-        self.listed(Kind::DestinationRule).await
-    }
-
-    /// Notes that everything of a kind has been delivered, or that nothing of it will be.
-    async fn listed(&self, kind: Kind) -> Result<(), Closed> {
-        if self.listed.complete_with(kind) {
-            self.events.send(Event::Synced, Instant::now()).await?;
-        }
-        Ok(())
-    }
-
     /// What is refused or broken may stay so, which only matters where nothing works without it.
     async fn go_without(&self, kind: Kind) -> Result<(), Closed> {
-        if health::is_essential(kind) { Ok(()) } else { self.listed(kind).await }
+        if health::is_essential(kind) { Ok(()) } else { self.listed.note(kind, &self.events).await }
     }
 
     /// While something is not as it should be, asks for very little, and has everything listed as soon as that is

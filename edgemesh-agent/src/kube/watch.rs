@@ -4,10 +4,10 @@
 //! here: it does not tell that an interrupted watch was taken up again, so a condition could never be cleared on a quiet
 //! cluster; it puts no bound on a list; and it retries a watch that is answered 410 without listing anew.
 //!
-//! Nothing is ever removed because of an error: [`Event::Replace`] follows only from a list that was read to its end, and
+//! Nothing is ever removed because of an error: [`Event::Replace`](crate::model::Event::Replace) follows only from a list that was read to its end, and
 //! from none that is empty where no cluster's is.
 //!
-//! Services and one of the two endpoint kinds are needed for [`Event::Synced`]. Nodes and DestinationRules are waited for
+//! Services and one of the two endpoint kinds are needed for [`Event::Synced`](crate::model::Event::Synced). Nodes and DestinationRules are waited for
 //! only as long as the server has not refused them, or said that it has no such thing, and not for long.
 
 pub(super) mod limit;
@@ -15,10 +15,7 @@ mod pauses;
 mod rules;
 mod session;
 
-use std::{
-    sync::atomic::{AtomicU8, Ordering},
-    time::{Duration, Instant, SystemTime},
-};
+use std::time::{Duration, SystemTime};
 
 use k8s_openapi::api::{core::v1 as core, discovery::v1 as discovery};
 use kube::Client;
@@ -29,13 +26,8 @@ use tokio::{
 use tracing::info;
 
 use self::{limit::Limiter, pauses::Pauses, session::Session};
-use super::{Error, Events, SourceState, client::ApiServer, client::chain, events::Closed};
-use crate::{
-    conditions::Conditions,
-    config::SourceConfig,
-    lifecycle::Tasks,
-    model::{Event, Kind},
-};
+use super::{Error, Events, SourceState, client::ApiServer, client::chain, events::Closed, listed::Listed};
+use crate::{conditions::Conditions, config::SourceConfig, lifecycle::Tasks, model::Kind};
 
 const UNREACHABLE: &str = "ApiServerUnreachable";
 const FORBIDDEN: &str = "ApiServerForbidden";
@@ -47,8 +39,6 @@ const CREDENTIALS: &str = "ApiServerCredentials";
 const ANSWER_TIMEOUT: Duration = Duration::from_secs(30);
 #[cfg(test)]
 const ANSWER_TIMEOUT: Duration = Duration::from_secs(8);
-/// How long Nodes and rules may take once Services and endpoints are known.
-pub(super) const GRACE: Duration = Duration::from_secs(5);
 /// How often a server that has no EndpointSlices is asked whether it has them by now, as after an upgrade.
 #[cfg(not(test))]
 const RECHECK: Duration = Duration::from_secs(300);
@@ -96,44 +86,6 @@ struct Source {
     turn: Mutex<()>,
     /// It has answered.
     answers: Notify,
-}
-
-/// What has been listed at least once.
-#[derive(Debug, Default)]
-pub(super) struct Listed {
-    kinds: AtomicU8,
-    /// Services and endpoints have been.
-    essential: Notify,
-}
-
-impl Listed {
-    const SERVICES: u8 = 1;
-    const ENDPOINTS: u8 = 2;
-    const NODES: u8 = 4;
-    const RULES: u8 = 8;
-    const ESSENTIAL: u8 = Self::SERVICES | Self::ENDPOINTS;
-    const ALL: u8 = Self::ESSENTIAL | Self::NODES | Self::RULES;
-
-    /// Resolves when Services and endpoints have been listed.
-    pub(super) async fn essential(&self) {
-        self.essential.notified().await;
-    }
-
-    /// Says whether `kind` was the last that was missing.
-    pub(super) fn complete_with(&self, kind: Kind) -> bool {
-        let kind = match kind {
-            Kind::Service => Self::SERVICES,
-            Kind::EndpointSlice | Kind::Endpoints => Self::ENDPOINTS,
-            Kind::Node => Self::NODES,
-            Kind::DestinationRule => Self::RULES,
-        };
-        let before = self.kinds.fetch_or(kind, Ordering::SeqCst);
-        let now = before | kind;
-        if now & Self::ESSENTIAL == Self::ESSENTIAL {
-            self.essential.notify_one();
-        }
-        before != Self::ALL && now == Self::ALL
-    }
 }
 
 /// A request that came to nothing.
@@ -194,7 +146,7 @@ impl Source {
             self.endpoints(),
             self.nodes(),
             self.destination_rules(),
-            self.stop_waiting_for_others(),
+            self.listed.stop_waiting_for_others(&self.events),
         );
     }
 
@@ -205,21 +157,6 @@ impl Source {
             Session::<core::Node>::new(self, Kind::Node, (), None).follow().await?;
             sleep(pauses.next()).await;
         }
-    }
-
-    async fn stop_waiting_for_others(&self) -> Result<(), Closed> {
-        self.listed.essential().await;
-        sleep(GRACE).await;
-        self.listed(Kind::Node).await?;
-        self.listed(Kind::DestinationRule).await
-    }
-
-    /// Notes that everything of a kind has been delivered, or that nothing of it will be.
-    async fn listed(&self, kind: Kind) -> Result<(), Closed> {
-        if self.listed.complete_with(kind) {
-            self.events.send(Event::Synced, Instant::now()).await?;
-        }
-        Ok(())
     }
 
     async fn services(&self) -> Result<(), Closed> {

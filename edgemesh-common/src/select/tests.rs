@@ -17,6 +17,8 @@ struct Fake {
     rings: HashMap<RingKey, Vec<u16>>,
     members: HashMap<MemberKey, Member>,
     affinities: RefCell<HashMap<AffinityKey, Affinity>>,
+    /// What another connection of the client, at the same moment, remembers first.
+    faster: Cell<Option<Affinity>>,
     writes: Cell<usize>,
     now: Cell<u64>,
 }
@@ -45,9 +47,17 @@ impl Tables for Fake {
     fn affinity(&self, key: &AffinityKey) -> Option<Affinity> {
         self.affinities.borrow().get(key).copied()
     }
-    fn remember(&self, key: &AffinityKey, value: &Affinity) {
+    fn remember(&self, key: &AffinityKey, value: &Affinity, seen: u64) -> bool {
+        let mut affinities = self.affinities.borrow_mut();
+        if let Some(faster) = self.faster.take() {
+            affinities.insert(*key, faster);
+        }
+        if affinities.get(key).map_or(NO_AFFINITY, |known| known.last_used) != seen {
+            return false;
+        }
         self.writes.set(self.writes.get() + 1);
-        self.affinities.borrow_mut().insert(*key, *value);
+        affinities.insert(*key, *value);
+        true
     }
     fn now(&self) -> u64 {
         self.now.get()
@@ -240,6 +250,43 @@ fn all_frontends_of_a_service_port_share_the_affinity_of_a_client() {
     assert_eq!(forwarded(select(&fake, &cluster_ip, client)), 4);
     assert_eq!(forwarded(select(&fake, &node_port, client)), 4);
     assert_eq!(forwarded(select(&fake, &node_port, || Addr::of_netns(8))), 1, "another client has a choice of its own");
+}
+
+#[test]
+fn of_first_connections_at_the_same_moment_the_fastest_decides_for_all() {
+    // Three are in the frontend itself.
+    for ids in [&[1, 2, 3][..], &[1, 2, 3, 4, 5, 6, 7, 8, 9, 10]] {
+        let last = *ids.last().unwrap();
+        // The client was never here, or too long ago.
+        for before in [None, Some(Affinity { last_used: SECOND, backend: backend(2) })] {
+            let key = key(1, 1, TCP);
+            let mut fake = Fake::default();
+            fake.now.set(100 * SECOND);
+            fake.put(key, 3, 1, ids);
+            fake.with_affinity(&key, 10);
+            let of_client = AffinityKey { client: client(), affinity: [2, 1] };
+            fake.affinities.borrow_mut().extend(before.map(|before| (of_client, before)));
+            fake.faster.set(Some(Affinity { last_used: 100 * SECOND, backend: backend(last) }));
+            fake.randoms.borrow_mut().push(0);
+            assert_eq!(forwarded(select(&fake, &key, client)), last);
+            // Unless what it chose is none of the set any more.
+            fake.affinities.borrow_mut().clear();
+            fake.faster.set(Some(Affinity { last_used: 100 * SECOND, backend: backend(99) }));
+            fake.randoms.borrow_mut().push(0);
+            assert_eq!(forwarded(select(&fake, &key, client)), 1);
+        }
+    }
+}
+
+#[test]
+fn a_datagram_stays_where_its_socket_is_whoever_remembers_first() {
+    let key = key(1, 1, UDP);
+    let mut fake = Fake::default();
+    fake.put(key, 3, 1, &[1, 2]);
+    fake.with_affinity(&key, 10);
+    fake.faster.set(Some(Affinity { last_used: 5, backend: backend(2) }));
+    let earlier = Earlier { service: 3, generation: 1, backend: backend(1) };
+    assert_eq!(forwarded(select_sticky(&fake, &key, client, || Some(earlier))), 1);
 }
 
 #[test]

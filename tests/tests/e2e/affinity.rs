@@ -91,6 +91,35 @@ fn session_affinity_keeps_a_client_for_its_time_out_and_no_longer() -> Result<()
 }
 
 #[test]
+fn first_connections_at_the_same_moment_all_get_the_same_backend() -> Result<()> {
+    const SERVICES: u8 = 250;
+    let Some(world) = World::raise()? else { return Ok(()) };
+    serve(&world)?;
+    // To each the client is new.
+    let mut text = manifest::node(&world.edge1, &[])?;
+    let endpoints: Vec<Endpoint> = world.backends.iter().map(|(pod, node)| Endpoint::new(pod.ips()[0], node)).collect();
+    for number in 1..=SERVICES {
+        let service = Service::new(&format!("new-{number}"), &[&format!("10.96.8.{number}")])
+            .port("tcp", Transport::Tcp, 80, 7500)
+            .spec("sessionAffinity", "ClientIP");
+        text.push_str("---\n");
+        text.push_str(&service.yaml_with(&endpoints)?);
+    }
+    world.lab.manifests().write("new", &text)?;
+    eventually(START, "the Services are there", || {
+        let status: serde_json::Value = serde_json::from_slice(&world.edge1.cli(&["status", "-o", "json"])?.stdout)?;
+        let settled = status["dataplane"]["generation"] == status["dataplane"]["newest_generation"];
+        Ok(settled && status["frontends"].as_u64() >= Some(SERVICES.into()))
+    })?;
+    for number in 1..=SERVICES {
+        let spread = world.client.spread(Transport::Tcp, at(&format!("10.96.8.{number}"), 80)?, 8, 8)?;
+        assert_eq!(spread.failures, BTreeMap::new());
+        ensure!(spread.names.len() == 1, "new-{number}: the client met {:?}", spread.names);
+    }
+    Ok(())
+}
+
+#[test]
 fn session_affinity_outlives_the_agent_and_ends_with_the_backend() -> Result<()> {
     let Some(world) = World::raise()? else { return Ok(()) };
     serve(&world)?;

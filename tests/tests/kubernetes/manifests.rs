@@ -118,6 +118,8 @@ fn the_pod_of_the_manifests_has_the_capabilities_and_the_configuration_that_the_
             options = options.set(&format!("modules.{module}.{key}"), value.clone());
         }
     }
+    // As at the edge, where it is on without being named; port 53 is one of those that need a capability.
+    options = options.set("modules.edgeDNS.enable", true);
     cluster.plane.mount_credentials(&cluster.edge, &account())?;
     let agent = cluster.edge.start_agent(&options)?;
     agent.wait_ready(START)?;

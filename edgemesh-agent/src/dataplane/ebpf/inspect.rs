@@ -168,7 +168,9 @@ impl Tables for Snapshot<'_> {
         Some(known)
     }
 
-    fn remember(&self, _: &AffinityKey, _: &Affinity) {}
+    fn remember(&self, _: &AffinityKey, _: &Affinity, _: u64) -> bool {
+        true
+    }
 
     fn random(&self) -> u32 {
         self.by_chance.set(true);

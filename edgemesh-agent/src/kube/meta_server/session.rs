@@ -211,7 +211,7 @@ impl<'a, K: Known + Send + 'static> Session<'a, K> {
             self.source.events.send(Event::Reached(self.kind, version), Instant::now().into_std()).await?;
         }
         if self.ledger.is_delivered() || !is_essential(self.kind) && (narrow || online) {
-            self.source.listed(self.kind).await?;
+            self.source.listed.note(self.kind, &self.source.events).await?;
         }
         self.list_in(match online && self.ledger.wants_confirmation() {
             true => CONFIRM,

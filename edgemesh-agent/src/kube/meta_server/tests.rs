@@ -3,7 +3,7 @@
 mod doors;
 mod offline;
 
-use std::{collections::BTreeMap, net::TcpListener};
+use std::{collections::BTreeMap, net::TcpListener, time::Instant};
 
 use edgemesh_tests::meta_server::{Door, FakeMetaServer, Fault, Link};
 use serde_json::{Value, json};
@@ -20,7 +20,7 @@ use crate::{
     conditions::Condition,
     config::{MetaServerSecurity, SourceKind},
     kube::{self, Received, SourceStatus},
-    model::Object,
+    model::{Event, Object},
 };
 
 /// Far longer than anything takes; only a failing test waits for it.

@@ -36,7 +36,7 @@ impl Source {
             }
             // What was wrong with them before no longer matters.
             self.allowed(&format!("{PLURAL}.{GROUP}"));
-            self.listed(Kind::DestinationRule).await?;
+            self.listed.note(Kind::DestinationRule, &self.events).await?;
             // A server that is starting may not know its custom resources yet (kubernetes/kubernetes#115241): only one
             // that says so again is believed.
             if known && missed {
@@ -65,7 +65,7 @@ impl Source {
             self.failed("get", GROUP, &failure);
             if matches!(failure.meaning(), Meaning::Forbidden | Meaning::Answered) {
                 // As for Nodes: what is refused may stay so.
-                self.listed(Kind::DestinationRule).await?;
+                self.listed.note(Kind::DestinationRule, &self.events).await?;
             }
             self.pause(&mut pauses, failure.meaning()).await;
         }

@@ -143,7 +143,7 @@ where
     /// What the server refuses may be missing for good, which only matters where nothing works without it.
     async fn go_without(&self) -> Result<(), Closed> {
         match self.kind {
-            Kind::Node | Kind::DestinationRule => self.source.listed(self.kind).await,
+            Kind::Node | Kind::DestinationRule => self.source.listed.note(self.kind, &self.source.events).await,
             Kind::Service | Kind::EndpointSlice | Kind::Endpoints => Ok(()),
         }
     }
@@ -191,7 +191,7 @@ where
             self.source.state.count(other, 0);
             self.send(Event::Replace(other, Vec::new())).await?;
         }
-        self.source.listed(self.kind).await?;
+        self.source.listed.note(self.kind, &self.source.events).await?;
         Ok(version)
     }
 

@@ -9,8 +9,8 @@ use super::{fake::FakeServer, *};
 use crate::{
     conditions::Condition,
     config::SourceKind,
-    kube::{self, Received},
-    model::Object,
+    kube::{self, Received, listed::GRACE},
+    model::{Event, Object},
 };
 
 /// Far longer than anything takes; only a failing test waits for it.

@@ -88,18 +88,28 @@ fn read(path: &std::path::Path, limit: u64) -> io::Result<Vec<u8>> {
 
 #[cfg(test)]
 mod tests {
+    use std::{
+        io::Write as _,
+        process::{Command, Stdio},
+    };
+
     use super::*;
 
     #[test]
     fn a_process_says_its_name_in_its_environment() {
-        let mut child = std::process::Command::new("sleep").arg("60").env("HOSTNAME", "web-0").spawn().unwrap();
+        let mut child =
+            Command::new("cat").env("HOSTNAME", "web-0").stdin(Stdio::piped()).stdout(Stdio::piped()).spawn().unwrap();
+        // `spawn` returns within execve, before the kernel has given the new program its environment; one that answers has it.
+        child.stdin.as_mut().unwrap().write_all(b"!").unwrap();
+        child.stdout.as_mut().unwrap().read_exact(&mut [0]).unwrap();
         let process = Process::open(child.id()).unwrap();
         let (own, other) = (process.says_hostname("web-0", "web-0"), process.says_hostname("web", "web"));
         let (command, network) = (process.command(), process.network);
         child.kill().unwrap();
         child.wait().unwrap();
-        assert!(own && !other);
-        assert_eq!((command.as_str(), network), ("sleep", own_network().unwrap()));
+        assert!(own, "its own name");
+        assert!(!other, "another's name");
+        assert_eq!((command.as_str(), network), ("cat", own_network().unwrap()));
     }
 
     #[test]
