@@ -36,6 +36,8 @@ struct SiteInner {
     bridge: String,
     subnets: Vec<Subnet>,
     nodes: Mutex<Vec<Node>>,
+    /// How many addresses have been given out.
+    members: AtomicU32,
 }
 
 /// A machine: namespaces and a cgroup of its own, a bridge for its pods, and a link into its site.
@@ -58,6 +60,8 @@ struct NodeInner {
     cgroup: std::path::PathBuf,
     host: Pod,
     next_pod: AtomicU32,
+    /// Links into sites other than its own.
+    more_links: AtomicU32,
 }
 
 impl Site {
@@ -69,7 +73,15 @@ impl Site {
         lab.backbone
             .ip(&format!("link add {bridge} type bridge forward_delay 0 mcast_snooping 0\nlink set {bridge} up\n"))
             .with_context(attempt)?;
-        Ok(Self { site: Arc::new(SiteInner { lab: Arc::clone(lab), bridge, subnets, nodes: Mutex::default() }) })
+        let site =
+            SiteInner { lab: Arc::clone(lab), bridge, subnets, nodes: Mutex::default(), members: AtomicU32::new(0) };
+        Ok(Self { site: Arc::new(site) })
+    }
+
+    /// The next free address of each of its subnets.
+    fn next_ips(&self) -> Vec<IpAddr> {
+        let number = FIRST_NODE + self.site.members.fetch_add(1, Ordering::Relaxed);
+        self.site.subnets.iter().map(|subnet| subnet.nth(number)).collect()
     }
 
     /// Adds a node with `pod_subnets` for its pods, such as `10.244.1.0/24`, one per address family.
@@ -81,8 +93,7 @@ impl Site {
         check_name(name)?;
         let site = &*self.site;
         let mut nodes = locked(&site.nodes);
-        let number = FIRST_NODE + u32::try_from(nodes.len())?;
-        let ips: Vec<IpAddr> = site.subnets.iter().map(|subnet| subnet.nth(number)).collect();
+        let ips = self.next_ips();
         let pod_subnets = subnet::parse_all(pod_subnets)?;
         let netns = Netns::new()?;
         netns.sysctl(netns::QUIET)?;
@@ -130,6 +141,7 @@ impl Site {
                 cgroup,
                 host,
                 next_pod: AtomicU32::new(FIRST_POD),
+                more_links: AtomicU32::new(0),
             }),
         };
         for other in &*nodes {
@@ -170,6 +182,28 @@ impl Node {
     /// The node itself, as a pod on the host network would see it.
     pub fn host(&self) -> &Pod {
         &self.node.host
+    }
+
+    /// Links the node into another site too, as a node that several LANs can reach is: `eth1`, then `eth2`. Nobody gets a
+    /// route to its pods, or it to anybody's, by that. Returns its addresses there.
+    pub fn also_in(&self, site: &Site) -> Result<Vec<IpAddr>> {
+        let ips = site.next_ips();
+        let node = &*self.node;
+        let name = format!("eth{}", node.more_links.fetch_add(1, Ordering::Relaxed) + 1);
+        let link = format!("node{}", node.lab.next_link());
+        let attempt = || format!("could not link the node {} into another site", node.name);
+        let backbone = format!(
+            "link add {link} type veth peer name {name} netns {}\nlink set {link} master {} up\n",
+            node.netns.path(),
+            site.site.bridge
+        );
+        node.lab.backbone.ip(&backbone).with_context(attempt)?;
+        let mut batch = format!("link set {name} up\n");
+        for (subnet, ip) in site.site.subnets.iter().zip(&ips) {
+            add_address(&mut batch, *subnet, *ip, &name);
+        }
+        node.netns.ip(&batch).with_context(attempt)?;
+        Ok(ips)
     }
 
     /// Adds a pod with the next free address of each of the node's pod subnets.
@@ -255,10 +289,10 @@ impl Node {
         self.node.netns.sysctl(&[(name, value)])
     }
 
-    /// Has this node reach the pods of another node of its site through that node.
+    /// Has this node reach the pods of another node of its site through that node, unless it has pods of its own there.
     fn add_routes_to(&self, other: &Self) -> Result<()> {
         let mut batch = String::new();
-        for subnet in &other.node.pod_subnets {
+        for subnet in other.node.pod_subnets.iter().filter(|subnet| !self.node.pod_subnets.contains(subnet)) {
             let same_family = |ip: &&IpAddr| ip.is_ipv4() == subnet.nth(0).is_ipv4();
             let gateway = other.node.ips.iter().find(same_family);
             let gateway = gateway.with_context(|| format!("{} has no address to reach {subnet} by", other.name()))?;
