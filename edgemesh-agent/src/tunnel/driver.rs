@@ -8,7 +8,7 @@ mod wanted;
 use std::{
     collections::{BTreeMap, HashMap, HashSet},
     hash::{BuildHasher as _, RandomState},
-    net::SocketAddr,
+    net::{IpAddr, SocketAddr},
     sync::Arc,
     time::{Duration, Instant},
 };
@@ -55,6 +55,9 @@ const MAX_STRANGERS: usize = 1024;
 
 /// How long an idle relayed connection is kept beside a direct one.
 const RETIRE: Duration = Duration::from_secs(30);
+
+/// How long the ends of connections may take when a swarm ends.
+const PARTING: Duration = Duration::from_millis(500);
 
 /// What the handle asks of the swarm.
 pub(super) enum Command {
@@ -146,6 +149,7 @@ impl Core {
     pub(super) async fn drive(&mut self, listening: Listening) -> Ended {
         let mut driver = Driver::new(self, listening);
         let ended = driver.run().await;
+        driver.part().await;
         let _ = self.peers.send_replace(Arc::default());
         ended
     }
@@ -173,9 +177,21 @@ enum Task {
 /// What a dial is for.
 #[derive(Clone, Debug)]
 enum Purpose {
-    Wanted(NodeName),
+    Wanted {
+        node: NodeName,
+        direct: bool,
+    },
     Relay(NodeName),
+    /// To learn whether the node still listens at an address where a connection of it has ended.
+    Verify(NodeName, IpAddr),
     Other,
+}
+
+impl Purpose {
+    /// Whether it is for those who want a stream to that node.
+    fn is_for(&self, node: &NodeName) -> bool {
+        matches!(self, Self::Wanted { node: wanted, .. } if wanted == node)
+    }
 }
 
 struct Driver<'a> {
@@ -257,6 +273,21 @@ impl<'a> Driver<'a> {
                 () = tokio::time::sleep_until(next.into()) => {}
             }
         }
+    }
+
+    /// Closes all connections. Those of QUIC would otherwise live on, and with them the socket, for as long as somebody
+    /// holds a stream of theirs; and peers learn of it at once rather than by silence.
+    async fn part(&mut self) {
+        let peers: Vec<PeerId> = self.swarm.connected_peers().copied().collect();
+        for peer in peers {
+            let _ = self.swarm.disconnect_peer_id(peer);
+        }
+        let parted = async {
+            while self.swarm.network_info().num_peers() > 0 {
+                self.swarm.select_next_some().await;
+            }
+        };
+        let _ = tokio::time::timeout(PARTING, parted).await;
     }
 
     fn after(&mut self, pause: Duration, task: Task) {
