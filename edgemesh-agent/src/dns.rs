@@ -120,7 +120,7 @@ impl Dns {
         let core = Arc::new(Core::new(forwarder, zone.is_some(), &limits, Instant::now()));
         let dns = Self {
             core,
-            counters: std::iter::repeat_with(Counters::default).take(serve::THREADS + 1).collect(),
+            counters: std::iter::repeat_with(Counters::default).take(serve::threads() + 1).collect(),
             listening: Listening::default(),
             zone: zone.clone(),
         };

@@ -25,7 +25,7 @@ use self::{
 };
 pub(super) use self::{
     listen::{Listening, listen},
-    udp::THREADS,
+    udp::threads,
 };
 use super::{
     answer::{self, Answer},

@@ -284,7 +284,7 @@ async fn a_long_answer_is_truncated_by_udp_whole_by_tcp_and_begins_with_another_
     let name = "db.shop.svc.cluster.local";
     let mut first = std::collections::BTreeSet::new();
     // Each thread has turns of its own.
-    for id in 0..3 * u16::try_from(serve::THREADS).unwrap() {
+    for id in 0..3 * u16::try_from(serve::threads()).unwrap() {
         let cut = Message::from_bytes(&world.udp(question(id, name, RecordType::A)).await.unwrap()).unwrap();
         assert!(cut.metadata.truncation && cut.answers.len() == 29, "{} answers", cut.answers.len());
         first.insert(cut.answers[0].data.to_string());

@@ -139,7 +139,7 @@ impl Zone {
             Located::Service(service) => match &service.records {
                 Records::Alias(target) => Some(Set::One(Data::Cname(Name::whole(target)))),
                 _ if qtype == qtype::SRV => Some(Set::Ports(service, None)),
-                Records::ClusterIps { .. } => Some(Set::Addresses(&service.entry.service.cluster_ips, qtype)),
+                Records::ClusterIps { ips, .. } => Some(Set::Addresses(ips, qtype)),
                 Records::Headless(headless) => Some(Set::Endpoints(&headless.endpoints, qtype)),
                 Records::Nothing => None,
             },

@@ -97,7 +97,7 @@ impl<'z> Answers<'z> {
         let (owner, ips, targets) = match self.set {
             Set::NameServer(name, ips) => (Some(name), ips, None),
             Set::Ports(service, port) => match &service.records {
-                Records::ClusterIps { .. } => (Some(service.name()), &*service.entry.service.cluster_ips, None),
+                Records::ClusterIps { ips, .. } => (Some(service.name()), &**ips, None),
                 Records::Headless(headless) => (None, &[][..], Some((service, &**headless, port))),
                 Records::Alias(_) | Records::Nothing => (None, &[][..], None),
             },
@@ -163,7 +163,7 @@ impl<'z> Set<'z> {
             }
             Self::SameName(list, wanted) => list.get(index).map(|endpoint| Data::of_type(endpoint.ip, wanted)),
             Self::Ports(service, port) => match &service.records {
-                Records::ClusterIps { .. } => cluster_port(service, port, index),
+                Records::ClusterIps { ips, .. } => cluster_port(service, ips, port, index),
                 Records::Headless(headless) => headless_port(service, headless, port, index),
                 Records::Alias(_) | Records::Nothing => None,
             },
@@ -186,7 +186,12 @@ fn srv(port: u16, target: Name<'_>) -> Data<'_> {
 }
 
 /// The SRV record of the Service port at an index.
-fn cluster_port(service: &Published, only: Option<usize>, index: usize) -> Option<Option<Data<'_>>> {
+fn cluster_port<'z>(
+    service: &'z Published,
+    ips: &[IpAddr],
+    only: Option<usize>,
+    index: usize,
+) -> Option<Option<Data<'z>>> {
     let ports = &service.entry.service.ports;
     let port = ports.get(index)?;
     let wanted = match only {
@@ -194,7 +199,7 @@ fn cluster_port(service: &Published, only: Option<usize>, index: usize) -> Optio
         // The same number may be there for TCP and for UDP.
         None => !ports.iter().take(index).any(|other| other.port == port.port),
     };
-    let wanted = wanted && !service.entry.service.cluster_ips.is_empty();
+    let wanted = wanted && !ips.is_empty();
     Some(wanted.then(|| srv(port.port.get(), service.name())))
 }
 

@@ -7,6 +7,8 @@ use std::{
     sync::Arc,
 };
 
+use smallvec::SmallVec;
+
 use super::name::{Label, MAX_LABEL, MAX_NAME, Name, dashed_ip, wire};
 use crate::model::{Place, PortEndpoint, Protocol, ServedPort, ServiceEntry, ServiceKind};
 
@@ -14,17 +16,18 @@ use crate::model::{Place, PortEndpoint, Protocol, ServedPort, ServiceEntry, Serv
 #[derive(Debug)]
 pub(super) struct Published {
     pub(super) entry: Arc<ServiceEntry>,
-    /// `<service>.<namespace>.svc.<domain>`.
-    name: Box<[u8]>,
+    /// `<service>.<namespace>.svc.<domain>`, inline for most names: memory that is far away is most of what an answer takes.
+    name: SmallVec<[u8; 64]>,
     pub(super) records: Records,
 }
 
 /// What there is besides what the entry says itself.
 #[derive(Debug)]
 pub(super) enum Records {
-    /// ClusterIPs, which are in the entry. Endpoints have names, too, and none of them an own hostname, as a rule: then
+    /// The entry's ClusterIPs, inline as the name is. Endpoints have names, too, and none of them an own hostname, as a rule: then
     /// they are found in the entry by their address.
     ClusterIps {
+        ips: SmallVec<[IpAddr; 2]>,
         hostnames: Box<[Endpoint]>,
     },
     Headless(Box<Headless>),
@@ -66,14 +69,15 @@ impl Published {
     /// None for a Service whose name or namespace is no label, which the API server allows for neither, and for one
     /// whose name leaves no room for names of endpoints below it: only under a domain of more than 57 characters.
     pub(super) fn new(entry: &Arc<ServiceEntry>, svc: &[u8]) -> Option<Self> {
-        let name = [&*Self::key_of(entry)?, svc].concat();
+        let mut name = SmallVec::from_slice(&Self::key_of(entry)?);
+        name.extend_from_slice(svc);
         if name.len() + 1 + MAX_LABEL > MAX_NAME {
             return None;
         }
         let records = match entry.service.kind {
             ServiceKind::ClusterIp | ServiceKind::NodePort | ServiceKind::LoadBalancer => {
                 let named = published(entry).filter(|(_, place)| hostname(place).is_some());
-                Records::ClusterIps { hostnames: ordered(named) }
+                Records::ClusterIps { ips: SmallVec::from_slice(&entry.service.cluster_ips), hostnames: ordered(named) }
             }
             ServiceKind::Headless => Records::Headless(Headless::new(entry).into()),
             ServiceKind::ExternalName => {
@@ -81,7 +85,7 @@ impl Published {
                 target.map_or(Records::Nothing, Records::Alias)
             }
         };
-        Some(Self { entry: Arc::clone(entry), name: name.into(), records })
+        Some(Self { entry: Arc::clone(entry), name, records })
     }
 
     /// What [`Published::key`] is of an entry, if it can be published.
@@ -140,7 +144,7 @@ impl Published {
     /// The ports that have SRV records of their own.
     fn named_ports(&self, protocol: Protocol) -> impl Iterator<Item = (usize, &ServedPort)> {
         let exists = move |index: usize| match &self.records {
-            Records::ClusterIps { .. } => !self.entry.service.cluster_ips.is_empty(),
+            Records::ClusterIps { ips, .. } => !ips.is_empty(),
             Records::Headless(headless) => headless.targets.iter().any(|target| usize::from(target.port) == index),
             Records::Alias(_) | Records::Nothing => false,
         };
@@ -152,7 +156,7 @@ impl Published {
     pub(super) fn endpoints(&self, label: &[u8]) -> Named<'_> {
         match &self.records {
             Records::Headless(headless) => Named::List(named(&headless.endpoints, label)),
-            Records::ClusterIps { hostnames } => {
+            Records::ClusterIps { hostnames, .. } => {
                 let list = named(hostnames, label);
                 match dashed(label).filter(|_| list.is_empty()) {
                     Some(ip) if published_at(&self.entry.ports, ip) => Named::Address(ip),
@@ -166,7 +170,7 @@ impl Published {
     /// Addresses with reverse records, each with the index of the endpoint it is of; None for a ClusterIP.
     pub(super) fn reverse(&self) -> impl Iterator<Item = (IpAddr, Option<u32>)> {
         let (cluster_ips, endpoints) = match &self.records {
-            Records::ClusterIps { .. } => (&*self.entry.service.cluster_ips, &[][..]),
+            Records::ClusterIps { ips, .. } => (&**ips, &[][..]),
             Records::Headless(headless) => (&[][..], &*headless.endpoints),
             Records::Alias(_) | Records::Nothing => (&[][..], &[][..]),
         };
