@@ -4,6 +4,7 @@
 //! own, and only so much of it may wait: names of the cluster are answered whatever becomes of the world outside.
 
 mod crowd;
+mod guard;
 mod limit;
 mod listen;
 mod tcp;
@@ -24,6 +25,7 @@ use self::{
     limit::Limit,
 };
 pub(super) use self::{
+    guard::Guard,
     listen::{Listening, listen},
     udp::threads,
 };

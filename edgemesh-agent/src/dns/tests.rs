@@ -110,6 +110,7 @@ impl World {
                 cache: CacheSettings::default(),
             },
             limits,
+            closed_to: None,
         };
         let mut builder = Builder::new(ServiceFilter::UnlabelledOnly, "edge1");
         let web =

@@ -122,9 +122,15 @@ pub(super) fn status(dns: &Value) -> Vec<(&'static str, String)> {
     let upstreams = upstreams.collect::<Vec<_>>().join(", ");
     let upstreams = if upstreams.is_empty() { "NO UPSTREAM".to_owned() } else { format!("upstreams {upstreams}") };
     let entries = word(&dns["forwarder"]["cache"]["entries"]);
+    let closed_to: Vec<&str> = dns["closed_to"].as_array().into_iter().flatten().filter_map(Value::as_str).collect();
+    let whom = match closed_to.as_slice() {
+        [] => "queries are answered wherever they come from".to_owned(),
+        uplinks => format!("queries from {} are not answered", uplinks.join(", ")),
+    };
     vec![
         ("DNS", format!("{what}{}", listeners.collect::<Vec<_>>().join(", "))),
         ("", format!("{upstreams}; {entries} answers cached")),
+        ("", whom),
     ]
 }
 
@@ -192,6 +198,7 @@ mod tests {
                 {"address": "169.254.96.16:53", "transport": "UDP", "listening": true},
                 {"address": "169.254.96.16:53", "transport": "TCP", "listening": false},
             ],
+            "closed_to": ["eth0", "wwan0"],
             "domain": "cluster.local",
             "forwarder": {
                 "upstreams": [{"address": "192.0.2.53:53", "domains": ["."], "healthy": false}],
@@ -204,6 +211,7 @@ mod tests {
             [
                 "cluster.local on 169.254.96.16:53 UDP, 169.254.96.16:53 TCP NOT LISTENING",
                 "upstreams 192.0.2.53:53 SILENT; 7 answers cached",
+                "queries from eth0, wwan0 are not answered",
             ]
         );
         assert_eq!(status(&Value::Null)[0].1, "off (modules.edgeDNS.enable is false)");

@@ -3,6 +3,7 @@
 use std::{
     io,
     net::{SocketAddr, UdpSocket},
+    os::fd::{AsFd, BorrowedFd},
     sync::{Arc, Mutex, PoisonError},
     time::{Duration, SystemTime},
 };
@@ -11,7 +12,7 @@ use serde::Serialize;
 use tokio::net::TcpListener;
 use tracing::info;
 
-use super::{Core, Transport, tcp, udp};
+use super::{Core, Guard, Transport, tcp, udp};
 use crate::{
     conditions::Conditions,
     dns::stats::Counters,
@@ -71,21 +72,34 @@ enum Socket {
     Tcp(TcpListener),
 }
 
+impl AsFd for Socket {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        match self {
+            Self::Udp(socket) => socket.as_fd(),
+            Self::Tcp(listener) => listener.as_fd(),
+        }
+    }
+}
+
 /// Serves `address` by UDP and TCP, each as soon as it can be bound, until the agent stops.
 pub(in crate::dns) fn listen(
     address: SocketAddr,
     core: &Arc<Core>,
     counters: &Arc<[Counters]>,
     listening: &Listening,
+    guard: &Guard,
     conditions: &Conditions,
     tasks: &Tasks,
 ) {
     for transport in [Transport::Udp, Transport::Tcp] {
         let index = listening.add(address, transport);
         let (core, counters, tasks_of) = (Arc::clone(core), Arc::clone(counters), tasks.clone());
-        let (listening, conditions) = (listening.clone(), conditions.clone());
+        let (listening, guard, conditions) = (listening.clone(), guard.clone(), conditions.clone());
         tasks.spawn(async move {
-            let Some(socket) = bind_when_free(address, transport, &conditions, &tasks_of).await else { return };
+            let subject = format!("{address}/{}", transport.name());
+            let bound = bind_when_free(address, transport, &subject, &conditions, &tasks_of).await;
+            let Some(socket) = bound else { return };
+            guard.keep(socket.as_fd(), &subject, &tasks_of).await;
             let bound = match &socket {
                 Socket::Udp(socket) => socket.local_addr(),
                 Socket::Tcp(listener) => listener.local_addr(),
@@ -105,10 +119,10 @@ pub(in crate::dns) fn listen(
 async fn bind_when_free(
     address: SocketAddr,
     transport: Transport,
+    subject: &str,
     conditions: &Conditions,
     tasks: &Tasks,
 ) -> Option<Socket> {
-    let subject = format!("{address}/{}", transport.name());
     let stop = tasks.stopping();
     loop {
         // To the address itself, so that answers come from where the question went.
@@ -118,7 +132,7 @@ async fn bind_when_free(
         };
         let error = match bound {
             Ok(socket) => {
-                conditions.clear(UNAVAILABLE, &subject);
+                conditions.clear(UNAVAILABLE, subject);
                 return Some(socket);
             }
             Err(error) => error,
@@ -139,7 +153,7 @@ async fn bind_when_free(
             transport.name(),
             REBIND.as_secs(),
         );
-        conditions.raise(UNAVAILABLE, &subject, message, SystemTime::now());
+        conditions.raise(UNAVAILABLE, subject, message, SystemTime::now());
         tokio::select! {
             () = stop.cancelled() => return None,
             () = tokio::time::sleep(REBIND) => {}
