@@ -130,9 +130,7 @@ fn follow<'z>(
                     found = zone.find(owner.as_wire(), query.qtype);
                     continue;
                 }
-                let count = answers.answers().count().max(1);
-                let start = turn % count;
-                let mut turned = answers.answers().skip(start).chain(answers.answers().take(start));
+                let mut turned = answers.turned(turn);
                 // What follows the first one without room is not made: a Service may have thousands of endpoints.
                 if turned.all(|record| add(response, Section::Answer, &owner, &record)) {
                     answers.additionals().all(|record| add(response, Section::Additional, &owner, &record));
