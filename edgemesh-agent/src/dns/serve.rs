@@ -7,6 +7,7 @@ mod crowd;
 mod guard;
 mod limit;
 mod listen;
+mod pool;
 mod tcp;
 mod udp;
 
