@@ -14,7 +14,7 @@ use hickory_proto::{
 };
 
 use super::{
-    forward::{CacheSettings, Upstreams},
+    forward::{CacheSettings, TtlLimits, Upstreams},
     *,
 };
 use crate::{
@@ -38,7 +38,11 @@ struct Upstream {
 impl Upstream {
     fn start() -> Self {
         let socket = UdpSocket::bind("127.0.0.1:0").unwrap();
-        let upstream = Self { address: socket.local_addr().unwrap(), asked: Arc::default(), silent: Arc::default() };
+        let upstream = Self {
+            address: socket.local_addr().unwrap(),
+            asked: Arc::default(),
+            silent: Arc::default(),
+        };
         let (asked, silent) = (Arc::clone(&upstream.asked), Arc::clone(&upstream.silent));
         // Ends with the process.
         thread::spawn(move || {
@@ -99,6 +103,10 @@ impl World {
     }
 
     async fn with(limits: Limits) -> Self {
+        Self::with_cache(limits, CacheSettings::default()).await
+    }
+
+    async fn with_cache(limits: Limits, cache: CacheSettings) -> Self {
         let upstream = Upstream::start();
         let settings = Settings {
             listen: vec!["127.0.0.1:0".parse().unwrap()],
@@ -107,7 +115,7 @@ impl World {
                 upstreams: Upstreams::ClusterDns { auto_detect: false, servers: vec![upstream.address] },
                 stub_domains: Vec::new(),
                 own: Vec::new(),
-                cache: CacheSettings::default(),
+                cache,
             },
             limits,
             closed_to: None,
@@ -214,6 +222,13 @@ fn question(id: u16, name: &str, kind: RecordType) -> Vec<u8> {
     message.extend_from_slice(&u16::from(kind).to_be_bytes());
     message.extend_from_slice(&[0, 1]);
     message
+}
+
+/// The same by a client that speaks EDNS.
+fn with_edns(mut question: Vec<u8>) -> Vec<u8> {
+    question[11] = 1;
+    question.extend_from_slice(&[0, 0, 41, 4, 208, 0, 0, 0, 0, 0, 0]);
+    question
 }
 
 fn framed(messages: &[Vec<u8>]) -> Vec<u8> {
@@ -333,6 +348,35 @@ async fn an_external_name_is_followed_to_its_addresses_inside_and_outside() {
     assert_eq!(shown(&inside), expected);
     let endless = world.ask("loop.shop.svc.cluster.local", RecordType::A).await;
     assert_eq!(endless.metadata.response_code, ResponseCode::ServFail);
+    world.stop().await;
+}
+
+#[tokio::test]
+async fn an_alias_of_a_name_that_is_answered_stale_or_not_at_all_says_so_too() {
+    let limits = Limits { queries: None, forwarded: None, waiting: 100 };
+    let moment = Duration::from_secs(1);
+    let ttl = TtlLimits { floor: moment, ceiling: moment, negative_ceiling: moment };
+    let mut world = World::with_cache(limits, CacheSettings { ttl, ..CacheSettings::default() }).await;
+    world.sync().await;
+    let ask = async |name: &str| world.udp(with_edns(question(7, name, RecordType::A))).await.unwrap();
+    let extended = |response: &[u8], code: u8| response.ends_with(&[0, 6, 0, 15, 0, 2, 0, code]);
+    let fresh = ask("outside.shop.svc.cluster.local").await;
+    assert!(Message::from_bytes(&fresh).unwrap().answers.len() == 3 && !extended(&fresh, 3));
+    world.upstream.silent.store(true, Ordering::SeqCst);
+    let end = Instant::now() + PATIENCE;
+    loop {
+        let response = ask("outside.shop.svc.cluster.local").await;
+        assert_eq!(Message::from_bytes(&response).unwrap().answers.len(), 3);
+        if extended(&response, 3) {
+            break;
+        }
+        assert!(Instant::now() < end, "no stale answer");
+    }
+    let failed = ask("missing.shop.svc.cluster.local").await;
+    assert_eq!(Message::from_bytes(&failed).unwrap().metadata.response_code, ResponseCode::ServFail);
+    assert!(extended(&failed, 22), "{failed:?}");
+    let without_edns = world.ask("outside.shop.svc.cluster.local", RecordType::A).await;
+    assert!(without_edns.answers.len() == 3 && without_edns.edns.is_none());
     world.stop().await;
 }
 

@@ -108,6 +108,26 @@ pub enum Rcode {
     BadVers = 16,
 }
 
+/// Why an answer is not what it could be (extended DNS errors, RFC 8914), as far as this server has it to tell.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+#[repr(u16)]
+pub enum Extended {
+    Stale = 3,
+    StaleNxdomain = 19,
+    NoReachableAuthority = 22,
+}
+
+impl Extended {
+    /// What IANA's registry calls it.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Stale => "Stale Answer",
+            Self::StaleNxdomain => "Stale NXDOMAIN Answer",
+            Self::NoReachableAuthority => "No Reachable Authority",
+        }
+    }
+}
+
 /// The big-endian number at `at`, if the message goes that far.
 pub(super) fn u16_at(message: &[u8], at: usize) -> Option<u16> {
     let bytes = message.get(at..at.checked_add(2)?)?;
