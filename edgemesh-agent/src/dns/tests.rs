@@ -32,6 +32,8 @@ const PATIENCE: Duration = Duration::from_secs(20);
 struct Upstream {
     address: SocketAddr,
     asked: Arc<AtomicUsize>,
+    /// Those of the questions that had the DO bit.
+    proven: Arc<AtomicUsize>,
     silent: Arc<std::sync::atomic::AtomicBool>,
 }
 
@@ -41,9 +43,11 @@ impl Upstream {
         let upstream = Self {
             address: socket.local_addr().unwrap(),
             asked: Arc::default(),
+            proven: Arc::default(),
             silent: Arc::default(),
         };
-        let (asked, silent) = (Arc::clone(&upstream.asked), Arc::clone(&upstream.silent));
+        let (asked, proven) = (Arc::clone(&upstream.asked), Arc::clone(&upstream.proven));
+        let silent = Arc::clone(&upstream.silent);
         // Ends with the process.
         thread::spawn(move || {
             let mut buffer = [0; 2048];
@@ -54,6 +58,9 @@ impl Upstream {
                     continue;
                 }
                 asked.fetch_add(1, Ordering::SeqCst);
+                if message.edns.as_ref().is_some_and(|edns| edns.flags().dnssec_ok) {
+                    proven.fetch_add(1, Ordering::SeqCst);
+                }
                 message.metadata.message_type = MessageType::Response;
                 message.metadata.recursion_available = true;
                 message.edns = None;
@@ -491,23 +498,31 @@ async fn a_name_is_explained_with_its_answer() {
     let mut world = World::start().await;
     world.sync().await;
     let name = |text: &str| text.parse::<wire::Name>().unwrap();
-    let web = world.dns.explain(&name("WEB.shop.svc.cluster.local"), wire::rtype::A).await;
+    let web = world.dns.explain(&name("WEB.shop.svc.cluster.local"), wire::rtype::A, false).await;
     assert_eq!(web.answers, ["web.shop.svc.cluster.local. 30 A 10.96.0.1"]);
     let zone = web.zone.unwrap();
     assert_eq!((zone.subject.as_str(), zone.outcome.as_str()), ("service", "answers"));
     assert_eq!(zone.services, ["shop/web"]);
 
-    let db = world.dns.explain(&name("db.shop.svc.cluster.local"), wire::rtype::A).await;
+    let db = world.dns.explain(&name("db.shop.svc.cluster.local"), wire::rtype::A, false).await;
     let endpoints = db.zone.unwrap().endpoints;
     assert!(endpoints.len() == 100 && endpoints.iter().all(|one| one.included && one.reason == "ready"));
 
-    let alias = world.dns.explain(&name("outside.shop.svc.cluster.local"), wire::rtype::A).await;
+    let alias = world.dns.explain(&name("outside.shop.svc.cluster.local"), wire::rtype::A, false).await;
     assert_eq!((alias.alias.as_deref(), alias.answers.len()), (Some("outside.example.com."), 3));
     assert_eq!(alias.forwarded.unwrap().from, world.upstream.address.to_string());
-    let again = world.dns.explain(&name("outside.example.com"), wire::rtype::A).await;
+    let again = world.dns.explain(&name("outside.example.com"), wire::rtype::A, false).await;
     let forwarded = again.forwarded.unwrap();
     assert_eq!((forwarded.from.as_str(), forwarded.cached.is_some(), forwarded.stale), ("cache", true, false));
-    let refused = world.dns.explain(&name("cluster.local"), 252).await;
+    let refused = world.dns.explain(&name("cluster.local"), 252, false).await;
     assert_eq!((refused.rcode.as_str(), refused.answers.len()), ("REFUSED", 0));
+
+    // One that wants DNSSEC's records has answers of its own.
+    let proven = world.dns.explain(&name("outside.example.com"), wire::rtype::A, true).await;
+    assert_eq!(proven.forwarded.unwrap().from, world.upstream.address.to_string());
+    assert_eq!(world.upstream.proven.load(Ordering::SeqCst), 1);
+    world.upstream.silent.store(true, Ordering::SeqCst);
+    let failed = world.dns.explain(&name("other.example.com"), wire::rtype::A, false).await;
+    assert_eq!((failed.rcode.as_str(), failed.extended.as_deref()), ("SERVFAIL", Some("No Reachable Authority")));
     world.stop().await;
 }

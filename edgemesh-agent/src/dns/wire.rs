@@ -11,6 +11,7 @@ mod response;
 mod tests;
 
 pub use name::{MAX_NAME, Name, NameError, labels};
+pub(super) use query::Opt;
 pub use query::{Edns, Query, Refusal, Rejected};
 pub use records::{ReadRecord, Records, Section};
 pub use response::{Data, Response, Soa, SrvData};

@@ -9,7 +9,8 @@ use crate::dns::{DnsReport, ForwardedRow, ZoneRow};
 
 /// `dns` as text: the answer, where it is from, and for endpoints why each is in it or not.
 pub fn dns(report: &DnsReport) -> String {
-    let mut text = format!("{} {}: {}\n", report.name, report.qtype, report.rcode);
+    let why = report.extended.as_ref().map_or_else(String::new, |why| format!(" ({why})"));
+    let mut text = format!("{} {}: {}{why}\n", report.name, report.qtype, report.rcode);
     for answer in &report.answers {
         let _ = writeln!(text, "  {answer}");
     }
@@ -144,6 +145,7 @@ mod tests {
             name: "db.shop.svc.cluster.local.".to_owned(),
             qtype: "A".to_owned(),
             rcode: "NOERROR".to_owned(),
+            extended: None,
             answers: vec!["db.shop.svc.cluster.local. 30 A 10.244.1.1".to_owned()],
             zone: Some(ZoneRow {
                 domain: "cluster.local".to_owned(),
@@ -185,7 +187,9 @@ mod tests {
             cached: Some(CachedRow { age: 125, remaining: 0, expired: true }),
             upstreams: vec![UpstreamRow { address: "192.0.2.53:53".to_owned(), healthy: false, round_trip: None }],
         };
-        let shown = dns(&DnsReport { forwarded: Some(forwarded), zone: None, ..report() });
+        let extended = Some("Stale Answer".to_owned());
+        let shown = dns(&DnsReport { forwarded: Some(forwarded), zone: None, extended, ..report() });
+        assert!(shown.starts_with("db.shop.svc.cluster.local. A: NOERROR (Stale Answer)\n"), "{shown}");
         let from = "from    the cache, 2m5s old and past its time: STALE, as no upstream answers";
         assert!(shown.contains(from), "{shown}");
         assert!(shown.contains("asked   192.0.2.53:53 (SILENT)"), "{shown}");
