@@ -15,7 +15,7 @@ use tokio::runtime::Handle;
 use tokio_util::sync::CancellationToken;
 use tracing::{debug, error, warn};
 
-use super::{Core, From, Handled, Transport, Waiting};
+use super::{Core, From, Handled, Transport, Waiting, pool};
 use crate::{
     dns::{
         stats::{Counters, Origin},
@@ -41,8 +41,14 @@ pub(in crate::dns) fn threads() -> usize {
 }
 
 /// Makes the socket ready and serves it until the agent stops, with a thread for each of the counters but the last, which
-/// are those of TCP.
-pub(super) async fn serve(socket: UdpSocket, core: Arc<Core>, counters: Arc<[Counters]>, tasks: Tasks) {
+/// are those of TCP; `tell` is that of [`pool::start`].
+pub(super) async fn serve(
+    socket: UdpSocket,
+    core: Arc<Core>,
+    counters: Arc<[Counters]>,
+    tell: impl Fn(usize, Option<&io::Error>),
+    tasks: Tasks,
+) {
     // The first is beyond net.core.rmem_max, and for CAP_NET_ADMIN alone.
     if setsockopt(&socket, sockopt::RcvBufForce, &RECEIVE_BUFFER).is_err()
         && let Err(error) = setsockopt(&socket, sockopt::RcvBuf, &RECEIVE_BUFFER)
@@ -51,8 +57,7 @@ pub(super) async fn serve(socket: UdpSocket, core: Arc<Core>, counters: Arc<[Cou
     }
     let socket = Arc::new(socket);
     let stop = tasks.stopping();
-    let mut threads = Vec::new();
-    for index in 0..counters.len().saturating_sub(1) {
+    let spawn = |index: usize| {
         let worker = Worker {
             socket: Arc::clone(&socket),
             core: Arc::clone(&core),
@@ -62,11 +67,9 @@ pub(super) async fn serve(socket: UdpSocket, core: Arc<Core>, counters: Arc<[Cou
             tasks: tasks.clone(),
             stop: stop.clone(),
         };
-        match thread::Builder::new().name(format!("dns-udp-{index}")).spawn(move || worker.keep_running()) {
-            Ok(thread) => threads.push(thread),
-            Err(error) => warn!("cannot start a thread for DNS: {error}"),
-        }
-    }
+        thread::Builder::new().name(format!("dns-udp-{index}")).spawn(move || worker.keep_running())
+    };
+    let threads = pool::start(counters.len().saturating_sub(1), spawn, tell, &stop).await;
     stop.cancelled().await;
     // It says that the socket is not connected, and wakes its readers all the same.
     let _ = shutdown(socket.as_raw_fd(), Shutdown::Read);

@@ -9,7 +9,10 @@ use std::{
 
 use smallvec::SmallVec;
 
-use super::name::{Label, MAX_LABEL, MAX_NAME, Name, dashed_ip, wire};
+use super::{
+    name::{Label, MAX_LABEL, MAX_NAME, Name, dashed_ip, wire},
+    qtype,
+};
 use crate::model::{Place, PortEndpoint, Protocol, ServedPort, ServiceEntry, ServiceKind};
 
 /// A Service as DNS has it.
@@ -37,21 +40,24 @@ pub(super) enum Records {
     Nothing,
 }
 
-/// The endpoints of a headless Service.
+/// The endpoints of a headless Service, and what is in its answers in lists, so that a question costs what is put into
+/// the answer, and not a walk over thousands of endpoints.
 #[derive(Debug, Default)]
 pub(super) struct Headless {
     /// Ordered by label: those with a hostname, then the others by address.
     pub(super) endpoints: Box<[Endpoint]>,
-    /// Ordered.
-    pub(super) targets: Box<[Target]>,
+    /// The endpoints of each family, IPv4 and IPv6, of which no earlier one has the same address under another hostname.
+    addresses: [Box<[u32]>; 2],
+    /// For each of the Service's ports where its SRV records lead to, ordered.
+    targets: Box<[Box<[Target]>]>,
+    /// The same for all ports together; empty where that is one port's.
+    all_targets: Box<[Target]>,
 }
 
 /// A published endpoint.
 #[derive(Clone, Debug)]
 pub(super) struct Endpoint {
     pub(super) ip: IpAddr,
-    /// Whether an earlier one has the same address, under another hostname.
-    pub(super) repeated: bool,
     place: Arc<Place>,
 }
 
@@ -62,7 +68,7 @@ pub(super) struct Target {
     pub(super) endpoint: u32,
     pub(super) number: u16,
     /// Index of the Service's port.
-    pub(super) port: u16,
+    port: u16,
 }
 
 impl Published {
@@ -145,7 +151,7 @@ impl Published {
     fn named_ports(&self, protocol: Protocol) -> impl Iterator<Item = (usize, &ServedPort)> {
         let exists = move |index: usize| match &self.records {
             Records::ClusterIps { ips, .. } => !ips.is_empty(),
-            Records::Headless(headless) => headless.targets.iter().any(|target| usize::from(target.port) == index),
+            Records::Headless(headless) => !headless.targets(Some(index)).is_empty(),
             Records::Alias(_) | Records::Nothing => false,
         };
         let named = move |port: &ServedPort| port.port.protocol == protocol && !port.port.name.is_empty();
@@ -205,7 +211,68 @@ impl Headless {
         }
         targets.sort_unstable();
         targets.dedup();
-        Self { endpoints, targets: targets.into() }
+        let mut seen = HashSet::with_capacity(endpoints.len());
+        let mut addresses = [Vec::new(), Vec::new()];
+        for (endpoint, index) in endpoints.iter().zip(0..) {
+            let [v4, v6] = &mut addresses;
+            if seen.insert(endpoint.ip) {
+                if endpoint.ip.is_ipv4() { v4 } else { v6 }.push(index);
+            }
+        }
+        let mut of_ports = vec![Vec::new(); entry.ports.len()];
+        for target in &targets {
+            if let Some(of_port) = of_ports.get_mut(usize::from(target.port)) {
+                of_port.push(*target);
+            }
+        }
+        if of_ports.iter().filter(|of_port| !of_port.is_empty()).count() > 1 {
+            targets.dedup_by_key(|target| (target.endpoint, target.number));
+        } else {
+            targets.clear();
+        }
+        Self {
+            endpoints,
+            addresses: addresses.map(Into::into),
+            targets: of_ports.into_iter().map(Into::into).collect(),
+            all_targets: targets.into(),
+        }
+    }
+
+    /// How many addresses of a type there are; of any, for ANY.
+    pub(super) fn count(&self, wanted: u16) -> usize {
+        self.lists(wanted).into_iter().map(<[u32]>::len).sum()
+    }
+
+    /// One of them.
+    pub(super) fn address(&self, wanted: u16, index: usize) -> Option<IpAddr> {
+        let [v4, v6] = self.lists(wanted);
+        let endpoint = v4.get(index).or_else(|| v6.get(index.checked_sub(v4.len())?))?;
+        self.endpoint(*endpoint).map(|endpoint| endpoint.ip)
+    }
+
+    fn lists(&self, wanted: u16) -> [&[u32]; 2] {
+        let [v4, v6] = &self.addresses;
+        match wanted {
+            qtype::A => [v4, &[]],
+            qtype::AAAA => [&[], v6],
+            qtype::ANY => [v4, v6],
+            _ => [&[], &[]],
+        }
+    }
+
+    /// Where the SRV records of a port lead to, or those of all ports; those with one name follow each other.
+    pub(super) fn targets(&self, port: Option<usize>) -> &[Target] {
+        match port {
+            Some(port) => self.targets.get(port).map(|targets| &**targets).unwrap_or_default(),
+            None if self.all_targets.is_empty() => {
+                self.targets.iter().find(|targets| !targets.is_empty()).map(|targets| &**targets).unwrap_or_default()
+            }
+            None => &self.all_targets,
+        }
+    }
+
+    pub(super) fn endpoint(&self, index: u32) -> Option<&Endpoint> {
+        self.endpoints.get(usize::try_from(index).ok()?)
     }
 
     /// The endpoints that have the name of the one at `first`, which must be the first of them.
@@ -214,7 +281,7 @@ impl Headless {
         let Some(name) = from.first().map(Endpoint::hostname) else { return &[] };
         let count = match name {
             None => 1,
-            Some(_) => from.iter().take_while(|endpoint| endpoint.hostname() == name).count(),
+            Some(_) => from.partition_point(|endpoint| endpoint.hostname() == name),
         };
         from.get(..count).unwrap_or_default()
     }
@@ -266,10 +333,18 @@ fn ordered<'a>(endpoints: impl Iterator<Item = (IpAddr, &'a Arc<Place>)>) -> Box
     let mut list: Vec<(IpAddr, &Arc<Place>)> = endpoints.collect();
     list.sort_unstable_by(|(a, at_a), (b, at_b)| order(hostname(at_a), hostname(at_b)).then_with(|| a.cmp(b)));
     list.dedup_by(|(a, at_a), (b, at_b)| a == b && hostname(at_a) == hostname(at_b));
-    let mut seen = HashSet::with_capacity(list.len());
-    let endpoint =
-        |(ip, place): (IpAddr, &Arc<Place>)| Endpoint { ip, repeated: !seen.insert(ip), place: Arc::clone(place) };
-    list.into_iter().map(endpoint).collect()
+    list.into_iter().map(|(ip, place)| Endpoint { ip, place: Arc::clone(place) }).collect()
+}
+
+/// Those with an address of the type, of endpoints that share a name and are ordered by address; all, for ANY.
+pub(super) fn of_type(list: &[Endpoint], wanted: u16) -> &[Endpoint] {
+    let (v4, v6) = list.split_at(list.partition_point(|endpoint| endpoint.ip.is_ipv4()));
+    match wanted {
+        qtype::A => v4,
+        qtype::AAAA => v6,
+        qtype::ANY => list,
+        _ => &[],
+    }
 }
 
 /// The endpoints with the label, of a list that is ordered.
