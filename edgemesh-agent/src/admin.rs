@@ -9,7 +9,7 @@
 //! | `/v1/status`, `/v1/services`, `/v1/backends/NS/NAME` | unix socket | JSON, see [`crate::status`] |
 //! | `/v1/peers` | unix socket | JSON, rows of [`crate::status::PeerRow`] |
 //! | `/v1/trace?to=TARGET&from=CLIENT` | unix socket | JSON, see [`crate::status::TraceReport`] |
-//! | `/v1/dns?name=NAME&type=TYPE` | unix socket | JSON, see [`crate::dns::DnsReport`] |
+//! | `/v1/dns?name=NAME&type=TYPE&dnssec=true` | unix socket | JSON, see [`crate::dns::DnsReport`] |
 //! | `/v1/events?for=SECONDS&service=NS/NAME&from=CLIENT` | unix socket | lines of JSON, see [`crate::status::EventLine`] |
 
 mod client;

@@ -210,7 +210,7 @@ async fn build_on(
 
     let dns = match &config.dns {
         Some(wanted) => {
-            let settings = dns::settings(&config.common, wanted);
+            let settings = dns::settings(&config.common, wanted, &config.proxy.ebpf.uplinks);
             Some(Dns::start(settings, tables.clone(), &conditions, tasks).map_err(StartError::Dns)?)
         }
         None => None,

@@ -35,7 +35,7 @@ pub use self::explain::{CachedRow, DnsReport, ForwardedRow, NamedEndpointRow, Up
 pub use self::serve::{Limits, Listener};
 use self::{
     forward::{Forwarder, ForwarderStatus},
-    serve::{Core, Listening},
+    serve::{Core, Guard, Listening},
     stats::{Counters, Stats},
     zone::{Zone, ZoneSettings},
 };
@@ -53,6 +53,9 @@ pub struct Settings {
     pub zone: Option<ZoneSettings>,
     pub forward: forward::Settings,
     pub limits: Limits,
+    /// The patterns of [`crate::net::uplinks::choose`]; queries from the interfaces it chooses are not answered. None has
+    /// everybody answered.
+    pub closed_to: Option<Vec<String>>,
 }
 
 /// Running DNS. Clones are one.
@@ -61,6 +64,7 @@ pub struct Dns {
     core: Arc<Core>,
     counters: Arc<[Counters]>,
     listening: Listening,
+    guard: Guard,
     zone: Option<ZoneSettings>,
 }
 
@@ -68,6 +72,8 @@ pub struct Dns {
 #[derive(Clone, Debug, Serialize)]
 pub struct DnsStatus {
     pub listeners: Vec<Listener>,
+    /// The interfaces from which no query is answered, as other machines are behind them.
+    pub closed_to: Vec<String>,
     /// The cluster domain answered from the model; None where all names are asked of upstreams (`cacheDNS`).
     pub domain: Option<String>,
     pub forwarder: ForwarderStatus,
@@ -85,11 +91,13 @@ impl Dns {
         conditions: &Conditions,
         tasks: &Tasks,
     ) -> io::Result<Self> {
+        // Large tables of routes are no affair of the thread that answers.
+        let guard = Guard::start(settings.closed_to.clone(), conditions, tasks);
         let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
         let group = tasks.group();
         let started = {
             let _context = runtime.enter();
-            Self::start_here(settings, tables, conditions, &group)
+            Self::start_here(settings, guard, tables, conditions, &group)
         };
         let (tell_ended, ended) = oneshot::channel::<()>();
         let stop = tasks.stopping();
@@ -111,21 +119,24 @@ impl Dns {
     /// As [`Dns::start`], on the runtime of the caller's context.
     fn start_here(
         settings: Settings,
+        guard: Guard,
         tables: watch::Receiver<Arc<ServiceTable>>,
         conditions: &Conditions,
         tasks: &Tasks,
     ) -> Self {
-        let Settings { listen, zone, forward, limits } = settings;
+        let Settings { listen, zone, forward, limits, closed_to: _ } = settings;
         let forwarder = Forwarder::start(forward, tables.clone(), conditions.clone(), tasks);
         let core = Arc::new(Core::new(forwarder, zone.is_some(), &limits, Instant::now()));
         let dns = Self {
             core,
-            counters: std::iter::repeat_with(Counters::default).take(serve::THREADS + 1).collect(),
+            counters: std::iter::repeat_with(Counters::default).take(serve::threads() + 1).collect(),
             listening: Listening::default(),
+            guard,
             zone: zone.clone(),
         };
         let (core, counters) = (Arc::clone(&dns.core), Arc::clone(&dns.counters));
-        let (listening, conditions, of_tasks) = (dns.listening.clone(), conditions.clone(), tasks.clone());
+        let (listening, guard) = (dns.listening.clone(), dns.guard.clone());
+        let (conditions, of_tasks) = (conditions.clone(), tasks.clone());
         tasks.spawn(async move {
             let mut follow = zone.map(|zone| Follow { zone, core: Arc::clone(&core), tables });
             // No query finds less than the table that is there already.
@@ -133,7 +144,7 @@ impl Dns {
                 follow.publish().await;
             }
             for address in listen {
-                serve::listen(address, &core, &counters, &listening, &conditions, &of_tasks);
+                serve::listen(address, &core, &counters, &listening, &guard, &conditions, &of_tasks);
             }
             if let Some(follow) = follow {
                 follow.run(&of_tasks).await;
@@ -146,6 +157,7 @@ impl Dns {
     pub fn status(&self) -> DnsStatus {
         DnsStatus {
             listeners: self.listening.list(),
+            closed_to: self.guard.refused(),
             domain: self.zone.as_ref().map(|zone| zone.domain.to_string()),
             forwarder: self.core.forwarder().status(),
         }

@@ -96,6 +96,9 @@ enum Command {
         /// The type of records, such as A, AAAA, SRV or PTR
         #[arg(value_name = "TYPE", default_value = "A", value_parser = dns_type)]
         qtype: String,
+        /// As a client is answered that asks for DNSSEC's records (the DO bit)
+        #[arg(long)]
+        dnssec: bool,
         #[command(flatten)]
         ask: Ask,
     },
@@ -238,8 +241,8 @@ fn dispatch(cli: &Cli) -> Result<ExitCode, Failure> {
                 status::Outcome::Refused | status::Outcome::Untouched => return Ok(NO_BACKEND.into()),
             }
         }
-        Some(Command::Dns { name, qtype, ask }) => {
-            let answer = fetch(ask, &format!("/v1/dns?name={name}&type={qtype}"))?;
+        Some(Command::Dns { name, qtype, dnssec, ask }) => {
+            let answer = fetch(ask, &format!("/v1/dns?name={name}&type={qtype}&dnssec={dnssec}"))?;
             let report: dns::DnsReport = serde_json::from_value(answer.clone()).map_err(other_version)?;
             print(&render(ask.output, &answer, || show::dns(&report))?);
         }

@@ -124,6 +124,7 @@ fn names_of_the_cluster_and_of_the_cache_cost_no_allocation() {
             cache: CacheSettings::default(),
         },
         limits: Limits { queries: NonZeroU32::new(1_000_000), forwarded: NonZeroU32::new(1_000_000), waiting: 100 },
+        closed_to: None,
     };
     let dns = runtime.block_on(async { Dns::start(settings, tables, &Conditions::default(), &tasks) }).unwrap();
     let end = Instant::now() + PATIENCE;

@@ -1,4 +1,4 @@
-//! `/v1/dns?name=NAME&type=TYPE`.
+//! `/v1/dns?name=NAME&type=TYPE&dnssec=true`.
 
 use http_body_util::Full;
 use hyper::{Response, StatusCode, body::Bytes};
@@ -21,5 +21,6 @@ pub(super) async fn answer(query: Option<&str>, sight: &Sight) -> Response<Full<
             "this is no type of records; expected one such as A, AAAA, SRV or TYPE65\n",
         );
     };
-    json(&dns.explain(&name, qtype).await)
+    let dnssec_ok = parameter(query, "dnssec") == Some("true");
+    json(&dns.explain(&name, qtype, dnssec_ok).await)
 }

@@ -15,8 +15,8 @@ use crate::{
     },
 };
 
-/// Puts the settings together: DNS answers on the node-local addresses.
-pub(super) fn settings(common: &CommonConfig, dns: &DnsConfig) -> Settings {
+/// Puts the settings together: DNS answers on the node-local addresses, and not from `uplinks`, or what passes for them.
+pub(super) fn settings(common: &CommonConfig, dns: &DnsConfig, uplinks: &[String]) -> Settings {
     let second = common.bridge_device_ipv6.map(IpAddr::V6);
     let addresses: Vec<IpAddr> = [Some(common.bridge_device_ip), second].into_iter().flatten().collect();
     let listen: Vec<SocketAddr> = addresses.iter().map(|ip| SocketAddr::new(*ip, dns.listen_port)).collect();
@@ -44,6 +44,7 @@ pub(super) fn settings(common: &CommonConfig, dns: &DnsConfig) -> Settings {
             forwarded: NonZeroU32::new(dns.max_client_forwarded),
             waiting: dns.max_waiting,
         },
+        closed_to: (!dns.answer_outside).then(|| uplinks.to_vec()),
     }
 }
 

@@ -26,6 +26,8 @@ pub struct DnsConfig {
     pub max_client_forwarded: u32,
     /// How many queries may wait for upstreams at a time; default 1,000.
     pub max_waiting: u32,
+    /// Whether queries from other machines are answered; default false.
+    pub answer_outside: bool,
     pub cache_dns: CacheDnsConfig,
 }
 
@@ -54,6 +56,7 @@ impl Default for DnsConfig {
             max_client_queries: 50_000,
             max_client_forwarded: 1000,
             max_waiting: 1000,
+            answer_outside: false,
             cache_dns: CacheDnsConfig { enable: false, auto_detect: true, upstream_servers: Vec::new(), cache_ttl: 30 },
         }
     }

@@ -407,6 +407,11 @@ const EDGE_DNS: &[Key] = &[
         "How many queries of all clients may wait for other DNS servers at a time; those beyond fail at once.",
         Slot::Count(|d| &mut d.dns.max_waiting),
     ),
+    used(
+        "answerOutside",
+        "Whether queries that come in by an uplink, from other machines, are answered, too.",
+        Slot::Bool(|d| &mut d.dns.answer_outside),
+    ),
     section("cacheDNS", "A cache before the cluster's own DNS, in place of answers from Services.", CACHE_DNS),
 ];
 

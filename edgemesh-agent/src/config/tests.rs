@@ -131,6 +131,7 @@ modules:
       servers: [192.0.2.53, '[fd00::53]:5353']
     serveStale: 0
     maxCacheEntries: 5
+    answerOutside: true
     maxClientQueries: 0
     maxClientForwarded: 6
     maxWaiting: 7
@@ -212,6 +213,7 @@ modules:
             max_client_queries: 0,
             max_client_forwarded: 6,
             max_waiting: 7,
+            answer_outside: true,
             cache_dns: CacheDnsConfig {
                 enable: true,
                 auto_detect: false,

@@ -2,7 +2,10 @@
 
 use super::{
     stats::Outcome,
-    wire::{self, CLASS_IN, Name, Query, Rcode, ReadRecord, Records, Response, Section, flag, rtype, u16_at, u32_at},
+    wire::{
+        self, CLASS_IN, Extended, Name, Query, Rcode, ReadRecord, Records, Response, Section, flag, rtype, u16_at,
+        u32_at,
+    },
     zone::{self, Found, Owner, Zone},
 };
 
@@ -27,15 +30,23 @@ pub(super) enum Answer {
     Alias(Name),
 }
 
+/// The response to the question for an alias's addresses.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Outside<'m> {
+    pub(super) message: &'m [u8],
+    /// Why it is not what it could be, which then is so of the whole answer.
+    pub(super) extended: Option<Extended>,
+}
+
 /// Answers `query` from `zone` in at most `limit` bytes of `out`, which has at least [`wire::MIN_UDP`].
 ///
-/// `turn` says which of several records comes first, so that clients that take the first one spread. `outside` is the
-/// response to the question for an alias's addresses, once there is one.
+/// `turn` says which of several records comes first, so that clients that take the first one spread. `outside` is what
+/// was asked for an alias, once it is there.
 pub(super) fn answer(
     query: &Query<'_>,
     zone: &Zone,
     turn: usize,
-    outside: Option<&[u8]>,
+    outside: Option<Outside<'_>>,
     limit: usize,
     out: &mut [u8],
 ) -> Answer {
@@ -53,11 +64,11 @@ pub(super) fn answer(
         response.authoritative();
         let outcome = follow(query, zone, found, turn, outside, response);
         match outcome {
-            Followed::Done(outcome) => Some(outcome),
-            Followed::Failed => None,
+            Followed::Done(outcome) => Ok(outcome),
+            Followed::Failed(why) => Err(why),
             Followed::Outside(name) => {
                 missing = Some(name);
-                None
+                Err(None)
             }
         }
     });
@@ -68,30 +79,32 @@ pub(super) fn answer(
 pub(super) fn minimal(query: &Query<'_>, limit: usize, out: &mut [u8]) -> Answer {
     respond(query, limit, out, |response| {
         response.answer(query.name().as_wire(), TTL, &wire::Data::Hinfo(b"RFC8482", b""));
-        Some(Outcome::Answer)
+        Ok(Outcome::Answer)
     })
 }
 
-/// Has `write` fill a response; where it gives nothing, the response is SERVFAIL.
+/// Has `write` fill a response; where it fails, the response is SERVFAIL, with why.
 fn respond(
     query: &Query<'_>,
     limit: usize,
     out: &mut [u8],
-    write: impl FnOnce(&mut Response<'_>) -> Option<Outcome>,
+    write: impl FnOnce(&mut Response<'_>) -> Result<Outcome, Option<Extended>>,
 ) -> Answer {
-    if let Some(mut response) = Response::to(query, limit, out)
-        && let Some(outcome) = write(&mut response)
-    {
-        return Answer::Written(response.finish(), outcome);
+    let mut why = None;
+    if let Some(mut response) = Response::to(query, limit, out) {
+        match write(&mut response) {
+            Ok(outcome) => return Answer::Written(response.finish(), outcome),
+            Err(extended) => why = extended,
+        }
     }
-    Answer::Written(query.refuse(Rcode::ServFail).write(out), Outcome::ServFail)
+    Answer::Written(query.refuse(Rcode::ServFail).because(why).write(out), Outcome::ServFail)
 }
 
 #[expect(clippy::large_enum_variant, reason = "as for `Answer`")]
 enum Followed {
     Done(Outcome),
-    /// Not known yet, or aliases without end.
-    Failed,
+    /// Not known yet, aliases without end, or a failure outside.
+    Failed(Option<Extended>),
     Outside(Name),
 }
 
@@ -101,13 +114,13 @@ fn follow<'z>(
     zone: &'z Zone,
     mut found: Found<'z>,
     turn: usize,
-    outside: Option<&[u8]>,
+    outside: Option<Outside<'_>>,
     response: &mut Response<'_>,
 ) -> Followed {
     let mut owner = *query.name();
     for _ in 0..MAX_ALIASES {
         match found {
-            Found::NotYet => return Followed::Failed,
+            Found::NotYet => return Followed::Failed(None),
             Found::NoSuchName => {
                 // Of the last name (RFC 6604).
                 response.set_rcode(Rcode::NxDomain);
@@ -124,15 +137,13 @@ fn follow<'z>(
                 if let Some(zone::Record { data: zone::Data::Cname(target), .. }) = first
                     && query.qtype != rtype::CNAME
                 {
-                    let Some(target) = whole(target) else { return Followed::Failed };
+                    let Some(target) = whole(target) else { return Followed::Failed(None) };
                     response.answer(owner.as_wire(), TTL, &wire::Data::Cname(target.as_wire()));
                     owner = target;
                     found = zone.find(owner.as_wire(), query.qtype);
                     continue;
                 }
-                let count = answers.answers().count().max(1);
-                let start = turn % count;
-                let mut turned = answers.answers().skip(start).chain(answers.answers().take(start));
+                let mut turned = answers.turned(turn);
                 // What follows the first one without room is not made: a Service may have thousands of endpoints.
                 if turned.all(|record| add(response, Section::Answer, &owner, &record)) {
                     answers.additionals().all(|record| add(response, Section::Additional, &owner, &record));
@@ -141,27 +152,30 @@ fn follow<'z>(
             }
         }
     }
-    Followed::Failed
+    Followed::Failed(None)
 }
 
 /// The end of a chain of aliases outside the zone. For types other than addresses the alias is the answer, as with
 /// CoreDNS: the client asks on.
-fn add_outside(query: &Query<'_>, name: Name, outside: Option<&[u8]>, response: &mut Response<'_>) -> Followed {
+fn add_outside(query: &Query<'_>, name: Name, outside: Option<Outside<'_>>, response: &mut Response<'_>) -> Followed {
     if !matches!(query.qtype, rtype::A | rtype::AAAA) {
         return Followed::Done(Outcome::Answer);
     }
-    let Some(message) = outside else { return Followed::Outside(name) };
+    let Some(Outside { message, extended }) = outside else { return Followed::Outside(name) };
     let flags = u16_at(message, 2).unwrap_or(Rcode::ServFail as u16);
     let outcome = match flags & flag::RCODE {
         rcode if rcode == Rcode::NoError as u16 => Outcome::NoData,
         rcode if rcode == Rcode::NxDomain as u16 => Outcome::NxDomain,
-        _ => return Followed::Failed,
+        _ => return Followed::Failed(extended),
     };
+    if let Some(extended) = extended {
+        response.extend(extended);
+    }
     if flags & flag::TC != 0 {
         response.truncate();
         return Followed::Done(Outcome::Answer);
     }
-    let Some(records) = Records::of(message) else { return Followed::Failed };
+    let Some(records) = Records::of(message) else { return Followed::Failed(extended) };
     let mut owner = name;
     let mut outcome = outcome;
     // What leads from the name to its addresses, and nothing else that somebody put into the message.

@@ -8,7 +8,7 @@ use super::{
     Dns,
     forward::Source,
     serve::Asked,
-    wire::{CLASS_IN, MAX_TCP, Name, Query, Records, Section, flag, rtype, u16_at},
+    wire::{CLASS_IN, Extended, MAX_TCP, Name, Opt, Query, ReadRecord, Records, Section, flag, rtype, u16_at},
 };
 
 /// The answer to a question, and where it comes from.
@@ -20,6 +20,8 @@ pub struct DnsReport {
     pub qtype: String,
     /// `NOERROR`, `NXDOMAIN`, `SERVFAIL`, …
     pub rcode: String,
+    /// Why the answer is not what it could be: `Stale Answer` and other extended errors (RFC 8914).
+    pub extended: Option<String>,
     /// As in zone files.
     pub answers: Vec<String>,
     /// What the zone says; None where it is not asked (`cacheDNS`).
@@ -91,8 +93,11 @@ pub struct UpstreamRow {
 }
 
 impl Dns {
-    /// Answers a question as for a client, asking upstreams if need be, and tells why it is answered so.
-    pub async fn explain(&self, name: &Name, qtype: u16) -> DnsReport {
+    /// Answers a question as for a client that speaks EDNS, asking upstreams if need be, and tells why it is answered so.
+    ///
+    /// With `dnssec_ok` as for one that wants DNSSEC's records: upstreams are asked for these, and the answer is kept
+    /// beside the one for clients that do not.
+    pub async fn explain(&self, name: &Name, qtype: u16, dnssec_ok: bool) -> DnsReport {
         let name = name.lowered();
         let zone = self.core.zone().map(|zone| {
             let explanation = zone.explain(name.as_wire(), qtype);
@@ -114,11 +119,12 @@ impl Dns {
                     .collect(),
             }
         });
-        let message = query(&name, qtype);
+        let message = query(&name, qtype, dnssec_ok);
         let mut report = DnsReport {
             name: name.to_string(),
             qtype: rtype::name(qtype),
             rcode: "REFUSED".to_owned(),
+            extended: None,
             answers: Vec::new(),
             zone,
             alias: None,
@@ -129,8 +135,10 @@ impl Dns {
             let mut out = vec![0; MAX_TCP];
             let asked = self.core.ask(&query, &mut out).await;
             out.truncate(asked.length);
-            report.rcode = rcode(&out);
             let records = Records::of(&out).into_iter().flatten();
+            let opt = records.clone().find(|record| record.rtype == rtype::OPT);
+            report.rcode = rcode(&out, opt.as_ref());
+            report.extended = opt.as_ref().and_then(extended);
             let answers = records.filter(|record| record.section == Section::Answer);
             report.answers = answers.map(|record| record.to_string()).collect();
             report.alias = asked.alias.map(|name| name.to_string());
@@ -165,18 +173,38 @@ fn forwarded(asked: Asked) -> Option<ForwardedRow> {
     })
 }
 
-/// A query as a client would send it.
-fn query(name: &Name, qtype: u16) -> Vec<u8> {
+/// A query as a client with EDNS would send it.
+fn query(name: &Name, qtype: u16, dnssec_ok: bool) -> Vec<u8> {
     let [rd_high, rd_low] = flag::RD.to_be_bytes();
-    let mut message = vec![0, 0, rd_high, rd_low, 0, 1, 0, 0, 0, 0, 0, 0];
+    let mut message = vec![0, 0, rd_high, rd_low, 0, 1, 0, 0, 0, 0, 0, 1];
     message.extend_from_slice(name.as_wire());
     message.extend_from_slice(&qtype.to_be_bytes());
     message.extend_from_slice(&CLASS_IN.to_be_bytes());
+    message.extend_from_slice(Opt::new(0, dnssec_ok, None).as_wire());
     message
 }
 
-fn rcode(response: &[u8]) -> String {
+/// The extended error in an OPT record, by its name.
+fn extended(opt: &ReadRecord<'_>) -> Option<String> {
+    const OPTION: u16 = 15;
+    let mut options = opt.data;
+    while let (Some(option), Some(length)) = (u16_at(options, 0), u16_at(options, 2)) {
+        if option == OPTION {
+            let code = u16_at(options, 4)?;
+            let known = [Extended::Stale, Extended::StaleNxdomain, Extended::NoReachableAuthority];
+            let known = known.into_iter().find(|known| *known as u16 == code);
+            return Some(known.map_or_else(|| format!("extended error {code}"), |known| known.name().to_owned()));
+        }
+        options = options.get(4 + usize::from(length)..)?;
+    }
+    None
+}
+
+/// With the upper bits in the OPT record (RFC 6891 6.1.3).
+fn rcode(response: &[u8], opt: Option<&ReadRecord<'_>>) -> String {
     let code = u16_at(response, 2).map_or(flag::RCODE, |flags| flags & flag::RCODE);
+    let upper = opt.map_or(0, |opt| opt.ttl >> 24);
+    let code = code | u16::try_from(upper << 4).unwrap_or_default();
     let known = ["NOERROR", "FORMERR", "SERVFAIL", "NXDOMAIN", "NOTIMP", "REFUSED"].get(usize::from(code));
     known.map_or_else(|| format!("RCODE{code}"), |word| (*word).to_owned())
 }

@@ -37,14 +37,14 @@ use tokio::{
 use self::{
     cache::{Bounds, Cache, Hit},
     flight::{Outcome, Race},
-    message::{Extended, Message, NXDOMAIN},
+    message::{Message, NXDOMAIN},
     routes::Routes,
 };
 pub use self::{
     message::{ClientView, TtlLimits},
     question::Question,
 };
-use crate::{conditions::Conditions, lifecycle::Tasks, model::ServiceTable};
+use crate::{conditions::Conditions, dns::wire::Extended, lifecycle::Tasks, model::ServiceTable};
 
 /// The longest that a question takes: most clients ask again after 5 s.
 pub const DEADLINE: Duration = Duration::from_secs(4);
@@ -483,16 +483,20 @@ impl Reply {
     /// where it is too long. Returns 0 where not even the question fits.
     pub fn write(&self, to: &ClientView<'_>, now: Instant, out: &mut [u8]) -> usize {
         let age = u32::try_from(now.saturating_duration_since(self.since).as_secs()).unwrap_or(u32::MAX);
-        let extended = match (self.stale, self.source) {
+        if self.stale {
+            self.message.write(to, |ttl| ttl.min(STALE_TTL), self.extended(), out)
+        } else {
+            self.message.write(to, |ttl| ttl.saturating_sub(age), self.extended(), out)
+        }
+    }
+
+    /// Why it is not what it could be.
+    pub fn extended(&self) -> Option<Extended> {
+        match (self.stale, self.source) {
             (true, _) if self.message.rcode() == NXDOMAIN => Some(Extended::StaleNxdomain),
             (true, _) => Some(Extended::Stale),
             (false, Source::None) => Some(Extended::NoReachableAuthority),
             (false, Source::Cache | Source::Upstream(_)) => None,
-        };
-        if self.stale {
-            self.message.write(to, |ttl| ttl.min(STALE_TTL), extended, out)
-        } else {
-            self.message.write(to, |ttl| ttl.saturating_sub(age), extended, out)
         }
     }
 

@@ -4,8 +4,10 @@
 //! own, and only so much of it may wait: names of the cluster are answered whatever becomes of the world outside.
 
 mod crowd;
+mod guard;
 mod limit;
 mod listen;
+mod pool;
 mod tcp;
 mod udp;
 
@@ -24,11 +26,12 @@ use self::{
     limit::Limit,
 };
 pub(super) use self::{
+    guard::Guard,
     listen::{Listening, listen},
-    udp::THREADS,
+    udp::threads,
 };
 use super::{
-    answer::{self, Answer},
+    answer::{self, Answer, Outside},
     forward::{self, ClientView, Forwarder, Question, Reply},
     stats::{Counters, Origin, Outcome},
     wire::{MAX_NAME, MAX_TCP, Name, Query, Rcode, Rejected, flag, rtype, u16_at},
@@ -159,8 +162,7 @@ impl Core {
         };
         let Some(question) = question else { return refuse(Rcode::FormErr, out) };
         if let Some(reply) = self.forwarder.cached(&question, from.received) {
-            let write = |view: &ClientView<'_>, out: &mut [u8]| reply.write(view, from.received, out);
-            let length = complete(&query, &question, alias, zone, limit, write, out);
+            let length = complete(&query, &question, zone.filter(|_| alias), limit, &reply, from.received, out);
             counters.count(Some(query.qtype), origin, outcome_of(out, length));
             return Handled::Answered(length, origin);
         }
@@ -231,8 +233,8 @@ impl Core {
             Some(reply) => reply,
             None => self.forwarder.resolve(&question, now).await,
         };
-        let write = |view: &ClientView<'_>, out: &mut [u8]| reply.write(view, Instant::now(), out);
-        let length = complete(query, &question, alias.is_some(), zone.as_deref(), MAX_TCP, write, out);
+        let of_alias = zone.as_deref().filter(|_| alias.is_some());
+        let length = complete(query, &question, of_alias, MAX_TCP, &reply, Instant::now(), out);
         Asked { length, alias, forwarded: Some((explanation, reply)) }
     }
 }
@@ -254,11 +256,11 @@ impl Waiting {
         let Ok(query) = Query::parse(&self.message) else { return Vec::new() };
         let limit = self.transport.limit(&query);
         let now = Instant::now();
-        let write = |view: &ClientView<'_>, out: &mut [u8]| reply.write(view, now, out);
         let zone = core.zone();
         // Not before there is something to write: a thousand may wait.
         let mut out = vec![0; limit];
-        let length = complete(&query, &self.question, self.alias, zone.as_deref(), limit, write, &mut out);
+        let alias = zone.as_deref().filter(|_| self.alias);
+        let length = complete(&query, &self.question, alias, limit, &reply, now, &mut out);
         let origin = if self.alias { Origin::Cluster } else { Origin::Forwarded };
         counters.count(Some(query.qtype), origin, outcome_of(&out, length));
         counters.took(Origin::Forwarded, 1, self.received.elapsed());
@@ -280,14 +282,14 @@ fn question(query: &Query<'_>, name: &Name) -> Option<Question> {
     Question::new(name.as_wire(), query.qtype, query.dnssec_ok(), query.flags & flag::CD != 0)
 }
 
-/// Writes what upstreams said, by itself or as the end of an alias.
+/// Writes what upstreams said, by itself or, with the zone that has it, as the end of an alias.
 fn complete(
     query: &Query<'_>,
     question: &Question,
-    alias: bool,
-    zone: Option<&Zone>,
+    alias: Option<&Zone>,
     limit: usize,
-    write: impl Fn(&ClientView<'_>, &mut [u8]) -> usize,
+    reply: &Reply,
+    now: Instant,
     out: &mut [u8],
 ) -> usize {
     let view = ClientView {
@@ -299,7 +301,7 @@ fn complete(
         dnssec_ok: query.dnssec_ok(),
         limit,
     };
-    let Some(zone) = zone.filter(|_| alias) else { return write(&view, out) };
+    let Some(zone) = alias else { return reply.write(&view, now, out) };
     let mut asked = [0; MAX_NAME + 4];
     let length = question.name().len();
     let Some(place) = asked.get_mut(..length + 4) else { return 0 };
@@ -309,13 +311,14 @@ fn complete(
     rest.copy_from_slice(&[high, low, 0, 1]);
     let (mut small, mut large) = ([0; OUTSIDE], Vec::new());
     let view = ClientView { question: place, limit: OUTSIDE, ..view };
-    let length = write(&view, &mut small);
+    let length = reply.write(&view, now, &mut small);
     let mut outside = small.get(..length).unwrap_or_default();
     if limit > OUTSIDE && u16_at(outside, 2).is_some_and(|flags| flags & flag::TC != 0) {
         large.resize(MAX_TCP, 0);
-        let length = write(&ClientView { limit: MAX_TCP, ..view }, &mut large);
+        let length = reply.write(&ClientView { limit: MAX_TCP, ..view }, now, &mut large);
         outside = large.get(..length).unwrap_or_default();
     }
+    let outside = Outside { message: outside, extended: reply.extended() };
     match answer::answer(query, zone, 0, Some(outside), limit, out) {
         Answer::Written(length, _) => length,
         // The Service has changed meanwhile; the client will ask again.

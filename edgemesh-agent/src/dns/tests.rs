@@ -14,7 +14,7 @@ use hickory_proto::{
 };
 
 use super::{
-    forward::{CacheSettings, Upstreams},
+    forward::{CacheSettings, TtlLimits, Upstreams},
     *,
 };
 use crate::{
@@ -32,14 +32,22 @@ const PATIENCE: Duration = Duration::from_secs(20);
 struct Upstream {
     address: SocketAddr,
     asked: Arc<AtomicUsize>,
+    /// Those of the questions that had the DO bit.
+    proven: Arc<AtomicUsize>,
     silent: Arc<std::sync::atomic::AtomicBool>,
 }
 
 impl Upstream {
     fn start() -> Self {
         let socket = UdpSocket::bind("127.0.0.1:0").unwrap();
-        let upstream = Self { address: socket.local_addr().unwrap(), asked: Arc::default(), silent: Arc::default() };
-        let (asked, silent) = (Arc::clone(&upstream.asked), Arc::clone(&upstream.silent));
+        let upstream = Self {
+            address: socket.local_addr().unwrap(),
+            asked: Arc::default(),
+            proven: Arc::default(),
+            silent: Arc::default(),
+        };
+        let (asked, proven) = (Arc::clone(&upstream.asked), Arc::clone(&upstream.proven));
+        let silent = Arc::clone(&upstream.silent);
         // Ends with the process.
         thread::spawn(move || {
             let mut buffer = [0; 2048];
@@ -50,6 +58,9 @@ impl Upstream {
                     continue;
                 }
                 asked.fetch_add(1, Ordering::SeqCst);
+                if message.edns.as_ref().is_some_and(|edns| edns.flags().dnssec_ok) {
+                    proven.fetch_add(1, Ordering::SeqCst);
+                }
                 message.metadata.message_type = MessageType::Response;
                 message.metadata.recursion_available = true;
                 message.edns = None;
@@ -99,6 +110,10 @@ impl World {
     }
 
     async fn with(limits: Limits) -> Self {
+        Self::with_cache(limits, CacheSettings::default()).await
+    }
+
+    async fn with_cache(limits: Limits, cache: CacheSettings) -> Self {
         let upstream = Upstream::start();
         let settings = Settings {
             listen: vec!["127.0.0.1:0".parse().unwrap()],
@@ -107,9 +122,10 @@ impl World {
                 upstreams: Upstreams::ClusterDns { auto_detect: false, servers: vec![upstream.address] },
                 stub_domains: Vec::new(),
                 own: Vec::new(),
-                cache: CacheSettings::default(),
+                cache,
             },
             limits,
+            closed_to: None,
         };
         let mut builder = Builder::new(ServiceFilter::UnlabelledOnly, "edge1");
         let web =
@@ -215,6 +231,13 @@ fn question(id: u16, name: &str, kind: RecordType) -> Vec<u8> {
     message
 }
 
+/// The same by a client that speaks EDNS.
+fn with_edns(mut question: Vec<u8>) -> Vec<u8> {
+    question[11] = 1;
+    question.extend_from_slice(&[0, 0, 41, 4, 208, 0, 0, 0, 0, 0, 0]);
+    question
+}
+
 fn framed(messages: &[Vec<u8>]) -> Vec<u8> {
     let frame = |message: &Vec<u8>| [&u16::try_from(message.len()).unwrap().to_be_bytes()[..], message].concat();
     messages.iter().flat_map(frame).collect()
@@ -284,7 +307,7 @@ async fn a_long_answer_is_truncated_by_udp_whole_by_tcp_and_begins_with_another_
     let name = "db.shop.svc.cluster.local";
     let mut first = std::collections::BTreeSet::new();
     // Each thread has turns of its own.
-    for id in 0..3 * u16::try_from(serve::THREADS).unwrap() {
+    for id in 0..3 * u16::try_from(serve::threads()).unwrap() {
         let cut = Message::from_bytes(&world.udp(question(id, name, RecordType::A)).await.unwrap()).unwrap();
         assert!(cut.metadata.truncation && cut.answers.len() == 29, "{} answers", cut.answers.len());
         first.insert(cut.answers[0].data.to_string());
@@ -332,6 +355,35 @@ async fn an_external_name_is_followed_to_its_addresses_inside_and_outside() {
     assert_eq!(shown(&inside), expected);
     let endless = world.ask("loop.shop.svc.cluster.local", RecordType::A).await;
     assert_eq!(endless.metadata.response_code, ResponseCode::ServFail);
+    world.stop().await;
+}
+
+#[tokio::test]
+async fn an_alias_of_a_name_that_is_answered_stale_or_not_at_all_says_so_too() {
+    let limits = Limits { queries: None, forwarded: None, waiting: 100 };
+    let moment = Duration::from_secs(1);
+    let ttl = TtlLimits { floor: moment, ceiling: moment, negative_ceiling: moment };
+    let mut world = World::with_cache(limits, CacheSettings { ttl, ..CacheSettings::default() }).await;
+    world.sync().await;
+    let ask = async |name: &str| world.udp(with_edns(question(7, name, RecordType::A))).await.unwrap();
+    let extended = |response: &[u8], code: u8| response.ends_with(&[0, 6, 0, 15, 0, 2, 0, code]);
+    let fresh = ask("outside.shop.svc.cluster.local").await;
+    assert!(Message::from_bytes(&fresh).unwrap().answers.len() == 3 && !extended(&fresh, 3));
+    world.upstream.silent.store(true, Ordering::SeqCst);
+    let end = Instant::now() + PATIENCE;
+    loop {
+        let response = ask("outside.shop.svc.cluster.local").await;
+        assert_eq!(Message::from_bytes(&response).unwrap().answers.len(), 3);
+        if extended(&response, 3) {
+            break;
+        }
+        assert!(Instant::now() < end, "no stale answer");
+    }
+    let failed = ask("missing.shop.svc.cluster.local").await;
+    assert_eq!(Message::from_bytes(&failed).unwrap().metadata.response_code, ResponseCode::ServFail);
+    assert!(extended(&failed, 22), "{failed:?}");
+    let without_edns = world.ask("outside.shop.svc.cluster.local", RecordType::A).await;
+    assert!(without_edns.answers.len() == 3 && without_edns.edns.is_none());
     world.stop().await;
 }
 
@@ -446,23 +498,31 @@ async fn a_name_is_explained_with_its_answer() {
     let mut world = World::start().await;
     world.sync().await;
     let name = |text: &str| text.parse::<wire::Name>().unwrap();
-    let web = world.dns.explain(&name("WEB.shop.svc.cluster.local"), wire::rtype::A).await;
+    let web = world.dns.explain(&name("WEB.shop.svc.cluster.local"), wire::rtype::A, false).await;
     assert_eq!(web.answers, ["web.shop.svc.cluster.local. 30 A 10.96.0.1"]);
     let zone = web.zone.unwrap();
     assert_eq!((zone.subject.as_str(), zone.outcome.as_str()), ("service", "answers"));
     assert_eq!(zone.services, ["shop/web"]);
 
-    let db = world.dns.explain(&name("db.shop.svc.cluster.local"), wire::rtype::A).await;
+    let db = world.dns.explain(&name("db.shop.svc.cluster.local"), wire::rtype::A, false).await;
     let endpoints = db.zone.unwrap().endpoints;
     assert!(endpoints.len() == 100 && endpoints.iter().all(|one| one.included && one.reason == "ready"));
 
-    let alias = world.dns.explain(&name("outside.shop.svc.cluster.local"), wire::rtype::A).await;
+    let alias = world.dns.explain(&name("outside.shop.svc.cluster.local"), wire::rtype::A, false).await;
     assert_eq!((alias.alias.as_deref(), alias.answers.len()), (Some("outside.example.com."), 3));
     assert_eq!(alias.forwarded.unwrap().from, world.upstream.address.to_string());
-    let again = world.dns.explain(&name("outside.example.com"), wire::rtype::A).await;
+    let again = world.dns.explain(&name("outside.example.com"), wire::rtype::A, false).await;
     let forwarded = again.forwarded.unwrap();
     assert_eq!((forwarded.from.as_str(), forwarded.cached.is_some(), forwarded.stale), ("cache", true, false));
-    let refused = world.dns.explain(&name("cluster.local"), 252).await;
+    let refused = world.dns.explain(&name("cluster.local"), 252, false).await;
     assert_eq!((refused.rcode.as_str(), refused.answers.len()), ("REFUSED", 0));
+
+    // One that wants DNSSEC's records has answers of its own.
+    let proven = world.dns.explain(&name("outside.example.com"), wire::rtype::A, true).await;
+    assert_eq!(proven.forwarded.unwrap().from, world.upstream.address.to_string());
+    assert_eq!(world.upstream.proven.load(Ordering::SeqCst), 1);
+    world.upstream.silent.store(true, Ordering::SeqCst);
+    let failed = world.dns.explain(&name("other.example.com"), wire::rtype::A, false).await;
+    assert_eq!((failed.rcode.as_str(), failed.extended.as_deref()), ("SERVFAIL", Some("No Reachable Authority")));
     world.stop().await;
 }

@@ -11,6 +11,7 @@ mod response;
 mod tests;
 
 pub use name::{MAX_NAME, Name, NameError, labels};
+pub(super) use query::Opt;
 pub use query::{Edns, Query, Refusal, Rejected};
 pub use records::{ReadRecord, Records, Section};
 pub use response::{Data, Response, Soa, SrvData};
@@ -106,6 +107,26 @@ pub enum Rcode {
     NotImp = 4,
     Refused = 5,
     BadVers = 16,
+}
+
+/// Why an answer is not what it could be (extended DNS errors, RFC 8914), as far as this server has it to tell.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+#[repr(u16)]
+pub enum Extended {
+    Stale = 3,
+    StaleNxdomain = 19,
+    NoReachableAuthority = 22,
+}
+
+impl Extended {
+    /// What IANA's registry calls it.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Stale => "Stale Answer",
+            Self::StaleNxdomain => "Stale NXDOMAIN Answer",
+            Self::NoReachableAuthority => "No Reachable Authority",
+        }
+    }
 }
 
 /// The big-endian number at `at`, if the message goes that far.

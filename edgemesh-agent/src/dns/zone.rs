@@ -139,11 +139,11 @@ impl Zone {
             Located::Service(service) => match &service.records {
                 Records::Alias(target) => Some(Set::One(Data::Cname(Name::whole(target)))),
                 _ if qtype == qtype::SRV => Some(Set::Ports(service, None)),
-                Records::ClusterIps { .. } => Some(Set::Addresses(&service.entry.service.cluster_ips, qtype)),
-                Records::Headless(headless) => Some(Set::Endpoints(&headless.endpoints, qtype)),
+                Records::ClusterIps { ips, .. } => Some(Set::Addresses(ips, qtype)),
+                Records::Headless(headless) => Some(Set::Endpoints(headless, qtype)),
                 Records::Nothing => None,
             },
-            Located::Endpoints(list) => Some(Set::SameName(list, qtype)),
+            Located::Endpoints(list) => Some(Set::SameName(published::of_type(list, qtype))),
             Located::Port(service, port) => {
                 matches!(qtype, qtype::SRV | qtype::ANY).then_some(Set::Ports(service, Some(port)))
             }

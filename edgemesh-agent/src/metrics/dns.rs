@@ -147,6 +147,7 @@ mod tests {
         let listener = Listener { address: "169.254.96.16:53".parse().unwrap(), transport: "UDP", listening: true };
         let status = DnsStatus {
             listeners: vec![listener],
+            closed_to: Vec::new(),
             domain: Some("cluster.local".to_owned()),
             forwarder: ForwarderStatus {
                 upstreams: vec![upstream("192.0.2.53:53", "."), upstream("192.0.2.53:53", "corp.example")],

@@ -9,7 +9,8 @@ use crate::dns::{DnsReport, ForwardedRow, ZoneRow};
 
 /// `dns` as text: the answer, where it is from, and for endpoints why each is in it or not.
 pub fn dns(report: &DnsReport) -> String {
-    let mut text = format!("{} {}: {}\n", report.name, report.qtype, report.rcode);
+    let why = report.extended.as_ref().map_or_else(String::new, |why| format!(" ({why})"));
+    let mut text = format!("{} {}: {}{why}\n", report.name, report.qtype, report.rcode);
     for answer in &report.answers {
         let _ = writeln!(text, "  {answer}");
     }
@@ -122,9 +123,15 @@ pub(super) fn status(dns: &Value) -> Vec<(&'static str, String)> {
     let upstreams = upstreams.collect::<Vec<_>>().join(", ");
     let upstreams = if upstreams.is_empty() { "NO UPSTREAM".to_owned() } else { format!("upstreams {upstreams}") };
     let entries = word(&dns["forwarder"]["cache"]["entries"]);
+    let closed_to: Vec<&str> = dns["closed_to"].as_array().into_iter().flatten().filter_map(Value::as_str).collect();
+    let whom = match closed_to.as_slice() {
+        [] => "queries are answered wherever they come from".to_owned(),
+        uplinks => format!("queries from {} are not answered", uplinks.join(", ")),
+    };
     vec![
         ("DNS", format!("{what}{}", listeners.collect::<Vec<_>>().join(", "))),
         ("", format!("{upstreams}; {entries} answers cached")),
+        ("", whom),
     ]
 }
 
@@ -138,6 +145,7 @@ mod tests {
             name: "db.shop.svc.cluster.local.".to_owned(),
             qtype: "A".to_owned(),
             rcode: "NOERROR".to_owned(),
+            extended: None,
             answers: vec!["db.shop.svc.cluster.local. 30 A 10.244.1.1".to_owned()],
             zone: Some(ZoneRow {
                 domain: "cluster.local".to_owned(),
@@ -179,7 +187,9 @@ mod tests {
             cached: Some(CachedRow { age: 125, remaining: 0, expired: true }),
             upstreams: vec![UpstreamRow { address: "192.0.2.53:53".to_owned(), healthy: false, round_trip: None }],
         };
-        let shown = dns(&DnsReport { forwarded: Some(forwarded), zone: None, ..report() });
+        let extended = Some("Stale Answer".to_owned());
+        let shown = dns(&DnsReport { forwarded: Some(forwarded), zone: None, extended, ..report() });
+        assert!(shown.starts_with("db.shop.svc.cluster.local. A: NOERROR (Stale Answer)\n"), "{shown}");
         let from = "from    the cache, 2m5s old and past its time: STALE, as no upstream answers";
         assert!(shown.contains(from), "{shown}");
         assert!(shown.contains("asked   192.0.2.53:53 (SILENT)"), "{shown}");
@@ -192,6 +202,7 @@ mod tests {
                 {"address": "169.254.96.16:53", "transport": "UDP", "listening": true},
                 {"address": "169.254.96.16:53", "transport": "TCP", "listening": false},
             ],
+            "closed_to": ["eth0", "wwan0"],
             "domain": "cluster.local",
             "forwarder": {
                 "upstreams": [{"address": "192.0.2.53:53", "domains": ["."], "healthy": false}],
@@ -204,6 +215,7 @@ mod tests {
             [
                 "cluster.local on 169.254.96.16:53 UDP, 169.254.96.16:53 TCP NOT LISTENING",
                 "upstreams 192.0.2.53:53 SILENT; 7 answers cached",
+                "queries from eth0, wwan0 are not answered",
             ]
         );
         assert_eq!(status(&Value::Null)[0].1, "off (modules.edgeDNS.enable is false)");

@@ -2,7 +2,7 @@
 
 use std::fs::File;
 use std::io::Write as _;
-use std::net::{SocketAddr, TcpListener};
+use std::net::{SocketAddr, TcpListener, UdpSocket};
 use std::os::fd::{AsFd, AsRawFd as _, BorrowedFd, OwnedFd};
 use std::process::{Command, Stdio};
 
@@ -88,6 +88,12 @@ impl Netns {
     pub(super) fn listen(&self, address: SocketAddr) -> Result<TcpListener> {
         let failed = || format!("could not listen on {address} in a network namespace");
         self.on_a_thread(|| TcpListener::bind(address).with_context(failed))
+    }
+
+    /// Opens a UDP socket inside; it stays there, whoever uses it.
+    pub(super) fn bind(&self, address: SocketAddr) -> Result<UdpSocket> {
+        let failed = || format!("could not bind {address} in a network namespace");
+        self.on_a_thread(|| UdpSocket::bind(address).with_context(failed))
     }
 
     /// A path other processes can name the namespace by, while this one has it open.

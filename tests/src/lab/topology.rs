@@ -3,7 +3,7 @@
 use std::fmt::Write as _;
 use std::fs::File;
 use std::io::{BufRead as _, BufReader};
-use std::net::{IpAddr, SocketAddr, TcpListener};
+use std::net::{IpAddr, SocketAddr, TcpListener, UdpSocket};
 use std::os::fd::{AsFd as _, OwnedFd};
 use std::path::Path;
 use std::process::{Command, Stdio};
@@ -271,6 +271,11 @@ impl Node {
     /// Opens a TCP listener of this process in the node's network namespace, such as on `127.0.0.1:10550`.
     pub fn listen(&self, address: SocketAddr) -> Result<TcpListener> {
         self.node.netns.listen(address)
+    }
+
+    /// Opens a UDP socket of this process in the node's network namespace.
+    pub fn bind(&self, address: SocketAddr) -> Result<UdpSocket> {
+        self.node.netns.bind(address)
     }
 
     /// Writes a file where the node's processes see it, below a `/run` that no other node has; in one step.

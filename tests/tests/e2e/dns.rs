@@ -2,6 +2,7 @@
 
 use std::{
     fs,
+    net::IpAddr,
     path::{Path, PathBuf},
     time::{Duration, Instant},
 };
@@ -34,6 +35,7 @@ const MANY: u8 = 100;
 struct World {
     client: Pod,
     edge1: Node,
+    edge2: Node,
     upstream: Agent,
     lab: Lab,
 }
@@ -52,7 +54,7 @@ impl World {
             .set("modules.edgeDNS", json!({ "enable": true, "clusterDomain": "corp.test", "resolvConf": "/dev/null" }));
         let upstream = edge2.start_agent(&options)?;
         upstream.wait_ready(START)?;
-        Ok(Some(Self { client, edge1, upstream, lab }))
+        Ok(Some(Self { client, edge1, edge2, upstream, lab }))
     }
 
     /// A resolv.conf with these lines, at a place of the node of its own.
@@ -328,6 +330,39 @@ fn every_form_of_name_of_the_specification_is_answered_by_udp_and_tcp() -> Resul
         ensure!(nowhere.has("status: NXDOMAIN") && nowhere.has("SOA"), "{}", nowhere.0);
         nowhere.expect(&["missing.default.svc.corp.test."])?;
     }
+    Ok(())
+}
+
+#[test]
+fn who_is_not_on_the_node_gets_no_answer_whatever_its_routes_are() -> Result<()> {
+    let Some(world) = World::raise()? else { return Ok(()) };
+    let resolv_conf = world.resolv_conf("")?;
+    let agent = world.start(json!({ "resolvConf": resolv_conf }))?;
+    let same_family = |ips: &[IpAddr], like: &str| {
+        ips.iter().find(|ip| ip.is_ipv6() == like.contains(':')).map(ToString::to_string).context("no address")
+    };
+    for server in [SERVER, SERVER6] {
+        world.edge2.ip(&["route", "add", server, "via", &same_family(world.edge1.ips(), server)?])?;
+    }
+    let web = "web.default.svc.cluster.local";
+    let answered = |from: &Pod| -> Result<Vec<bool>> {
+        let ways = [(SERVER, "+notcp"), (SERVER, "+tcp"), (SERVER6, "+notcp"), (SERVER6, "+tcp")];
+        let ask = |(server, way)| Ok(Dug::ask(from, server, &["+tries=1", "+time=1", way, web])?.answered());
+        ways.into_iter().map(ask).collect()
+    };
+    let (neighbour, own) = (world.edge2.host(), [&world.client, world.edge1.host()]);
+    ensure!(answered(neighbour)? == [true; 4], "nothing tells that the LAN is one");
+    world.edge1.ip(&["route", "add", "default", "via", &same_family(world.edge2.ips(), SERVER)?])?;
+    eventually(START, "the neighbour gets no answer", || Ok(answered(neighbour)? == [false; 4]))?;
+    for client in own {
+        ensure!(answered(client)? == [true; 4]);
+    }
+    ensure!(world.status()?["dns"]["closed_to"] == json!(["eth0"]));
+    ensure!(world.condition("DnsOpenToOutside")?.is_none());
+
+    agent.kill()?;
+    let _open = world.start(json!({ "resolvConf": resolv_conf, "answerOutside": true }))?;
+    ensure!(answered(neighbour)? == [true; 4], "it was asked to");
     Ok(())
 }
 

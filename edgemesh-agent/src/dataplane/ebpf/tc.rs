@@ -7,7 +7,6 @@
 
 mod attach;
 mod choose;
-mod picture;
 
 use std::{
     cell::OnceCell,
@@ -47,6 +46,7 @@ use crate::{
     config::EbpfConfig,
     lifecycle::Tasks,
     model::{FrontendKind, ServiceTable},
+    net::picture,
 };
 
 /// Ingress and egress of an uplink, then of a guest.

@@ -5,6 +5,7 @@
 use std::time::Duration;
 
 use super::Question;
+use crate::dns::wire::Extended;
 
 const HEADER: usize = 12;
 /// What we, too, tell clients and upstreams to send at most: it passes every path unfragmented (DNS flag day 2020).
@@ -99,14 +100,6 @@ pub struct ClientView<'a> {
     pub dnssec_ok: bool,
     /// The longest message it can take.
     pub limit: usize,
-}
-
-/// Extended DNS errors (RFC 8914) that we have to tell.
-#[derive(Clone, Copy, Debug, Eq, PartialEq)]
-pub(super) enum Extended {
-    Stale = 3,
-    StaleNxdomain = 19,
-    NoReachableAuthority = 22,
 }
 
 impl Message {

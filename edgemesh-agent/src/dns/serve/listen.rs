@@ -1,8 +1,9 @@
 //! Binds the addresses, or waits until they are free.
 
 use std::{
-    io,
+    io, mem,
     net::{SocketAddr, UdpSocket},
+    os::fd::{AsFd, BorrowedFd},
     sync::{Arc, Mutex, PoisonError},
     time::{Duration, SystemTime},
 };
@@ -11,7 +12,7 @@ use serde::Serialize;
 use tokio::net::TcpListener;
 use tracing::info;
 
-use super::{Core, Transport, tcp, udp};
+use super::{Core, Guard, Transport, pool, tcp, udp};
 use crate::{
     conditions::Conditions,
     dns::stats::Counters,
@@ -22,6 +23,7 @@ use crate::{
 /// How often an address that was taken is tried again.
 const REBIND: Duration = Duration::from_secs(5);
 const UNAVAILABLE: &str = "DnsAddressUnavailable";
+const THREADS_MISSING: &str = "DnsThreadsMissing";
 
 /// Which addresses are listened on. Clones are one.
 #[derive(Clone, Debug, Default)]
@@ -33,7 +35,7 @@ pub struct Listener {
     pub address: SocketAddr,
     /// `UDP` or `TCP`.
     pub transport: &'static str,
-    /// False while something else has it.
+    /// False while something else has it, or there is no thread to be had.
     pub listening: bool,
 }
 
@@ -49,10 +51,13 @@ impl Listening {
         list.len() - 1
     }
 
-    fn bound(&self, index: usize, address: SocketAddr) {
-        if let Some(listener) = self.0.lock().unwrap_or_else(PoisonError::into_inner).get_mut(index) {
-            (listener.address, listener.listening) = (address, true);
-        }
+    /// Says whether that is news.
+    fn bound(&self, index: usize, address: SocketAddr) -> bool {
+        let mut list = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        list.get_mut(index).is_some_and(|listener| {
+            listener.address = address;
+            !mem::replace(&mut listener.listening, true)
+        })
     }
 }
 
@@ -71,44 +76,82 @@ enum Socket {
     Tcp(TcpListener),
 }
 
+impl AsFd for Socket {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        match self {
+            Self::Udp(socket) => socket.as_fd(),
+            Self::Tcp(listener) => listener.as_fd(),
+        }
+    }
+}
+
 /// Serves `address` by UDP and TCP, each as soon as it can be bound, until the agent stops.
 pub(in crate::dns) fn listen(
     address: SocketAddr,
     core: &Arc<Core>,
     counters: &Arc<[Counters]>,
     listening: &Listening,
+    guard: &Guard,
     conditions: &Conditions,
     tasks: &Tasks,
 ) {
     for transport in [Transport::Udp, Transport::Tcp] {
         let index = listening.add(address, transport);
         let (core, counters, tasks_of) = (Arc::clone(core), Arc::clone(counters), tasks.clone());
-        let (listening, conditions) = (listening.clone(), conditions.clone());
+        let (listening, guard, conditions) = (listening.clone(), guard.clone(), conditions.clone());
         tasks.spawn(async move {
-            let Some(socket) = bind_when_free(address, transport, &conditions, &tasks_of).await else { return };
+            let subject = format!("{address}/{}", transport.name());
+            let bound = bind_when_free(address, transport, &subject, &conditions, &tasks_of).await;
+            let Some(socket) = bound else { return };
+            guard.keep(socket.as_fd(), &subject, &tasks_of).await;
             let bound = match &socket {
                 Socket::Udp(socket) => socket.local_addr(),
                 Socket::Tcp(listener) => listener.local_addr(),
             };
             let bound = bound.unwrap_or(address);
-            listening.bound(index, bound);
-            info!(address = %bound, transport = transport.name(), "answering DNS");
+            let answering = || {
+                if listening.bound(index, bound) {
+                    info!(address = %bound, transport = transport.name(), "answering DNS");
+                }
+            };
             match socket {
-                Socket::Udp(socket) => udp::serve(socket, core, counters, tasks_of).await,
-                Socket::Tcp(listener) => tcp::serve(listener, core, counters, tasks_of).await,
+                Socket::Udp(socket) => {
+                    let tell = |running: usize, error: Option<&io::Error>| {
+                        if running > 0 {
+                            answering();
+                        }
+                        tell_threads(running, error, &subject, &conditions);
+                    };
+                    udp::serve(socket, core, counters, tell, tasks_of).await;
+                }
+                Socket::Tcp(listener) => {
+                    answering();
+                    tcp::serve(listener, core, counters, tasks_of).await;
+                }
             }
         });
     }
+}
+
+fn tell_threads(running: usize, error: Option<&io::Error>, subject: &str, conditions: &Conditions) {
+    let Some(error) = error else { return conditions.clear(THREADS_MISSING, subject) };
+    let effect = if running == 0 { "no query is answered there" } else { "queries are answered more slowly" };
+    let message = format!(
+        "cannot start a thread for {subject}: {error}; {effect}; raise the limits on threads (pids.max of the cgroup, \
+         kernel.threads-max, ulimit -u); tried again every {} s",
+        pool::RETRY.as_secs()
+    );
+    conditions.raise(THREADS_MISSING, subject, message, SystemTime::now());
 }
 
 /// None when the agent stops before.
 async fn bind_when_free(
     address: SocketAddr,
     transport: Transport,
+    subject: &str,
     conditions: &Conditions,
     tasks: &Tasks,
 ) -> Option<Socket> {
-    let subject = format!("{address}/{}", transport.name());
     let stop = tasks.stopping();
     loop {
         // To the address itself, so that answers come from where the question went.
@@ -118,7 +161,7 @@ async fn bind_when_free(
         };
         let error = match bound {
             Ok(socket) => {
-                conditions.clear(UNAVAILABLE, &subject);
+                conditions.clear(UNAVAILABLE, subject);
                 return Some(socket);
             }
             Err(error) => error,
@@ -139,7 +182,7 @@ async fn bind_when_free(
             transport.name(),
             REBIND.as_secs(),
         );
-        conditions.raise(UNAVAILABLE, &subject, message, SystemTime::now());
+        conditions.raise(UNAVAILABLE, subject, message, SystemTime::now());
         tokio::select! {
             () = stop.cancelled() => return None,
             () = tokio::time::sleep(REBIND) => {}
@@ -155,4 +198,22 @@ async fn find_holder(address: SocketAddr, transport: Transport) -> String {
     };
     let found = tokio::task::spawn_blocking(move || holder::find(port)).await;
     found.ok().flatten().map_or_else(String::new, |holder| format!(", as {holder} has it"))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_thread_that_is_missing_is_a_condition_that_says_what_it_means() {
+        let (conditions, error) = (Conditions::default(), io::Error::from_raw_os_error(libc::EAGAIN));
+        let told = |running, error| {
+            tell_threads(running, error, "169.254.96.16:53/UDP", &conditions);
+            conditions.list().into_iter().map(|condition| condition.message).collect::<Vec<_>>().join(" ")
+        };
+        assert!(told(0, Some(&error)).contains("cannot start a thread for 169.254.96.16:53/UDP: Resource temporarily"));
+        assert!(told(0, Some(&error)).contains("no query is answered there"));
+        assert!(told(1, Some(&error)).contains("more slowly"));
+        assert_eq!(told(2, None), "");
+    }
 }

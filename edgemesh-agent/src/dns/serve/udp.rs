@@ -15,7 +15,7 @@ use tokio::runtime::Handle;
 use tokio_util::sync::CancellationToken;
 use tracing::{debug, error, warn};
 
-use super::{Core, From, Handled, Transport, Waiting};
+use super::{Core, From, Handled, Transport, Waiting, pool};
 use crate::{
     dns::{
         stats::{Counters, Origin},
@@ -25,8 +25,8 @@ use crate::{
     net::datagrams::{Inbox, Outbox, Peer},
 };
 
-/// How many threads read one socket: with two, one answers while the other is in the kernel.
-pub(in crate::dns) const THREADS: usize = 2;
+/// More threads than this on one socket only wait for each other.
+const MAX_THREADS: usize = 4;
 /// The longest query that is read; no client sends one of half that length.
 const MAX_QUERY: usize = 2048;
 /// So many bytes of queries may wait in the kernel: some ten milliseconds' worth at the highest rate.
@@ -34,8 +34,21 @@ const RECEIVE_BUFFER: usize = 4 << 20;
 /// After an error of the socket.
 const PAUSE: Duration = Duration::from_millis(100);
 
-/// Makes the socket ready and serves it with [`THREADS`] threads until the agent stops.
-pub(super) async fn serve(socket: UdpSocket, core: Arc<Core>, counters: Arc<[Counters]>, tasks: Tasks) {
+/// How many threads are to read one socket: one for each two CPUs, and one on a node of two, where a second one answers no
+/// sooner and takes from pods the CPU that they ask on.
+pub(in crate::dns) fn threads() -> usize {
+    (thread::available_parallelism().map_or(1, usize::from) / 2).clamp(1, MAX_THREADS)
+}
+
+/// Makes the socket ready and serves it until the agent stops, with a thread for each of the counters but the last, which
+/// are those of TCP; `tell` is that of [`pool::start`].
+pub(super) async fn serve(
+    socket: UdpSocket,
+    core: Arc<Core>,
+    counters: Arc<[Counters]>,
+    tell: impl Fn(usize, Option<&io::Error>),
+    tasks: Tasks,
+) {
     // The first is beyond net.core.rmem_max, and for CAP_NET_ADMIN alone.
     if setsockopt(&socket, sockopt::RcvBufForce, &RECEIVE_BUFFER).is_err()
         && let Err(error) = setsockopt(&socket, sockopt::RcvBuf, &RECEIVE_BUFFER)
@@ -44,8 +57,7 @@ pub(super) async fn serve(socket: UdpSocket, core: Arc<Core>, counters: Arc<[Cou
     }
     let socket = Arc::new(socket);
     let stop = tasks.stopping();
-    let mut threads = Vec::new();
-    for index in 0..THREADS {
+    let spawn = |index: usize| {
         let worker = Worker {
             socket: Arc::clone(&socket),
             core: Arc::clone(&core),
@@ -55,11 +67,9 @@ pub(super) async fn serve(socket: UdpSocket, core: Arc<Core>, counters: Arc<[Cou
             tasks: tasks.clone(),
             stop: stop.clone(),
         };
-        match thread::Builder::new().name(format!("dns-udp-{index}")).spawn(move || worker.keep_running()) {
-            Ok(thread) => threads.push(thread),
-            Err(error) => warn!("cannot start a thread for DNS: {error}"),
-        }
-    }
+        thread::Builder::new().name(format!("dns-udp-{index}")).spawn(move || worker.keep_running())
+    };
+    let threads = pool::start(counters.len().saturating_sub(1), spawn, tell, &stop).await;
     stop.cancelled().await;
     // It says that the socket is not connected, and wakes its readers all the same.
     let _ = shutdown(socket.as_raw_fd(), Shutdown::Read);

@@ -1,6 +1,6 @@
 //! A query as a client sent it.
 
-use super::{CLASS_IN, HEADER, MAX_NAME, MAX_UDP, MIN_UDP, Name, Rcode, flag, rtype, u16_at, u32_at};
+use super::{CLASS_IN, Extended, HEADER, MAX_NAME, MAX_UDP, MIN_UDP, Name, Rcode, flag, rtype, u16_at, u32_at};
 
 /// A sound query: one question of class IN. Borrows the message, whose question goes into the response unchanged: its
 /// upper and lower case may be the client's protection against forged answers (0x20).
@@ -44,6 +44,7 @@ pub struct Refusal<'m> {
     flags: u16,
     question: &'m [u8],
     edns: Option<Edns>,
+    extended: Option<Extended>,
 }
 
 impl<'m> Query<'m> {
@@ -59,7 +60,8 @@ impl<'m> Query<'m> {
         if flags & flag::QR != 0 {
             return Err(Rejected::Silently);
         }
-        let mut refusal = Refusal { rcode: Rcode::FormErr, qtype: None, id, flags, question: &[], edns: None };
+        let mut refusal =
+            Refusal { rcode: Rcode::FormErr, qtype: None, id, flags, question: &[], edns: None, extended: None };
         if flags & flag::OPCODE != 0 {
             // An update's or a notification's first section is no question.
             return Err(Rejected::With(Refusal { rcode: Rcode::NotImp, ..refusal }));
@@ -123,31 +125,61 @@ impl<'m> Query<'m> {
             flags: self.flags,
             question: self.question,
             edns: self.edns,
+            extended: None,
         }
     }
 }
 
 impl Refusal<'_> {
+    /// The same with why, for a client that speaks EDNS.
+    pub fn because(self, extended: Option<Extended>) -> Self {
+        Self { extended, ..self }
+    }
+
     /// Writes the response and gives its length; 0 if `out` is shorter than [`MIN_UDP`].
     pub fn write(&self, out: &mut [u8]) -> usize {
         let Some(out) = out.get_mut(..MIN_UDP) else { return 0 };
         let kept = self.flags & (flag::OPCODE | flag::RD | flag::CD);
         let rcode = self.rcode as u16;
         let flags = flag::QR | flag::RA | kept | (rcode & flag::RCODE);
-        let opt = self.edns.map(|edns| opt_record(rcode, edns.dnssec_ok));
+        let opt = self.edns.map(|edns| Opt::new(rcode, edns.dnssec_ok, self.extended));
         let counts = [u16::from(!self.question.is_empty()), 0, 0, u16::from(opt.is_some())];
         let words = [self.id, flags].into_iter().chain(counts).flat_map(u16::to_be_bytes);
-        let all = words.chain(self.question.iter().copied()).chain(opt.into_iter().flatten());
+        let all = words.chain(self.question.iter().copied()).chain(opt.iter().flat_map(Opt::as_wire).copied());
         // A question has at most 259 bytes: it fits.
         out.iter_mut().zip(all).map(|(place, byte)| *place = byte).count()
     }
 }
 
-/// Our OPT record: what we take by UDP, and the upper bits of the response code.
-pub(super) fn opt_record(rcode: u16, dnssec_ok: bool) -> [u8; 11] {
-    let [size_high, size_low] = (MAX_UDP as u16).to_be_bytes();
-    let [_, extended, ..] = ((u32::from(rcode) >> 4) << 16).to_be_bytes();
-    [0, 0, rtype::OPT as u8, size_high, size_low, extended, 0, u8::from(dnssec_ok) << 7, 0, 0, 0]
+/// Our OPT record: what we take by UDP, the upper bits of the response code, and an extended error.
+pub(in crate::dns) struct Opt {
+    octets: [u8; Self::LENGTH + Self::EXTENDED],
+    length: usize,
+}
+
+impl Opt {
+    /// Without an extended error.
+    pub(super) const LENGTH: usize = 11;
+    /// What an extended error takes: the option's code and length, and its own code.
+    pub(super) const EXTENDED: usize = 6;
+
+    pub(in crate::dns) fn new(rcode: u16, dnssec_ok: bool, extended: Option<Extended>) -> Self {
+        let [size_high, size_low] = (MAX_UDP as u16).to_be_bytes();
+        let [_, upper, ..] = ((u32::from(rcode) >> 4) << 16).to_be_bytes();
+        let options = if extended.is_some() { Self::EXTENDED } else { 0 };
+        let [high, low] = extended.map_or(0, |code| code as u16).to_be_bytes();
+        let dnssec_ok = u8::from(dnssec_ok) << 7;
+        let [type_high, type_low] = rtype::OPT.to_be_bytes();
+        let record = [0, type_high, type_low, size_high, size_low, upper, 0, dnssec_ok, 0, 0, options as u8];
+        let option = [0, 15, 0, 2, high, low];
+        let mut opt = Self { octets: [0; Self::LENGTH + Self::EXTENDED], length: Self::LENGTH + options };
+        opt.octets.iter_mut().zip(record.into_iter().chain(option)).for_each(|(place, octet)| *place = octet);
+        opt
+    }
+
+    pub(in crate::dns) fn as_wire(&self) -> &[u8] {
+        self.octets.get(..self.length).unwrap_or_default()
+    }
 }
 
 struct Malformed;

@@ -2,7 +2,7 @@
 
 use std::net::{Ipv4Addr, Ipv6Addr};
 
-use super::{CLASS_IN, HEADER, Query, Rcode, flag, query::opt_record, rtype};
+use super::{CLASS_IN, Extended, HEADER, Query, Rcode, flag, query::Opt, rtype};
 
 /// How many places in the message names are compared with before they are written out.
 const PLACES: usize = 32;
@@ -22,6 +22,7 @@ pub struct Response<'o> {
     rcode: Rcode,
     /// Whether the client speaks EDNS, and whether it wants DNSSEC.
     edns: Option<bool>,
+    extended: Option<Extended>,
     counts: [u16; 3],
     section: usize,
     truncated: bool,
@@ -94,7 +95,7 @@ impl<'o> Response<'o> {
     /// Begins the response to `query`, of at most `limit` bytes; None if `out` has no room for header and question.
     pub fn to(query: &Query<'_>, limit: usize, out: &'o mut [u8]) -> Option<Self> {
         let edns = query.edns.map(|edns| edns.dnssec_ok);
-        let reserved = if edns.is_some() { opt_record(0, false).len() } else { 0 };
+        let reserved = if edns.is_some() { Opt::LENGTH } else { 0 };
         let mut response = Self {
             limit: limit.min(out.len()).checked_sub(reserved)?,
             out,
@@ -102,6 +103,7 @@ impl<'o> Response<'o> {
             flags: flag::QR | flag::RA | (query.flags & (flag::RD | flag::CD)),
             rcode: Rcode::NoError,
             edns,
+            extended: None,
             counts: [0; 3],
             section: 0,
             truncated: false,
@@ -123,6 +125,14 @@ impl<'o> Response<'o> {
     /// Sets the response code; [`Rcode::NoError`] without it.
     pub fn set_rcode(&mut self, rcode: Rcode) {
         self.rcode = rcode;
+    }
+
+    /// Says why the answer is not what it could be, if the client speaks EDNS and there is still room.
+    pub fn extend(&mut self, extended: Extended) {
+        if self.edns.is_some() && self.extended.is_none() && self.len + Opt::EXTENDED <= self.limit {
+            self.limit -= Opt::EXTENDED;
+            self.extended = Some(extended);
+        }
     }
 
     /// Whether an answer or authority was left out.
@@ -158,10 +168,10 @@ impl<'o> Response<'o> {
         let rcode = self.rcode as u16;
         let mut additional = self.counts[2];
         if let Some(dnssec_ok) = self.edns {
-            let opt = opt_record(rcode, dnssec_ok);
+            let opt = Opt::new(rcode, dnssec_ok, self.extended);
             // Its room was set aside.
-            self.limit += opt.len();
-            if self.append(&opt).is_some() {
+            self.limit += opt.as_wire().len();
+            if self.append(opt.as_wire()).is_some() {
                 additional += 1;
             }
         }

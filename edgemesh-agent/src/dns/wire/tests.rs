@@ -273,6 +273,28 @@ fn what_does_not_fit_is_left_out_whole_and_told() {
 }
 
 #[test]
+fn an_extended_error_has_its_room_set_aside_and_is_for_clients_with_edns() {
+    let plain = query(web().as_wire(), rtype::A);
+    let edns = with_opt(plain.clone(), 512, 0, &[]);
+    let full = |message: &[u8]| {
+        respond(message, 512, |response| {
+            response.extend(Extended::Stale);
+            while response.answer(web().as_wire(), 30, &Data::A(Ipv4Addr::LOCALHOST)) {}
+        })
+    };
+    let (with, without) = (full(&edns), full(&plain));
+    assert!(with.len() <= 512 && with.ends_with(&[0, 6, 0, 15, 0, 2, 0, 3]), "{with:?}");
+    let (with, without) = (Message::from_bytes(&with).unwrap(), Message::from_bytes(&without).unwrap());
+    assert!(with.metadata.truncation && with.edns.is_some() && without.edns.is_none());
+    assert_eq!((with.answers.len(), without.answers.len()), (28, 29));
+    let parsed = Query::parse(&edns).unwrap_or_else(|error| panic!("{error:?}"));
+    let mut out = [0; 512];
+    let length = parsed.refuse(Rcode::ServFail).because(Some(Extended::NoReachableAuthority)).write(&mut out);
+    assert!(out[..length].ends_with(&[0, 6, 0, 15, 0, 2, 0, 22]));
+    assert_eq!(Message::from_bytes(&out[..length]).unwrap().metadata.response_code, ResponseCode::ServFail);
+}
+
+#[test]
 fn texts_are_names_and_names_are_texts() {
     for (text, wire) in [
         (".", b"\0".as_slice()),

@@ -28,9 +28,9 @@ pub(super) enum Set<'z> {
     /// Those of the type.
     Addresses(&'z [IpAddr], u16),
     /// Those of the type, each address once.
-    Endpoints(&'z [Endpoint], u16),
-    /// Those of the type, of endpoints that share a name.
-    SameName(&'z [Endpoint], u16),
+    Endpoints(&'z Headless, u16),
+    /// Of endpoints that share a name.
+    SameName(&'z [Endpoint]),
     /// SRV records of a port, or of all of them.
     Ports(&'z Published, Option<usize>),
     Reverse(&'z [Reverse]),
@@ -88,7 +88,13 @@ impl<'z> Answers<'z> {
 
     /// The answer section, each record once. Nothing is allocated.
     pub fn answers(&self) -> impl Iterator<Item = Record<'z>> + Clone + use<'z> {
-        Section { set: self.set, next: 0 }
+        self.turned(0)
+    }
+
+    /// As [`Answers::answers`], beginning with another record each `turn`: whichever it is, to get there costs nothing.
+    pub fn turned(&self, turn: usize) -> impl Iterator<Item = Record<'z>> + Clone + use<'z> {
+        let places = self.set.places();
+        Section { set: self.set, next: spread(turn, places), places, left: places }
     }
 
     /// What the additional section may hold: the addresses of the targets of SRV and NS records, each record once.
@@ -97,7 +103,7 @@ impl<'z> Answers<'z> {
         let (owner, ips, targets) = match self.set {
             Set::NameServer(name, ips) => (Some(name), ips, None),
             Set::Ports(service, port) => match &service.records {
-                Records::ClusterIps { .. } => (Some(service.name()), &*service.entry.service.cluster_ips, None),
+                Records::ClusterIps { ips, .. } => (Some(service.name()), &**ips, None),
                 Records::Headless(headless) => (None, &[][..], Some((service, &**headless, port))),
                 Records::Alias(_) | Records::Nothing => (None, &[][..], None),
             },
@@ -134,45 +140,63 @@ impl Data<'_> {
 struct Section<'z> {
     set: Set<'z>,
     next: usize,
+    /// How many places the set has, and how many have not been looked at.
+    places: usize,
+    left: usize,
 }
 
 impl<'z> Iterator for Section<'z> {
     type Item = Record<'z>;
 
     fn next(&mut self) -> Option<Record<'z>> {
-        loop {
-            let index = self.next;
-            let data = self.set.get(index)?;
-            self.next += 1;
+        while self.left > 0 {
+            let data = self.set.get(self.next);
+            self.next = if self.next + 1 < self.places { self.next + 1 } else { 0 };
+            self.left -= 1;
             if let Some(data) = data {
                 return Some(Record { owner: Owner::Question, data });
             }
         }
+        None
     }
 }
 
 impl<'z> Set<'z> {
-    /// What is at an index: None beyond the end, and Some(None) where there is nothing for the question.
-    fn get(&self, index: usize) -> Option<Option<Data<'z>>> {
+    /// How many records there may be. Places without one are between those of one Service's ClusterIPs and ports alone,
+    /// of which there are few, and which lead to the same endpoints in any order.
+    fn places(&self) -> usize {
         match *self {
-            Self::One(data) => (index == 0).then_some(Some(data)),
-            Self::NameServer(name, _) => (index == 0).then_some(Some(Data::Ns(name))),
-            Self::Addresses(ips, wanted) => ips.get(index).map(|&ip| Data::of_type(ip, wanted)),
-            Self::Endpoints(list, wanted) => {
-                list.get(index).map(|endpoint| Data::of_type(endpoint.ip, wanted).filter(|_| !endpoint.repeated))
-            }
-            Self::SameName(list, wanted) => list.get(index).map(|endpoint| Data::of_type(endpoint.ip, wanted)),
+            Self::One(_) | Self::NameServer(..) => 1,
+            Self::Addresses(ips, _) => ips.len(),
+            Self::Endpoints(headless, wanted) => headless.count(wanted),
+            Self::SameName(list) => list.len(),
             Self::Ports(service, port) => match &service.records {
-                Records::ClusterIps { .. } => cluster_port(service, port, index),
-                Records::Headless(headless) => headless_port(service, headless, port, index),
+                Records::ClusterIps { .. } => service.entry.service.ports.len(),
+                Records::Headless(headless) => headless.targets(port).len(),
+                Records::Alias(_) | Records::Nothing => 0,
+            },
+            Self::Reverse(list) => list.len(),
+        }
+    }
+
+    /// The record at a place, if there is one. No set is walked over for it.
+    fn get(&self, place: usize) -> Option<Data<'z>> {
+        match *self {
+            Self::One(data) => Some(data),
+            Self::NameServer(name, _) => Some(Data::Ns(name)),
+            Self::Addresses(ips, wanted) => ips.get(place).and_then(|&ip| Data::of_type(ip, wanted)),
+            Self::Endpoints(headless, wanted) => headless.address(wanted, place).map(Data::of_ip),
+            Self::SameName(list) => list.get(place).map(|endpoint| Data::of_ip(endpoint.ip)),
+            Self::Ports(service, port) => match &service.records {
+                Records::ClusterIps { ips, .. } => cluster_port(service, ips, port, place),
+                Records::Headless(headless) => headless_port(service, headless, port, place),
                 Records::Alias(_) | Records::Nothing => None,
             },
-            Self::Reverse(list) => list.get(index).map(|record| {
+            Self::Reverse(list) => list.get(place).and_then(|record| {
                 let service = &*record.service;
                 match (record.endpoint, &service.records) {
                     (Some(endpoint), Records::Headless(headless)) => {
-                        let endpoint = headless.endpoints.get(usize::try_from(endpoint).ok()?)?;
-                        Some(Data::Ptr(service.name_of(endpoint)))
+                        Some(Data::Ptr(service.name_of(headless.endpoint(endpoint)?)))
                     }
                     _ => Some(Data::Ptr(service.name())),
                 }
@@ -181,12 +205,21 @@ impl<'z> Set<'z> {
     }
 }
 
+/// The place that a turn begins at. Turns go by the multiples of the golden ratio and not one after the other: a name gets
+/// every so manieth of them, as every other one where A and AAAA are asked for together, and all places should have
+/// their share of these, too.
+fn spread(turn: usize, places: usize) -> usize {
+    const GOLDEN: u64 = 0x9e37_79b9_7f4a_7c15;
+    let part = (turn as u64).wrapping_mul(GOLDEN);
+    ((u128::from(part) * places as u128) >> 64) as usize
+}
+
 fn srv(port: u16, target: Name<'_>) -> Data<'_> {
     Data::Srv { priority: PRIORITY, weight: WEIGHT, port, target }
 }
 
 /// The SRV record of the Service port at an index.
-fn cluster_port(service: &Published, only: Option<usize>, index: usize) -> Option<Option<Data<'_>>> {
+fn cluster_port<'z>(service: &'z Published, ips: &[IpAddr], only: Option<usize>, index: usize) -> Option<Data<'z>> {
     let ports = &service.entry.service.ports;
     let port = ports.get(index)?;
     let wanted = match only {
@@ -194,8 +227,8 @@ fn cluster_port(service: &Published, only: Option<usize>, index: usize) -> Optio
         // The same number may be there for TCP and for UDP.
         None => !ports.iter().take(index).any(|other| other.port == port.port),
     };
-    let wanted = wanted && !service.entry.service.cluster_ips.is_empty();
-    Some(wanted.then(|| srv(port.port.get(), service.name())))
+    let wanted = wanted && !ips.is_empty();
+    wanted.then(|| srv(port.port.get(), service.name()))
 }
 
 /// The SRV record of the target at an index.
@@ -204,15 +237,9 @@ fn headless_port<'z>(
     headless: &'z Headless,
     only: Option<usize>,
     index: usize,
-) -> Option<Option<Data<'z>>> {
-    let target = headless.targets.get(index)?;
-    let before = index.checked_sub(1).and_then(|before| headless.targets.get(before));
-    let wanted = match only {
-        Some(only) => only == usize::from(target.port),
-        None => before.is_none_or(|before| (before.endpoint, before.number) != (target.endpoint, target.number)),
-    };
-    let endpoint = headless.same_name(target.endpoint).first().filter(|_| wanted);
-    Some(endpoint.map(|endpoint| srv(target.number, service.name_of(endpoint))))
+) -> Option<Data<'z>> {
+    let target = headless.targets(only).get(index)?;
+    Some(srv(target.number, service.name_of(headless.endpoint(target.endpoint)?)))
 }
 
 /// The addresses of all targets of a port, or of all ports.
@@ -221,11 +248,9 @@ fn target_addresses<'z>(
     headless: &'z Headless,
     only: Option<usize>,
 ) -> impl Iterator<Item = Record<'z>> + Clone {
-    let targets =
-        headless.targets.iter().filter(move |target| only.is_none_or(|only| only == usize::from(target.port)));
     let mut last = None;
-    // Those with one name follow each other.
-    let names = targets.filter(move |target| last.replace(target.endpoint) != Some(target.endpoint));
+    let names =
+        headless.targets(only).iter().filter(move |target| last.replace(target.endpoint) != Some(target.endpoint));
     names.flat_map(move |target| {
         headless.same_name(target.endpoint).iter().map(move |endpoint| Record {
             owner: Owner::Name(service.name_of(endpoint)),

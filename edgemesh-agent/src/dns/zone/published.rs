@@ -7,24 +7,30 @@ use std::{
     sync::Arc,
 };
 
-use super::name::{Label, MAX_LABEL, MAX_NAME, Name, dashed_ip, wire};
+use smallvec::SmallVec;
+
+use super::{
+    name::{Label, MAX_LABEL, MAX_NAME, Name, dashed_ip, wire},
+    qtype,
+};
 use crate::model::{Place, PortEndpoint, Protocol, ServedPort, ServiceEntry, ServiceKind};
 
 /// A Service as DNS has it.
 #[derive(Debug)]
 pub(super) struct Published {
     pub(super) entry: Arc<ServiceEntry>,
-    /// `<service>.<namespace>.svc.<domain>`.
-    name: Box<[u8]>,
+    /// `<service>.<namespace>.svc.<domain>`, inline for most names: memory that is far away is most of what an answer takes.
+    name: SmallVec<[u8; 64]>,
     pub(super) records: Records,
 }
 
 /// What there is besides what the entry says itself.
 #[derive(Debug)]
 pub(super) enum Records {
-    /// ClusterIPs, which are in the entry. Endpoints have names, too, and none of them an own hostname, as a rule: then
+    /// The entry's ClusterIPs, inline as the name is. Endpoints have names, too, and none of them an own hostname, as a rule: then
     /// they are found in the entry by their address.
     ClusterIps {
+        ips: SmallVec<[IpAddr; 2]>,
         hostnames: Box<[Endpoint]>,
     },
     Headless(Box<Headless>),
@@ -34,21 +40,24 @@ pub(super) enum Records {
     Nothing,
 }
 
-/// The endpoints of a headless Service.
+/// The endpoints of a headless Service, and what is in its answers in lists, so that a question costs what is put into
+/// the answer, and not a walk over thousands of endpoints.
 #[derive(Debug, Default)]
 pub(super) struct Headless {
     /// Ordered by label: those with a hostname, then the others by address.
     pub(super) endpoints: Box<[Endpoint]>,
-    /// Ordered.
-    pub(super) targets: Box<[Target]>,
+    /// The endpoints of each family, IPv4 and IPv6, of which no earlier one has the same address under another hostname.
+    addresses: [Box<[u32]>; 2],
+    /// For each of the Service's ports where its SRV records lead to, ordered.
+    targets: Box<[Box<[Target]>]>,
+    /// The same for all ports together; empty where that is one port's.
+    all_targets: Box<[Target]>,
 }
 
 /// A published endpoint.
 #[derive(Clone, Debug)]
 pub(super) struct Endpoint {
     pub(super) ip: IpAddr,
-    /// Whether an earlier one has the same address, under another hostname.
-    pub(super) repeated: bool,
     place: Arc<Place>,
 }
 
@@ -59,21 +68,22 @@ pub(super) struct Target {
     pub(super) endpoint: u32,
     pub(super) number: u16,
     /// Index of the Service's port.
-    pub(super) port: u16,
+    port: u16,
 }
 
 impl Published {
     /// None for a Service whose name or namespace is no label, which the API server allows for neither, and for one
     /// whose name leaves no room for names of endpoints below it: only under a domain of more than 57 characters.
     pub(super) fn new(entry: &Arc<ServiceEntry>, svc: &[u8]) -> Option<Self> {
-        let name = [&*Self::key_of(entry)?, svc].concat();
+        let mut name = SmallVec::from_slice(&Self::key_of(entry)?);
+        name.extend_from_slice(svc);
         if name.len() + 1 + MAX_LABEL > MAX_NAME {
             return None;
         }
         let records = match entry.service.kind {
             ServiceKind::ClusterIp | ServiceKind::NodePort | ServiceKind::LoadBalancer => {
                 let named = published(entry).filter(|(_, place)| hostname(place).is_some());
-                Records::ClusterIps { hostnames: ordered(named) }
+                Records::ClusterIps { ips: SmallVec::from_slice(&entry.service.cluster_ips), hostnames: ordered(named) }
             }
             ServiceKind::Headless => Records::Headless(Headless::new(entry).into()),
             ServiceKind::ExternalName => {
@@ -81,7 +91,7 @@ impl Published {
                 target.map_or(Records::Nothing, Records::Alias)
             }
         };
-        Some(Self { entry: Arc::clone(entry), name: name.into(), records })
+        Some(Self { entry: Arc::clone(entry), name, records })
     }
 
     /// What [`Published::key`] is of an entry, if it can be published.
@@ -140,8 +150,8 @@ impl Published {
     /// The ports that have SRV records of their own.
     fn named_ports(&self, protocol: Protocol) -> impl Iterator<Item = (usize, &ServedPort)> {
         let exists = move |index: usize| match &self.records {
-            Records::ClusterIps { .. } => !self.entry.service.cluster_ips.is_empty(),
-            Records::Headless(headless) => headless.targets.iter().any(|target| usize::from(target.port) == index),
+            Records::ClusterIps { ips, .. } => !ips.is_empty(),
+            Records::Headless(headless) => !headless.targets(Some(index)).is_empty(),
             Records::Alias(_) | Records::Nothing => false,
         };
         let named = move |port: &ServedPort| port.port.protocol == protocol && !port.port.name.is_empty();
@@ -152,7 +162,7 @@ impl Published {
     pub(super) fn endpoints(&self, label: &[u8]) -> Named<'_> {
         match &self.records {
             Records::Headless(headless) => Named::List(named(&headless.endpoints, label)),
-            Records::ClusterIps { hostnames } => {
+            Records::ClusterIps { hostnames, .. } => {
                 let list = named(hostnames, label);
                 match dashed(label).filter(|_| list.is_empty()) {
                     Some(ip) if published_at(&self.entry.ports, ip) => Named::Address(ip),
@@ -166,7 +176,7 @@ impl Published {
     /// Addresses with reverse records, each with the index of the endpoint it is of; None for a ClusterIP.
     pub(super) fn reverse(&self) -> impl Iterator<Item = (IpAddr, Option<u32>)> {
         let (cluster_ips, endpoints) = match &self.records {
-            Records::ClusterIps { .. } => (&*self.entry.service.cluster_ips, &[][..]),
+            Records::ClusterIps { ips, .. } => (&**ips, &[][..]),
             Records::Headless(headless) => (&[][..], &*headless.endpoints),
             Records::Alias(_) | Records::Nothing => (&[][..], &[][..]),
         };
@@ -202,7 +212,68 @@ impl Headless {
         }
         targets.sort_unstable();
         targets.dedup();
-        Self { endpoints, targets: targets.into() }
+        let mut seen = HashSet::with_capacity(endpoints.len());
+        let mut addresses = [Vec::new(), Vec::new()];
+        for (endpoint, index) in endpoints.iter().zip(0..) {
+            let [v4, v6] = &mut addresses;
+            if seen.insert(endpoint.ip) {
+                if endpoint.ip.is_ipv4() { v4 } else { v6 }.push(index);
+            }
+        }
+        let mut of_ports = vec![Vec::new(); entry.ports.len()];
+        for target in &targets {
+            if let Some(of_port) = of_ports.get_mut(usize::from(target.port)) {
+                of_port.push(*target);
+            }
+        }
+        if of_ports.iter().filter(|of_port| !of_port.is_empty()).count() > 1 {
+            targets.dedup_by_key(|target| (target.endpoint, target.number));
+        } else {
+            targets.clear();
+        }
+        Self {
+            endpoints,
+            addresses: addresses.map(Into::into),
+            targets: of_ports.into_iter().map(Into::into).collect(),
+            all_targets: targets.into(),
+        }
+    }
+
+    /// How many addresses of a type there are; of any, for ANY.
+    pub(super) fn count(&self, wanted: u16) -> usize {
+        self.lists(wanted).into_iter().map(<[u32]>::len).sum()
+    }
+
+    /// One of them.
+    pub(super) fn address(&self, wanted: u16, index: usize) -> Option<IpAddr> {
+        let [v4, v6] = self.lists(wanted);
+        let endpoint = v4.get(index).or_else(|| v6.get(index.checked_sub(v4.len())?))?;
+        self.endpoint(*endpoint).map(|endpoint| endpoint.ip)
+    }
+
+    fn lists(&self, wanted: u16) -> [&[u32]; 2] {
+        let [v4, v6] = &self.addresses;
+        match wanted {
+            qtype::A => [v4, &[]],
+            qtype::AAAA => [&[], v6],
+            qtype::ANY => [v4, v6],
+            _ => [&[], &[]],
+        }
+    }
+
+    /// Where the SRV records of a port lead to, or those of all ports; those with one name follow each other.
+    pub(super) fn targets(&self, port: Option<usize>) -> &[Target] {
+        match port {
+            Some(port) => self.targets.get(port).map(|targets| &**targets).unwrap_or_default(),
+            None if self.all_targets.is_empty() => {
+                self.targets.iter().find(|targets| !targets.is_empty()).map(|targets| &**targets).unwrap_or_default()
+            }
+            None => &self.all_targets,
+        }
+    }
+
+    pub(super) fn endpoint(&self, index: u32) -> Option<&Endpoint> {
+        self.endpoints.get(usize::try_from(index).ok()?)
     }
 
     /// The endpoints that have the name of the one at `first`, which must be the first of them.
@@ -211,7 +282,7 @@ impl Headless {
         let Some(name) = from.first().map(Endpoint::hostname) else { return &[] };
         let count = match name {
             None => 1,
-            Some(_) => from.iter().take_while(|endpoint| endpoint.hostname() == name).count(),
+            Some(_) => from.partition_point(|endpoint| endpoint.hostname() == name),
         };
         from.get(..count).unwrap_or_default()
     }
@@ -264,10 +335,18 @@ fn ordered<'a>(endpoints: impl Iterator<Item = (IpAddr, &'a Arc<Place>)>) -> Box
     let mut list: Vec<(IpAddr, &Arc<Place>)> = endpoints.collect();
     list.sort_unstable_by(|(a, at_a), (b, at_b)| order(hostname(at_a), hostname(at_b)).then_with(|| a.cmp(b)));
     list.dedup_by(|(a, at_a), (b, at_b)| a == b && hostname(at_a) == hostname(at_b));
-    let mut seen = HashSet::with_capacity(list.len());
-    let endpoint =
-        |(ip, place): (IpAddr, &Arc<Place>)| Endpoint { ip, repeated: !seen.insert(ip), place: Arc::clone(place) };
-    list.into_iter().map(endpoint).collect()
+    list.into_iter().map(|(ip, place)| Endpoint { ip, place: Arc::clone(place) }).collect()
+}
+
+/// Those with an address of the type, of endpoints that share a name and are ordered by address; all, for ANY.
+pub(super) fn of_type(list: &[Endpoint], wanted: u16) -> &[Endpoint] {
+    let (v4, v6) = list.split_at(list.partition_point(|endpoint| endpoint.ip.is_ipv4()));
+    match wanted {
+        qtype::A => v4,
+        qtype::AAAA => v6,
+        qtype::ANY => list,
+        _ => &[],
+    }
 }
 
 /// The endpoints with the label, of a list that is ordered.

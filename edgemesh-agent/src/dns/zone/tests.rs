@@ -231,6 +231,63 @@ fn a_change_of_one_service_shares_all_others() {
 }
 
 #[test]
+fn of_many_endpoints_each_is_first_in_its_turn_and_a_question_costs_what_is_answered() {
+    /// Asks for the first 29 records, which is what fits into a datagram, at 1,000 turns.
+    fn ask(zone: &Zone, name: &str, of_type: u16) -> (std::collections::BTreeSet<String>, std::time::Duration) {
+        let (name, mut first) = (wire(name), std::collections::BTreeSet::new());
+        let started = Instant::now();
+        for turn in 0..1000 {
+            let Found::Answers(answers) = zone.find(&name, of_type) else { panic!("no answers") };
+            let records: Vec<Record<'_>> = answers.turned(turn).take(29).collect();
+            first.insert(printed(&records[0].data));
+        }
+        (first, started.elapsed())
+    }
+    let mut builder = builder();
+    for (of, endpoints) in [("shop/few", 50), ("shop/many", 10_000)] {
+        let ips: Vec<String> = (0..endpoints).map(|n| format!("10.{}.{}.1", n / 250, n % 250)).collect();
+        let ips: Vec<&str> = ips.iter().map(String::as_str).collect();
+        put(
+            &mut builder,
+            &[service(of, ServiceKind::Headless, &[], &["sql/TCP/5432", "web/TCP/80"])],
+            &[slice(&format!("{of}-0"), of, &["sql/TCP/5432", "web/TCP/80"], &ips)],
+        );
+    }
+    builder.apply(Event::Synced);
+    let zone = zone(&builder.build().unwrap());
+    for (prefix, of_type, few_records) in [("", "A", 50), ("", "SRV", 100), ("_web._tcp.", "SRV", 50)] {
+        let of = |name: &str| format!("{prefix}{name}.shop.svc.cluster.local");
+        let times = (0..5).map(|_| {
+            let (few, took_few) = ask(&zone, &of("few"), type_of(of_type));
+            let (many, took_many) = ask(&zone, &of("many"), type_of(of_type));
+            assert_eq!((few.len(), many.len()), (few_records, 1000), "{prefix}{of_type}: each in its turn");
+            took_many.as_secs_f64() / took_few.as_secs_f64()
+        });
+        let ratio = times.fold(f64::INFINITY, f64::min);
+        // A walk over all of them costs a hundred times as much.
+        assert!(ratio < 5.0, "{prefix}{of_type}: 10,000 endpoints cost {ratio} times what 50 do");
+    }
+}
+
+#[test]
+fn whichever_turns_a_name_gets_its_endpoints_have_even_shares_of_them() {
+    let mut builder = builder();
+    let ips = ["10.3.0.1", "10.3.0.2", "10.3.0.3"];
+    let db = service("shop/db", ServiceKind::Headless, &[], &["sql/TCP/5432"]);
+    put(&mut builder, &[db], &[slice("shop/db-0", "shop/db", &["sql/TCP/5432"], &ips)]);
+    builder.apply(Event::Synced);
+    let zone = zone(&builder.build().unwrap());
+    let Found::Answers(answers) = zone.find(&wire("db.shop.svc.cluster.local"), 1) else { panic!("no answers") };
+    for step in 1..=12 {
+        let mut firsts = std::collections::BTreeMap::new();
+        for turn in (0..).step_by(step).take(300) {
+            *firsts.entry(printed(&answers.turned(turn).next().unwrap().data)).or_insert(0) += 1;
+        }
+        assert!(firsts.len() == 3 && firsts.values().all(|n| (85..=115).contains(n)), "every {step}th: {firsts:?}");
+    }
+}
+
+#[test]
 fn a_namespace_is_known_while_it_has_services() {
     let mut builder = builder();
     let web = service("shop/web", ServiceKind::ClusterIp, &["10.96.0.1"], &[]);

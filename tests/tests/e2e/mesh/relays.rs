@@ -137,7 +137,8 @@ fn with_every_relay_out_of_reach_a_node_serves_its_own_pods_at_once() -> Result<
         best[round % 2] = best[round % 2].min(begin.elapsed());
         seat.agent.wait_ready(START)?;
     }
-    // An optimised agent needs a fraction of a second; this one is not optimised.
-    assert!(best[1] < best[0] + Duration::from_millis(300), "served after {best:?}, without and with relays");
+    // An optimised agent needs a fraction of a second. This one is not optimised, and its first handshakes take their time
+    // from the same cores; to wait for one of the relays would be 5 s.
+    assert!(best[1] < best[0] + Duration::from_secs(1), "served after {best:?}, without and with relays");
     eventually(START, "the lack of a relay to be said", || super::has_condition(&seat.node, "RelaysUnreachable"))
 }

@@ -7,44 +7,7 @@ use edgemesh_common::{
     nat::{GUARD_ONLY, GUEST, Interface, NO_LINK_HEADER, UPLINK},
 };
 
-/// A network interface.
-#[derive(Clone, Debug, Default, Eq, PartialEq)]
-pub(super) struct Link {
-    pub(super) index: u32,
-    pub(super) name: String,
-    pub(super) header: Header,
-    /// The bridge or bond that it is a port of.
-    pub(super) master: Option<u32>,
-}
-
-/// What the packets of an interface begin with.
-#[derive(Clone, Copy, Debug, Default, Eq, PartialEq)]
-pub(super) enum Header {
-    #[default]
-    Ethernet,
-    /// Their IP header.
-    None,
-    /// Something that the programs do not read; also the loopback device, where nothing comes from outside.
-    Other,
-}
-
-/// A route to other hosts, of any table.
-#[derive(Clone, Copy, Debug, Default, Eq, PartialEq)]
-pub(super) struct Route {
-    /// The interface it leaves by.
-    pub(super) index: u32,
-    /// It has a gateway, or is a default route.
-    pub(super) leads_away: bool,
-}
-
-/// The links, addresses and routes of the node at one moment.
-#[derive(Clone, Debug, Default, Eq, PartialEq)]
-pub(super) struct Picture {
-    pub(super) links: Vec<Link>,
-    /// Those of global scope, with the index of their interface, in the kernel's order.
-    pub(super) addresses: Vec<(u32, IpAddr)>,
-    pub(super) routes: Vec<Route>,
-}
+use crate::net::picture::{Header, Link, Picture, Route, matches_any};
 
 /// What the configuration and the tables say.
 #[derive(Clone, Copy, Debug, Default)]
@@ -111,17 +74,6 @@ fn address(picture: &Picture, wish: Wish<'_>, link: &Link, four: bool) -> Addr {
     found.map_or_else(Addr::default, Addr::from)
 }
 
-fn matches_any(patterns: &[String], name: &str) -> bool {
-    patterns.iter().any(|pattern| matches(pattern, name))
-}
-
-/// Whether a name fits a pattern in which `*` stands for any characters.
-fn matches(pattern: &str, name: &str) -> bool {
-    let Some((head, tail)) = pattern.split_once('*') else { return pattern == name };
-    let Some(rest) = name.strip_prefix(head) else { return false };
-    (0..=rest.len()).any(|at| rest.get(at..).is_some_and(|rest| matches(tail, rest)))
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -161,6 +113,7 @@ mod tests {
                 Route { index: 5, leads_away: false },
                 Route { index: 8, leads_away: false },
             ],
+            defaults: vec![2],
         }
     }
 
@@ -218,20 +171,5 @@ mod tests {
 
     fn wish_without_node(guests: &[String]) -> Wish<'_> {
         Wish { guests, ..Wish::default() }
-    }
-
-    #[test]
-    fn a_star_stands_for_any_characters() {
-        for (pattern, name, expected) in [
-            ("eth0", "eth0", true),
-            ("eth0", "eth01", false),
-            ("eth*", "eth", true),
-            ("*", "anything", true),
-            ("e*h*1", "eth01", true),
-            ("e*h*1", "eth02", false),
-            ("*.100", "eth0.100", true),
-        ] {
-            assert_eq!(matches(pattern, name), expected, "{pattern} {name}");
-        }
     }
 }

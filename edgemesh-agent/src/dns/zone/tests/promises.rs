@@ -253,6 +253,9 @@ proptest! {
             zone.explain(name, of_type);
             if let Found::Answers(answers) = zone.find(name, of_type) {
                 prop_assert!(answers.answers().next().is_some());
+                let all: Vec<Record<'_>> = answers.answers().collect();
+                let turned = [1, 2, 7, usize::MAX].map(|turn| answers.turned(turn).collect::<Vec<_>>());
+                prop_assert!(turned.iter().all(|turned| turned.len() == all.len() && all.iter().all(|r| turned.contains(r))));
                 for record in answers.answers().chain(answers.additionals()) {
                     if let Data::Srv { target, .. } | Data::Ptr(target) | Data::Cname(target) | Data::Ns(target) = record.data {
                         let whole = [target.first(), target.rest()].concat();
