@@ -73,6 +73,8 @@ enum Command {
         #[command(flatten)]
         ask: Ask,
     },
+    /// The nodes that the tunnel is connected with, and which way: LAN, direct, hole-punched or relayed
+    Peers(Ask),
     /// What becomes of a connection to an address, and why: frontend, policy, endpoints, what the kernel holds
     ///
     /// Exits with 0 if it would go to a backend, with 68 if it would be refused or left alone.
@@ -215,6 +217,11 @@ fn dispatch(cli: &Cli) -> Result<ExitCode, Failure> {
             let answer = fetch(ask, "/v1/services")?;
             let rows: Vec<status::ServiceRow> = serde_json::from_value(answer.clone()).map_err(other_version)?;
             print(&render(ask.output, &answer, || show::services(&rows))?);
+        }
+        Some(Command::Peers(ask)) => {
+            let answer = fetch(ask, "/v1/peers")?;
+            let rows: Vec<status::PeerRow> = serde_json::from_value(answer.clone()).map_err(other_version)?;
+            print(&render(ask.output, &answer, || show::peers(&rows))?);
         }
         Some(Command::Backends { service, ask }) => {
             let answer = fetch(ask, &format!("/v1/backends/{service}"))?;

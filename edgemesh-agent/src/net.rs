@@ -1,10 +1,11 @@
-//! The node's network beside translating: the device and its address, the clients in it, and ending the UDP sockets of
-//! backends that are gone.
+//! The node's network beside translating: the device and its address, routes, the clients in it, and ending the UDP
+//! sockets of backends that are gone.
 
 pub mod client;
 pub mod datagrams;
 mod device;
 pub mod holder;
+pub mod route;
 pub mod sock_diag;
 
 pub use client::netns_cookie;

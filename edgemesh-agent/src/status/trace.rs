@@ -12,11 +12,12 @@ use serde::{Deserialize, Serialize};
 pub(super) use notes::owner;
 pub use target::{ParseTargetError, PortRef, Target, Unresolved};
 
+use super::PathRow;
 use crate::{
     dataplane::{Choice, ChosenBy, InForce, Share},
     model::{
         Frontend, FrontendAddr, FrontendKind, PortEndpoint, ServedPort, ServiceEntry, ServiceTable,
-        TrafficDistribution, TrafficPolicy, Verdict,
+        TrafficDistribution, TrafficPolicy, Verdict, Way,
     },
     net::client::{Client, Served},
     show,
@@ -126,10 +127,25 @@ pub struct TracedEndpoint {
     pub eligible: bool,
     /// Why it is or is not.
     pub reason: String,
-    /// Whether the kernel sends connections there; None where that is not known.
+    /// How it is reached; None without a tunnel.
+    pub path: Option<PathRow>,
+    /// Whether the kernel sends connections there, or to its alias; None where that is not known.
     pub in_kernel: Option<bool>,
     /// How likely a connection is to go there now, from 0 to 1.
     pub chance: f64,
+}
+
+impl TracedEndpoint {
+    /// Where the kernel is to send what is for it.
+    fn target(&self) -> Option<SocketAddr> {
+        match &self.path {
+            Some(path) if path.way == Way::Remote.to_string() => {
+                path.alias.map(|alias| SocketAddr::new(alias, self.address.port()))
+            }
+            Some(path) if path.way == Way::None.to_string() => None,
+            Some(_) | None => Some(self.address),
+        }
+    }
 }
 
 /// The backend that the client's next connection gets.
@@ -215,7 +231,15 @@ pub fn trace(facts: Facts<'_>) -> TraceReport {
     let answer = match outcome {
         Outcome::Forwarded => {
             let affine = found.as_ref().is_some_and(|found| found.frontend.affinity.is_some());
-            forwarded(shares, choice, affine, client.is_some())
+            let mut words = forwarded(shares, choice, affine, client.is_some());
+            let certain = choice.map(|choice| choice.backend).or(match shares {
+                [only] => Some(only.backend),
+                _ => None,
+            });
+            if let Some(target) = certain.and_then(|backend| facts.table.aliases.target(backend.ip())) {
+                words += &format!("; that is the alias of {} on {}, reached by the tunnel", target.addr, target.node);
+            }
+            words
         }
         Outcome::Refused => {
             let why = match (in_force, &owner) {
@@ -298,16 +322,18 @@ fn endpoints(
     };
     let mut endpoints: Vec<TracedEndpoint> = found.into_iter().flat_map(Found::endpoints).collect();
     for endpoint in &mut endpoints {
-        endpoint.chance = chance(&endpoint.address);
-        endpoint.in_kernel = in_kernel.as_ref().map(|there| there.contains(&endpoint.address));
+        let target = endpoint.target();
+        endpoint.chance = target.map_or(0.0, |target| chance(&target));
+        endpoint.in_kernel = in_kernel.as_ref().map(|there| target.is_some_and(|target| there.contains(&target)));
     }
-    let known: BTreeSet<SocketAddr> = endpoints.iter().map(|endpoint| endpoint.address).collect();
+    let known: BTreeSet<SocketAddr> = endpoints.iter().filter_map(TracedEndpoint::target).collect();
     let gone = kernel.extra.iter().filter(|extra| !known.contains(extra)).map(|address| TracedEndpoint {
         address: *address,
         node: None,
         zone: None,
         eligible: false,
         reason: "no endpoint of the Service any more".to_owned(),
+        path: None,
         in_kernel: Some(true),
         chance: chance(address),
     });
@@ -383,6 +409,7 @@ impl Found<'_> {
                 zone: endpoint.place.zone.as_deref().map(str::to_owned),
                 eligible: own_family && verdict.eligible(),
                 reason: if own_family { verdict.to_string() } else { "of the other address family".to_owned() },
+                path: PathRow::of(endpoint),
                 in_kernel: None,
                 chance: 0.0,
             }

@@ -146,6 +146,7 @@ impl Node {
                 "controlSocket": CONTROL_SOCKET,
                 // Nodes of a lab see the machine's /var.
                 "metadataSnapshot": self.snapshot_path(),
+                "aliasFile": self.snapshot_path().with_file_name("aliases"),
             },
             "modules": {
                 // Its upstreams would be the machine's.

@@ -55,6 +55,12 @@ pub(super) fn of(
         }
         None => table.services.iter().for_each(|entry| notes.extend(of_neighbour(entry, at))),
     }
+    if let Some(target) = table.aliases.target(at.addr.ip()) {
+        notes.push(format!(
+            "it is the alias of {} on node {}: this agent takes the connection and carries it there by the tunnel",
+            target.addr, target.node
+        ));
+    }
     notes
 }
 

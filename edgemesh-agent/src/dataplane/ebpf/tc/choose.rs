@@ -4,7 +4,7 @@ use std::{collections::BTreeMap, net::IpAddr};
 
 use edgemesh_common::{
     Addr,
-    nat::{GUEST, Interface, NO_LINK_HEADER, UPLINK},
+    nat::{GUARD_ONLY, GUEST, Interface, NO_LINK_HEADER, UPLINK},
 };
 
 /// A network interface.
@@ -57,6 +57,8 @@ pub(super) struct Wish<'a> {
     pub(super) node: &'a [IpAddr],
     /// Whether there is anything to serve for the outside.
     pub(super) outside: bool,
+    /// Whether there are aliases to keep the outside from.
+    pub(super) guard: bool,
 }
 
 /// An interface that is to have programs.
@@ -77,8 +79,8 @@ pub(super) fn choose(picture: &Picture, wish: Wish<'_>) -> BTreeMap<u32, Chosen>
         };
         let role = if matches_any(wish.guests, &link.name) {
             GUEST
-        } else if wish.outside && is_uplink(picture, wish, link) {
-            UPLINK
+        } else if (wish.outside || wish.guard) && is_uplink(picture, wish, link) {
+            if wish.outside { UPLINK } else { UPLINK | GUARD_ONLY }
         } else {
             continue;
         };
@@ -182,6 +184,16 @@ mod tests {
         let guests = ["tap*".to_owned()];
         let chosen = choose(&picture(), Wish { guests: &guests, ..Wish::default() });
         assert_eq!((names(&chosen, UPLINK), names(&chosen, GUEST)), (vec![], vec!["tap0"]));
+    }
+
+    #[test]
+    fn aliases_are_guarded_on_all_uplinks_whatever_else_is_served_there() {
+        let node = [ip("192.168.1.10")];
+        let wish = Wish { node: &node, guard: true, ..Wish::default() };
+        let guarded = choose(&picture(), wish);
+        assert_eq!(names(&guarded, GUARD_ONLY), ["eth0", "flannel.1", "wg0"]);
+        let serving = choose(&picture(), Wish { outside: true, ..wish });
+        assert_eq!((names(&serving, UPLINK), names(&serving, GUARD_ONLY)), (vec!["eth0", "flannel.1", "wg0"], vec![]));
     }
 
     #[test]

@@ -1,0 +1,301 @@
+//! Datagrams to aliases: a flow for each client of each alias and port.
+//!
+//! A client's first datagram comes to the one socket for all. It makes a flow, with a socket of its own that is the alias
+//! to this client: what the client sends after that comes there, and the pod's answers go out from there. A flow ends when
+//! it has been silent for as long as the kernel remembers one by default (`nf_conntrack_udp_timeout`), so that a pod sees
+//! the same client behind the same port for as long as it would without a tunnel.
+
+use std::{
+    collections::HashMap,
+    io,
+    net::SocketAddr,
+    sync::atomic::{AtomicU64, Ordering},
+    time::Duration,
+};
+
+use tokio::{
+    net::UdpSocket,
+    sync::mpsc,
+    time::{Instant, sleep_until, timeout_at},
+};
+use tracing::debug;
+
+use super::{
+    DIAL_DEADLINE, Dial, MAX_FLOWS, Proxy, ReceiveDatagram, Refusal, SendDatagram,
+    copy::Buffers,
+    counters::{Open, add},
+    sockets::{answering, receive},
+};
+use crate::lifecycle::Tasks;
+
+/// `nf_conntrack_udp_timeout`: for how long a flow may be silent that is a question and its answer.
+const IDLE: Duration = Duration::from_secs(30);
+/// `nf_conntrack_udp_timeout_stream`: the same for one that has gone on both ways.
+const IDLE_STREAM: Duration = Duration::from_secs(120);
+/// When a flow with answers is one that goes on (net/netfilter/nf_conntrack_proto_udp.c).
+const STREAM_AFTER: Duration = Duration::from_secs(2);
+/// For how long the datagrams of a client are dropped after there was no way for one, rather than looking for one anew
+/// with each of them.
+const REFUSED: Duration = Duration::from_secs(1);
+/// How many datagrams may wait for a flow that has just been made.
+const QUEUE: usize = 32;
+/// The largest datagram.
+const LARGEST: usize = 65_535;
+/// How many datagrams are taken until others have their turn.
+const TURN: usize = 64;
+
+/// A client, and the alias with the port that it sends to.
+type Key = (SocketAddr, SocketAddr);
+
+/// A flow, as it is known to the socket for all.
+struct Flow {
+    /// Tells it from a later one of the same client.
+    number: u64,
+    queue: mpsc::Sender<Box<[u8]>>,
+}
+
+/// The flows of one socket.
+pub(super) struct Flows<D> {
+    proxy: Proxy<D>,
+    tasks: Tasks,
+    flows: HashMap<Key, Flow>,
+    last_flow: u64,
+    ended: mpsc::Receiver<(Key, u64)>,
+    /// A flow sends one message and there are no more flows than fit.
+    end: mpsc::Sender<(Key, u64)>,
+    buffers: Buffers,
+}
+
+impl<D: Dial> Flows<D> {
+    pub(super) fn new(proxy: Proxy<D>, tasks: Tasks) -> Self {
+        let (end, ended) = mpsc::channel(MAX_FLOWS);
+        Self { proxy, tasks, flows: HashMap::new(), last_flow: 0, ended, end, buffers: Buffers::new(LARGEST) }
+    }
+
+    pub(super) async fn run(mut self, socket: UdpSocket) {
+        let stop = self.tasks.stopping();
+        let mut datagram = vec![0; LARGEST].into_boxed_slice();
+        loop {
+            tokio::select! {
+                () = stop.cancelled() => return,
+                Some((key, number)) = self.ended.recv() => {
+                    if self.flows.get(&key).is_some_and(|flow| flow.number == number) {
+                        self.flows.remove(&key);
+                    }
+                }
+                ready = socket.readable() => {
+                    if let Err(error) = ready {
+                        debug!("the socket for datagrams to other sites: {error}");
+                        return;
+                    }
+                    for _ in 0..TURN {
+                        match receive(&socket, &mut datagram) {
+                            Ok(Some((length, client, alias))) => {
+                                self.take(client, alias, datagram.get(..length).unwrap_or_default());
+                            }
+                            Ok(None) => add(&self.proxy.counters.datagrams_dropped, 1),
+                            Err(error) if error.kind() == io::ErrorKind::WouldBlock => break,
+                            // What became of a datagram that was sent from here; there is none.
+                            Err(error) => {
+                                debug!("the socket for datagrams to other sites: {error}");
+                                break;
+                            }
+                        }
+                    }
+                    tokio::task::yield_now().await;
+                }
+            }
+        }
+    }
+
+    /// Gives a datagram to its flow, which is made if need be.
+    fn take(&mut self, client: SocketAddr, alias: SocketAddr, datagram: &[u8]) {
+        let key = (client, alias);
+        // One that has ended is not known to have yet.
+        let known = self.flows.get(&key).filter(|flow| !flow.queue.is_closed()).map(|flow| flow.queue.clone());
+        let queue = match known {
+            Some(queue) => Ok(queue),
+            None if self.flows.len() >= MAX_FLOWS => Err(Refusal::Overloaded),
+            None => self.begin(client, alias),
+        };
+        let counters = &self.proxy.counters;
+        match queue {
+            Ok(queue) => {
+                if queue.try_send(datagram.into()).is_err() {
+                    add(&counters.datagrams_dropped, 1);
+                }
+            }
+            Err(refusal) => {
+                debug!(%client, %alias, "a datagram to another site is dropped: {refusal}");
+                counters.refuse(&refusal);
+                add(&counters.datagrams_dropped, 1);
+            }
+        }
+    }
+
+    fn begin(&mut self, client: SocketAddr, alias: SocketAddr) -> Result<mpsc::Sender<Box<[u8]>>, Refusal> {
+        let target = self.proxy.target(alias.ip()).ok_or(Refusal::NoSuchAlias)?;
+        let socket = answering(alias, client).map_err(|error| Refusal::Failed(error.to_string()))?;
+        let (queue, mut queued) = mpsc::channel(QUEUE);
+        self.last_flow += 1;
+        let number = self.last_flow;
+        self.flows.insert((client, alias), Flow { number, queue: queue.clone() });
+        let (proxy, buffers) = (self.proxy.clone(), self.buffers.clone());
+        let (stop, end) = (self.tasks.stopping(), self.end.clone());
+        let addr = SocketAddr::new(target.addr, alias.port());
+        self.tasks.spawn(async move {
+            let carried = tokio::select! {
+                () = stop.cancelled() => return,
+                carried = carry(&proxy, &target.node, addr, &socket, &mut queued, &buffers) => carried,
+            };
+            if let Err(refusal) = carried {
+                debug!(%client, %alias, node = &*target.node, "datagrams to another site are dropped: {refusal}");
+                proxy.counters.refuse(&refusal);
+                let waiting = std::iter::from_fn(|| queued.try_recv().ok()).count();
+                add(&proxy.counters.datagrams_dropped, waiting as u64);
+                // Its socket and its queue stay until then, and take what the client sends meanwhile.
+                tokio::select! {
+                    () = stop.cancelled() => return,
+                    () = tokio::time::sleep(REFUSED) => {}
+                }
+            }
+            drop((socket, queued));
+            // Nobody listens any more when the agent stops.
+            let _ = end.send(((client, alias), number)).await;
+        });
+        Ok(queue)
+    }
+}
+
+/// Carries one flow until it is silent or broken.
+async fn carry<D: Dial>(
+    proxy: &Proxy<D>,
+    node: &str,
+    addr: SocketAddr,
+    near: &UdpSocket,
+    queued: &mut mpsc::Receiver<Box<[u8]>>,
+    buffers: &Buffers,
+) -> Result<(), Refusal> {
+    let deadline = Instant::now() + DIAL_DEADLINE;
+    let opened = timeout_at(deadline, proxy.dial.open_udp(node, addr, deadline)).await;
+    let (mut sender, mut receiver) = opened.unwrap_or(Err(Refusal::TimedOut))?;
+    let counters = &*proxy.counters;
+    add(&counters.flows, 1);
+    let _open = Open::new(&counters.open_flows);
+    let activity = Activity::new(Instant::now());
+    let there = async {
+        loop {
+            let sent = tokio::select! {
+                Some(datagram) = queued.recv() => sender.send(&datagram).await,
+                readable = near.readable() => match readable {
+                    Ok(()) => {
+                        // Held while it is in use and no longer: most flows are silent.
+                        let mut lent = buffers.take();
+                        match near.try_recv(&mut lent.bytes) {
+                            Ok(length) => sender.send(lent.bytes.get(..length).unwrap_or_default()).await,
+                            // That an earlier answer found nobody; the client may be back.
+                            Err(error) if is_passing(&error) || error.kind() == io::ErrorKind::WouldBlock => continue,
+                            Err(error) => Err(error),
+                        }
+                    }
+                    Err(error) => Err(error),
+                },
+            };
+            if let Err(error) = sent {
+                return error;
+            }
+            activity.note(Instant::now(), false);
+            add(&counters.datagrams_out, 1);
+        }
+    };
+    let back = async {
+        loop {
+            let datagram = match receiver.receive().await {
+                Ok(datagram) => datagram,
+                Err(error) => return error,
+            };
+            match near.send(&datagram).await {
+                Ok(_) => {}
+                Err(error) if is_passing(&error) => {
+                    add(&counters.datagrams_dropped, 1);
+                    continue;
+                }
+                Err(error) => return error,
+            }
+            activity.note(Instant::now(), true);
+            add(&counters.datagrams_in, 1);
+        }
+    };
+    tokio::select! {
+        error = there => debug!(%addr, node, "a flow has ended: {error}"),
+        error = back => debug!(%addr, node, "a flow has ended: {error}"),
+        () = activity.silence() => {}
+    }
+    Ok(())
+}
+
+/// Whether it is of one datagram and not of the flow: nobody took the one before, it is too large, or there is no room.
+fn is_passing(error: &io::Error) -> bool {
+    matches!(error.raw_os_error(), Some(libc::ECONNREFUSED | libc::EMSGSIZE | libc::ENOBUFS | libc::EPERM))
+}
+
+/// When something last passed, in milliseconds since the beginning, and whether anything came back.
+struct Activity {
+    begun: Instant,
+    last: AtomicU64,
+    answered: AtomicU64,
+}
+
+impl Activity {
+    fn new(now: Instant) -> Self {
+        Self { begun: now, last: AtomicU64::new(0), answered: AtomicU64::new(0) }
+    }
+
+    fn note(&self, now: Instant, answer: bool) {
+        let since = u64::try_from((now - self.begun).as_millis()).unwrap_or(u64::MAX);
+        self.last.store(since, Ordering::Relaxed);
+        if answer {
+            self.answered.store(1, Ordering::Relaxed);
+        }
+    }
+
+    /// When the flow has been silent for long enough, if nothing passes until then.
+    fn ends(&self) -> Instant {
+        let last = Duration::from_millis(self.last.load(Ordering::Relaxed));
+        let stream = self.answered.load(Ordering::Relaxed) != 0 && last >= STREAM_AFTER;
+        self.begun + last + if stream { IDLE_STREAM } else { IDLE }
+    }
+
+    async fn silence(&self) {
+        loop {
+            let end = self.ends();
+            sleep_until(end).await;
+            if self.ends() <= Instant::now() {
+                return;
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[tokio::test(start_paused = true)]
+    async fn a_flow_is_remembered_as_long_as_the_kernel_would() {
+        let begun = Instant::now();
+        let activity = Activity::new(begun);
+        let seconds = |seconds| begun + Duration::from_secs(seconds);
+        assert_eq!(activity.ends(), seconds(30));
+        activity.note(seconds(1), false);
+        activity.note(seconds(1), true);
+        assert_eq!(activity.ends(), seconds(31), "a question and its answer");
+        activity.note(seconds(5), false);
+        assert_eq!(activity.ends(), seconds(125));
+        activity.silence().await;
+        assert_eq!(Instant::now(), seconds(125));
+        let unanswered = Activity::new(begun);
+        unanswered.note(seconds(50), false);
+        assert_eq!(unanswered.ends(), seconds(80));
+    }
+}

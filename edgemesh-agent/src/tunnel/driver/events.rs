@@ -1,0 +1,265 @@
+//! What the swarm tells.
+
+use std::{
+    sync::{Arc, atomic::Ordering},
+    time::{Duration, Instant},
+};
+
+use libp2p::{
+    Multiaddr, PeerId,
+    core::ConnectedPoint,
+    identify, mdns, ping, relay,
+    swarm::{ConnectionId, DialError, SwarmEvent},
+};
+use tracing::{debug, info, warn};
+
+use super::{Driver, MAX_STRANGERS, Purpose, RETIRE, STRANGER, Task, random};
+use crate::tunnel::{
+    NodeName, PathKind,
+    gate::{self, is_relayed, with_sources},
+    mesh::MeshEvent,
+};
+
+/// Round trips that may fail in a row before a connection counts as dead.
+const PING_FAILURES: u32 = 2;
+
+impl Driver<'_> {
+    #[expect(clippy::wildcard_enum_match_arm, reason = "libp2p has many events, and the rest is no matter here")]
+    pub(super) fn on_swarm_event(&mut self, event: SwarmEvent<gate::Event<MeshEvent>>) {
+        match event {
+            SwarmEvent::Behaviour(gate::Event::Member { peer, connection, node, addresses }) => {
+                self.on_member(peer, connection, node, addresses);
+            }
+            SwarmEvent::Behaviour(gate::Event::Refused { peer, connection }) => {
+                self.outbound.remove(&connection);
+                self.on_stranger(peer);
+                self.dial_failed(connection, "what answers there is no member");
+            }
+            SwarmEvent::Behaviour(gate::Event::Inner(event)) => self.on_mesh_event(event),
+            SwarmEvent::ConnectionEstablished {
+                connection_id,
+                endpoint: ConnectedPoint::Dialer { address, .. },
+                ..
+            } => {
+                self.outbound.insert(connection_id, address);
+            }
+            SwarmEvent::ConnectionClosed { connection_id, cause, .. } => {
+                let cause = cause.map(|cause| with_sources(&cause));
+                self.on_closed(connection_id, cause.as_deref().unwrap_or("closed"));
+            }
+            SwarmEvent::OutgoingConnectionError { connection_id, peer_id, error } => {
+                self.on_dial_error(connection_id, peer_id, &error);
+            }
+            SwarmEvent::NewListenAddr { address, .. } => {
+                debug!(%address, "the tunnel listens");
+                if !is_relayed(&address) {
+                    self.update_relay_role();
+                    // The network has changed: what was out of reach may be near.
+                    let relayed = self.peers.nodes().filter(|node| {
+                        self.peers.path(node).is_some_and(|path| matches!(path, PathKind::Relayed { .. }))
+                    });
+                    let relayed: Vec<NodeName> = relayed.cloned().collect();
+                    for node in relayed {
+                        self.schedule.retain(|_, task| !matches!(task, Task::Upgrade(other, _) if *other == node));
+                        self.after(Duration::from_secs_f64(random()), Task::Upgrade(node, 0));
+                    }
+                }
+            }
+            SwarmEvent::ExpiredListenAddr { address, .. } => {
+                debug!(%address, "the tunnel listens no longer");
+                self.update_relay_role();
+            }
+            SwarmEvent::ListenerClosed { listener_id, reason, .. } => {
+                if let Some((node, _)) = self.circuits.remove(&listener_id) {
+                    debug!(relay = %node, ?reason, "reservation ended");
+                    self.relays.unreserved(&node, Instant::now(), random());
+                } else if let Some(address) = self.listeners.remove(&listener_id) {
+                    warn!(%address, ?reason, "the tunnel's listener failed; it is made anew");
+                    self.after(Duration::from_secs(1), Task::Listen(address));
+                }
+            }
+            SwarmEvent::ListenerError { error, .. } => debug!("listener of the tunnel: {error}"),
+            SwarmEvent::ExternalAddrConfirmed { address } if !is_relayed(&address) => {
+                if !self.public {
+                    info!(%address, "other nodes can reach this one from outside");
+                }
+                self.public = true;
+                self.update_relay_role();
+            }
+            _ => {}
+        }
+    }
+
+    #[expect(clippy::wildcard_enum_match_arm, reason = "libp2p has many events, and the rest is no matter here")]
+    fn on_mesh_event(&mut self, event: MeshEvent) {
+        match event {
+            MeshEvent::Ping(ping::Event { connection, result, .. }) => match result {
+                Ok(rtt) => {
+                    self.ping_failures.remove(&connection);
+                    if let Some(path) = self.swarm.behaviour().inner.streams.path(connection) {
+                        path.set_rtt(rtt);
+                    }
+                }
+                Err(ping::Failure::Unsupported) => {}
+                Err(_) => {
+                    let failures = self.ping_failures.entry(connection).or_default();
+                    *failures += 1;
+                    if *failures >= PING_FAILURES {
+                        self.swarm.close_connection(connection);
+                    }
+                }
+            },
+            MeshEvent::Identify(identify::Event::Received { peer_id, info, .. }) => {
+                self.book.identified(peer_id, info.listen_addrs);
+            }
+            MeshEvent::Dcutr(event) => match event.result {
+                Ok(connection) => {
+                    self.core.counters.holes_punched.add(1);
+                    if let Some(path) = self.swarm.behaviour().inner.streams.path(connection) {
+                        path.punched.store(true, Ordering::Relaxed);
+                    }
+                }
+                Err(error) => {
+                    self.core.counters.hole_failures.add(1);
+                    debug!(peer = %event.remote_peer_id, "no hole punched: {}", with_sources(&error));
+                }
+            },
+            MeshEvent::RelayClient(relay::client::Event::ReservationReqAccepted { relay_peer_id, .. }) => {
+                self.on_reserved(relay_peer_id);
+            }
+            MeshEvent::Relay(relay::Event::CircuitReqAccepted { .. }) => self.core.counters.relayed_circuits.add(1),
+            MeshEvent::Mdns(mdns::Event::Discovered(found)) => {
+                for (peer, address) in found {
+                    let new = !self.known(&peer);
+                    self.book.nearby(peer, address);
+                    if new && self.known(&peer) {
+                        // One side goes first, so that the two do not meet halfway.
+                        let wait = if *self.swarm.local_peer_id() < peer { 0.0 } else { 2.0 };
+                        self.after(Duration::from_secs_f64(wait + random()), Task::Neighbour(peer, 0));
+                    }
+                }
+            }
+            MeshEvent::Mdns(mdns::Event::Expired(gone)) => {
+                for (peer, address) in gone {
+                    self.book.gone(&peer, address);
+                }
+            }
+            _ => {}
+        }
+    }
+
+    fn on_reserved(&mut self, relay: PeerId) {
+        let Some(node) = self.node_of(relay) else { return };
+        for (other, reserved) in self.circuits.values_mut() {
+            if *other == node {
+                *reserved = true;
+            }
+        }
+        debug!(relay = %node, "reservation made");
+        self.relays.reserved(&node);
+    }
+
+    fn node_of(&self, peer: PeerId) -> Option<NodeName> {
+        self.peers.all().find(|(_, path)| path.peer == peer).map(|(node, _)| node.clone())
+    }
+
+    fn on_member(&mut self, peer: PeerId, connection: ConnectionId, node: NodeName, addresses: Vec<Multiaddr>) {
+        let dialled = self.outbound.remove(&connection);
+        self.dial_done(connection);
+        let Some(path) = self.swarm.behaviour().inner.streams.path(connection).map(Arc::clone) else { return };
+        let _ = path.node.set(node.clone());
+        if let Some(via) = path.relay.and_then(|relay| self.node_of(relay)) {
+            let _ = path.via.set(via);
+        }
+        let relayed_before = self.peers.paths(&node).iter().any(|path| !path.is_direct());
+        if path.is_direct() && dialled.is_none() && relayed_before && !self.public {
+            // Through this node's NAT nobody comes without a hole, and only the dialling side is told of it.
+            path.punched.store(true, Ordering::Relaxed);
+        }
+        self.book.told(peer, addresses);
+        let outbound = dialled.is_some();
+        if let Some(address) = dialled {
+            self.book.worked(peer, address);
+        }
+        let connected = &self.core.counters.connected;
+        match path.kind() {
+            PathKind::Lan => connected.lan.add(1),
+            PathKind::Direct => connected.direct.add(1),
+            PathKind::HolePunched => connected.hole_punched.add(1),
+            PathKind::Relayed { .. } => connected.relayed.add(1),
+        }
+        debug!(%node, path = path.kind().as_str(), "member connected");
+        let (direct, is_relay) = (path.is_direct(), self.relays.contains(&node));
+        path.pinned.store(direct && (is_relay || path.on_link), Ordering::Relaxed);
+        self.peers.put(&node, path);
+        self.publish();
+        self.found(&node);
+        if direct && is_relay {
+            self.relays.connected(&node, Instant::now());
+        }
+        if direct && relayed_before {
+            self.after(RETIRE, Task::Retire(node));
+        } else if !direct && self.peers.paths(&node).iter().all(|path| !path.is_direct()) {
+            // Both sides may try; the one that was called lets the other begin.
+            let wait = if outbound { Duration::ZERO } else { Duration::from_secs(1) };
+            self.schedule.retain(|_, task| !matches!(task, Task::Upgrade(other, _) if *other == node));
+            self.after(wait, Task::Upgrade(node, 0));
+        }
+    }
+
+    fn on_closed(&mut self, connection: ConnectionId, why: &str) {
+        self.outbound.remove(&connection);
+        self.ping_failures.remove(&connection);
+        self.dial_failed(connection, why);
+        let Some((node, path)) = self.peers.take(connection) else { return };
+        debug!(%node, path = path.kind().as_str(), "connection to member ended: {why}");
+        self.publish();
+        let direct_left = self.peers.paths(&node).iter().any(|path| path.is_direct());
+        if path.is_direct() && !direct_left {
+            if self.relays.contains(&node) {
+                self.relays.lost(&node, Instant::now(), random());
+            } else if path.on_link && self.known(&path.peer) {
+                self.after(Duration::from_secs_f64(1.0 + 2.0 * random()), Task::Neighbour(path.peer, 0));
+            }
+        }
+    }
+
+    fn on_dial_error(&mut self, connection: ConnectionId, peer: Option<PeerId>, error: &DialError) {
+        if let DialError::WrongPeerId { address, .. } = error {
+            // Also what another site with the same private addresses looks like, so it is no matter for a warning unless
+            // the address was configured.
+            debug!(%address, "who answers there is another than expected: is the PSK the same?");
+            // With two keys a relay is dialled as either, and one of the two is always wrong.
+            if let Some(Purpose::Relay(node)) = self.dials.get(&connection)
+                && self.core.settings.psks.peer_ids(node).len() == 1
+            {
+                self.core.counters.wrong_identities.add(1);
+            }
+        }
+        let why = match error {
+            DialError::Transport(errors) => {
+                let each = errors.iter().take(3).map(|(address, error)| format!("{address}: {}", with_sources(error)));
+                each.collect::<Vec<_>>().join(", ")
+            }
+            DialError::WrongPeerId { address, .. } => {
+                format!("{address}: who answers has another identity; is the PSK the same on both nodes?")
+            }
+            DialError::LocalPeerId { .. }
+            | DialError::NoAddresses
+            | DialError::DialPeerConditionFalse(_)
+            | DialError::Aborted
+            | DialError::Denied { .. } => with_sources(error),
+        };
+        debug!(peer = peer.map(tracing::field::display), "dial failed: {why}");
+        self.dial_failed(connection, &why);
+    }
+
+    fn on_stranger(&mut self, peer: PeerId) {
+        if self.strangers.len() >= MAX_STRANGERS {
+            self.strangers.retain(|_, since| since.elapsed() < STRANGER);
+        }
+        if self.strangers.len() < MAX_STRANGERS {
+            self.strangers.insert(peer, Instant::now());
+        }
+    }
+}

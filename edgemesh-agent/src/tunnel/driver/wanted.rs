@@ -1,0 +1,187 @@
+//! Nodes that somebody wants a stream to: tried over TCP, then QUIC, then through every relay.
+
+use std::time::{Duration, Instant};
+
+use libp2p::{Multiaddr, PeerId, multiaddr::Protocol, swarm::ConnectionId};
+use tokio::sync::oneshot;
+
+use super::{Driver, Purpose, Task};
+use crate::tunnel::{NodeName, Transport};
+
+/// Those who wait for one node.
+const MAX_WAITERS: usize = 8192;
+
+/// Reasons that are kept of one attempt.
+const MAX_REASONS: usize = 6;
+
+/// How long each way is given before the next is tried beside it.
+const HEAD_START: Duration = Duration::from_millis(150);
+
+/// How long relays that are being dialled for the first time are waited for.
+const FIRST_RELAY: Duration = Duration::from_secs(1);
+
+/// How long a failure is the answer to whoever asks next.
+const FAILED: Duration = Duration::from_millis(250);
+
+/// Ways to a node, in the order in which they are tried.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+enum Stage {
+    Tcp,
+    Quic,
+    Circuits,
+    /// All ways are being tried.
+    Last,
+}
+
+/// A node that is wanted, or was a moment ago.
+pub(super) struct Want {
+    waiters: Vec<oneshot::Sender<Result<(), String>>>,
+    begun: Instant,
+    stage: Stage,
+    reasons: Vec<String>,
+    /// When it failed, and why.
+    failed: Option<(Instant, String)>,
+}
+
+impl Driver<'_> {
+    pub(super) fn connect(&mut self, node: NodeName, reply: oneshot::Sender<Result<(), String>>) {
+        if !self.peers.paths(&node).is_empty() {
+            let _ = reply.send(Ok(()));
+            return;
+        }
+        if node == self.core.settings.node {
+            let _ = reply.send(Err("it is this node".to_owned()));
+            return;
+        }
+        if let Some(want) = self.wanted.get_mut(&node) {
+            match &want.failed {
+                Some((at, why)) if at.elapsed() < FAILED => {
+                    let _ = reply.send(Err(why.clone()));
+                    return;
+                }
+                Some(_) => {}
+                None => {
+                    want.waiters.retain(|waiter| !waiter.is_closed());
+                    if want.waiters.len() < MAX_WAITERS {
+                        want.waiters.push(reply);
+                    } else {
+                        let _ = reply.send(Err("too many are waiting for it".to_owned()));
+                    }
+                    return;
+                }
+            }
+        }
+        self.wanted.retain(|_, want| want.failed.as_ref().is_none_or(|(at, _)| at.elapsed() < FAILED));
+        let want =
+            Want { waiters: vec![reply], begun: Instant::now(), stage: Stage::Tcp, reasons: Vec::new(), failed: None };
+        self.wanted.insert(node.clone(), want);
+        self.next_stage(&node);
+    }
+
+    /// Begins with the next way to a wanted node that there is; when there is none and nothing is under way, it failed.
+    pub(super) fn next_stage(&mut self, node: &NodeName) {
+        let ids = self.core.settings.psks.peer_ids(node);
+        while let Some(want) = self.wanted.get_mut(node).filter(|want| want.failed.is_none()) {
+            let stage = want.stage;
+            let waits = stage == Stage::Circuits && self.relays.fresh() && want.begun.elapsed() < FIRST_RELAY;
+            if waits && !self.relay_connected() {
+                return self.after(HEAD_START, Task::Stage(node.clone()));
+            }
+            let Some(want) = self.wanted.get_mut(node) else { return };
+            want.stage = match stage {
+                Stage::Tcp => Stage::Quic,
+                Stage::Quic => Stage::Circuits,
+                Stage::Circuits => Stage::Last,
+                Stage::Last => return self.fail_if_idle(node),
+            };
+            let mut dialled = false;
+            for id in &ids {
+                let addresses = match stage {
+                    Stage::Tcp => self.addresses(id, Transport::Tcp),
+                    Stage::Quic => self.addresses(id, Transport::Quic),
+                    Stage::Circuits | Stage::Last => self.circuit_addresses(node),
+                };
+                dialled |= self.dial(*id, addresses, Purpose::Wanted(node.clone()));
+            }
+            if dialled {
+                self.after(HEAD_START, Task::Stage(node.clone()));
+                return;
+            }
+        }
+    }
+
+    /// The way through every relay that is connected; the peer at the end is put there by the dial.
+    fn circuit_addresses(&self, node: &NodeName) -> Vec<Multiaddr> {
+        let relay = |relay: &NodeName| {
+            let path = self.peers.paths(relay).iter().find(|path| path.is_direct())?;
+            let known = self.book.addresses(&path.peer).into_iter().next()?;
+            Some(known.with(Protocol::P2p(path.peer)).with(Protocol::P2pCircuit))
+        };
+        self.relays.nodes().filter(|other| *other != node).filter_map(relay).collect()
+    }
+
+    fn relay_connected(&self) -> bool {
+        self.relays.nodes().any(|relay| self.peers.paths(relay).iter().any(|path| path.is_direct()))
+    }
+
+    /// A dial, or a connection that was not a member's, came to nothing.
+    pub(super) fn dial_failed(&mut self, connection: ConnectionId, why: &str) {
+        match self.dials.remove(&connection) {
+            Some(Purpose::Wanted(node)) => {
+                if let Some(want) = self.wanted.get_mut(&node)
+                    && want.reasons.len() < MAX_REASONS
+                {
+                    want.reasons.push(why.to_owned());
+                }
+                if !self.is_dialling(&node) {
+                    self.next_stage(&node);
+                }
+            }
+            Some(Purpose::Relay(node)) => {
+                self.relay_trouble(&node, why);
+                self.relay_failed_if_idle(&node);
+            }
+            Some(Purpose::Other) | None => {}
+        }
+    }
+
+    fn is_dialling(&self, node: &NodeName) -> bool {
+        self.dials.values().any(|purpose| matches!(purpose, Purpose::Wanted(other) if other == node))
+    }
+
+    fn fail_if_idle(&mut self, node: &NodeName) {
+        if self.is_dialling(node) {
+            return;
+        }
+        let relays = self.relay_connected();
+        let Some(want) = self.wanted.get_mut(node) else { return };
+        let mut why = want.reasons.join("; ");
+        if why.is_empty() {
+            why = "no address of it is known".to_owned();
+        }
+        if !relays {
+            why.push_str("; no relay is connected");
+        }
+        for waiter in want.waiters.drain(..) {
+            let _ = waiter.send(Err(why.clone()));
+        }
+        want.failed = Some((Instant::now(), why));
+    }
+
+    /// There is a path to `node`.
+    pub(super) fn found(&mut self, node: &NodeName) {
+        for waiter in self.wanted.remove(node).into_iter().flat_map(|want| want.waiters) {
+            let _ = waiter.send(Ok(()));
+        }
+    }
+
+    /// Forgets what a dial was for, since it has come to its end; gives back whether it was for a relay.
+    pub(super) fn dial_done(&mut self, connection: ConnectionId) {
+        self.dials.remove(&connection);
+    }
+
+    /// The direct addresses of a peer, to be tried again.
+    pub(super) fn known(&self, peer: &PeerId) -> bool {
+        !self.book.addresses(peer).is_empty()
+    }
+}

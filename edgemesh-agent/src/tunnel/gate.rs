@@ -1,0 +1,277 @@
+//! The gate that members pass and nobody else: wraps everything that is served on a connection.
+//!
+//! # How a peer proves that it is a member
+//!
+//! The transport (TLS 1.3 or QUIC, directly or inside a relay's circuit) proves that the peer holds the private key of its
+//! `PeerId`; its ephemeral keys make a replayed handshake worthless. Then each side says the name of its node in a hello,
+//! and is a member if that name, by an accepted PSK, gives that very `PeerId` ([`Membership`]). So nobody is a member
+//! without the PSK, and nobody claims another's name.
+//!
+//! The name comes in a protocol of its own and not in identify's agent version, since identify would answer a stranger's
+//! questions (addresses, protocols) before he is known for one, may come at any time and more than once, and neither
+//! side learns from it when the other has read it. The hello is the first and only stream of a connection, and is
+//! ordered: dialler's name, listener's name, dialler's end of stream. Each side accepts streams before the other opens
+//! any, so a member's streams are never refused, and costs one round trip.
+//!
+//! Until then no other protocol is offered, none of the inner handlers is polled, and the connection is counted as a
+//! stranger's ([`Admission`]).
+
+mod handler;
+
+use std::{
+    collections::{HashMap, VecDeque},
+    net::IpAddr,
+    sync::Arc,
+    task::{Context, Poll},
+    time::{Duration, Instant},
+};
+
+use libp2p::{
+    Multiaddr, PeerId,
+    core::{Endpoint, transport::PortUse},
+    multiaddr::Protocol,
+    swarm::{
+        CloseConnection, ConnectionDenied, ConnectionId, FromSwarm, ListenError, NetworkBehaviour, THandler,
+        THandlerInEvent, THandlerOutEvent, ToSwarm,
+    },
+};
+use tracing::{debug, warn};
+
+pub(super) use self::handler::{FromHandler, Handler, Refusal};
+use super::{
+    NodeName,
+    admission::{Admission, Quiet},
+    counters::Counters,
+    identity::Membership,
+    wire::Hello,
+};
+
+/// What the gate tells the swarm's owner.
+#[derive(Debug)]
+pub(super) enum Event<E> {
+    /// A connection is a member's.
+    Member { peer: PeerId, connection: ConnectionId, node: NodeName, addresses: Vec<Multiaddr> },
+    /// A connection is cut off.
+    Refused { peer: PeerId, connection: ConnectionId },
+    /// Of the behaviour behind the gate.
+    Inner(E),
+}
+
+/// Behaviour that lets members through to `B`.
+pub(super) struct Gate<B: NetworkBehaviour> {
+    pub(super) inner: B,
+    shared: Arc<handler::Shared>,
+    admission: Admission<ConnectionId>,
+    quiet: Quiet,
+    /// Connections that are established and not yet known to be a member's, with their remote address.
+    unknown: HashMap<ConnectionId, Multiaddr>,
+    counters: Arc<Counters>,
+    actions: VecDeque<ToSwarm<Event<B::ToSwarm>, THandlerInEvent<B>>>,
+}
+
+impl<B: NetworkBehaviour> Gate<B> {
+    /// A gate before `inner`; `deadline` bounds the exchange of names.
+    pub(super) fn new(
+        inner: B,
+        node: &NodeName,
+        membership: Arc<Membership>,
+        deadline: Duration,
+        counters: Arc<Counters>,
+    ) -> Self {
+        let hello = Hello { node: node.to_string(), addresses: Vec::new() };
+        Self {
+            inner,
+            shared: Arc::new(handler::Shared { membership, hello, deadline }),
+            admission: Admission::new(),
+            quiet: Quiet::default(),
+            unknown: HashMap::new(),
+            counters,
+            actions: VecDeque::new(),
+        }
+    }
+
+    /// From now on new connections are judged by `membership`.
+    pub(super) fn set_membership(&mut self, membership: Arc<Membership>) {
+        let handler::Shared { hello, deadline, .. } = &*self.shared;
+        self.shared = Arc::new(handler::Shared { membership, hello: hello.clone(), deadline: *deadline });
+    }
+
+    /// From now on new connections are told these addresses of this node.
+    pub(super) fn set_addresses<'a>(&mut self, addresses: impl Iterator<Item = &'a Multiaddr>) {
+        let handler::Shared { membership, hello, deadline } = &*self.shared;
+        let addresses = addresses.take(super::wire::MAX_ADDRESSES).map(Multiaddr::to_vec).collect();
+        self.shared = Arc::new(handler::Shared {
+            membership: Arc::clone(membership),
+            hello: Hello { node: hello.node.clone(), addresses },
+            deadline: *deadline,
+        });
+    }
+
+    fn wrap(
+        &mut self,
+        inner: THandler<B>,
+        connection: ConnectionId,
+        peer: PeerId,
+        remote: &Multiaddr,
+        first: bool,
+    ) -> Handler<THandler<B>> {
+        self.unknown.insert(connection, remote.clone());
+        Handler::new(inner, Arc::clone(&self.shared), peer, first, is_relayed(remote))
+    }
+
+    /// Writes one line a minute for each kind of trouble, at most.
+    fn log_refusal(&mut self, kind: &'static str, remote: &Multiaddr, claimed: Option<&NodeName>, why: &str) {
+        self.counters.refused_peers.add(1);
+        if kind == "identity" {
+            self.counters.wrong_identities.add(1);
+        }
+        let claimed = claimed.map_or("nobody", NodeName::as_str);
+        match self.quiet.pass(kind, Instant::now()) {
+            Some(left_out) => warn!(%remote, claimed, left_out, "peer cut off before anything was served: {why}"),
+            None => debug!(%remote, claimed, "peer cut off before anything was served: {why}"),
+        }
+    }
+
+    #[expect(clippy::wildcard_enum_match_arm, reason = "libp2p has many events, and the rest is no matter here")]
+    fn on_event(&mut self, event: FromSwarm<'_>) {
+        let now = Instant::now();
+        match event {
+            FromSwarm::ListenFailure(failure) => {
+                self.admission.failed(&failure.connection_id, now);
+                let remote = failure.send_back_addr;
+                let why = with_sources(failure.error);
+                if matches!(failure.error, ListenError::Denied { .. }) {
+                    self.counters.denied_connections.add(1);
+                    match self.quiet.pass("denied", now) {
+                        Some(left_out) => warn!(%remote, left_out, "connection not taken: {why}"),
+                        None => debug!(%remote, "connection not taken: {why}"),
+                    }
+                } else {
+                    self.log_refusal("handshake", remote, None, &format!("no handshake: {why}"));
+                }
+            }
+            FromSwarm::ConnectionClosed(closed) => {
+                self.admission.failed(&closed.connection_id, now);
+                if let Some(remote) = self.unknown.remove(&closed.connection_id) {
+                    let why = Refusal::Broken(std::io::ErrorKind::ConnectionAborted.into());
+                    self.log_refusal(why.kind(), &remote, None, &why.to_string());
+                    self.actions.push_back(ToSwarm::GenerateEvent(Event::Refused {
+                        peer: closed.peer_id,
+                        connection: closed.connection_id,
+                    }));
+                }
+            }
+            _ => {}
+        }
+    }
+}
+
+impl<B: NetworkBehaviour> NetworkBehaviour for Gate<B> {
+    type ConnectionHandler = Handler<THandler<B>>;
+    type ToSwarm = Event<B::ToSwarm>;
+
+    fn handle_pending_inbound_connection(
+        &mut self,
+        connection: ConnectionId,
+        local: &Multiaddr,
+        remote: &Multiaddr,
+    ) -> Result<(), ConnectionDenied> {
+        let from = if is_relayed(local) { None } else { ip(remote) };
+        self.admission.admit(connection, from, Instant::now()).map_err(ConnectionDenied::new)?;
+        self.inner.handle_pending_inbound_connection(connection, local, remote)
+    }
+
+    fn handle_established_inbound_connection(
+        &mut self,
+        connection: ConnectionId,
+        peer: PeerId,
+        local: &Multiaddr,
+        remote: &Multiaddr,
+    ) -> Result<THandler<Self>, ConnectionDenied> {
+        let inner = self.inner.handle_established_inbound_connection(connection, peer, local, remote)?;
+        let place = if is_relayed(local) { local } else { remote };
+        Ok(self.wrap(inner, connection, peer, place, false))
+    }
+
+    fn handle_pending_outbound_connection(
+        &mut self,
+        connection: ConnectionId,
+        peer: Option<PeerId>,
+        addresses: &[Multiaddr],
+        role: Endpoint,
+    ) -> Result<Vec<Multiaddr>, ConnectionDenied> {
+        self.inner.handle_pending_outbound_connection(connection, peer, addresses, role)
+    }
+
+    fn handle_established_outbound_connection(
+        &mut self,
+        connection: ConnectionId,
+        peer: PeerId,
+        address: &Multiaddr,
+        role: Endpoint,
+        port: PortUse,
+    ) -> Result<THandler<Self>, ConnectionDenied> {
+        let inner = self.inner.handle_established_outbound_connection(connection, peer, address, role, port)?;
+        Ok(self.wrap(inner, connection, peer, address, role == Endpoint::Dialer))
+    }
+
+    fn on_swarm_event(&mut self, event: FromSwarm<'_>) {
+        self.on_event(event);
+        self.inner.on_swarm_event(event);
+    }
+
+    fn on_connection_handler_event(&mut self, peer: PeerId, connection: ConnectionId, event: THandlerOutEvent<Self>) {
+        match event {
+            FromHandler::Member { node, addresses } => {
+                self.admission.joined(&connection, Instant::now());
+                self.unknown.remove(&connection);
+                let member = Event::Member { peer, connection, node, addresses };
+                self.actions.push_back(ToSwarm::GenerateEvent(member));
+            }
+            FromHandler::Refused { claimed, why } => {
+                self.admission.failed(&connection, Instant::now());
+                if let Some(remote) = self.unknown.remove(&connection) {
+                    self.log_refusal(why.kind(), &remote, claimed.as_ref(), &why.to_string());
+                }
+                self.actions.push_back(ToSwarm::GenerateEvent(Event::Refused { peer, connection }));
+                self.actions.push_back(ToSwarm::CloseConnection {
+                    peer_id: peer,
+                    connection: CloseConnection::One(connection),
+                });
+            }
+            FromHandler::Inner(event) => self.inner.on_connection_handler_event(peer, connection, event),
+        }
+    }
+
+    fn poll(&mut self, cx: &mut Context<'_>) -> Poll<ToSwarm<Self::ToSwarm, THandlerInEvent<Self>>> {
+        match self.actions.pop_front() {
+            Some(action) => Poll::Ready(action),
+            None => self.inner.poll(cx).map(|action| action.map_out(Event::Inner)),
+        }
+    }
+}
+
+/// The whole chain of an error: libp2p's say little by themselves.
+pub(super) fn with_sources(error: &dyn std::error::Error) -> String {
+    let mut text = error.to_string();
+    let mut next = error.source();
+    while let Some(source) = next {
+        text = format!("{text}: {source}");
+        next = source.source();
+    }
+    text
+}
+
+/// Whether an address leads through a relay.
+pub(super) fn is_relayed(address: &Multiaddr) -> bool {
+    address.iter().any(|part| part == Protocol::P2pCircuit)
+}
+
+/// The IP address that an address begins with.
+pub(super) fn ip(address: &Multiaddr) -> Option<IpAddr> {
+    match address.iter().next() {
+        Some(Protocol::Ip4(ip)) => Some(ip.into()),
+        Some(Protocol::Ip6(ip)) => Some(ip.into()),
+        _ => None,
+    }
+}

@@ -1,0 +1,244 @@
+//! The near side: opens streams.
+
+use std::{
+    io,
+    net::SocketAddr,
+    sync::Arc,
+    time::{Duration, Instant},
+};
+
+use tokio::{
+    sync::{OwnedSemaphorePermit, oneshot},
+    time::timeout_at,
+};
+
+use super::{
+    NodeName, Protocol, Target, Tunnel,
+    driver::Command,
+    paths::Path,
+    stream::{DatagramStream, Frames, Stream},
+    wire::{self, Request, Response, Status},
+};
+
+/// Why there is no stream.
+#[derive(Clone, Debug, Eq, PartialEq, thiserror::Error)]
+pub enum OpenError {
+    /// The target refused the connection.
+    #[error("refused by {0}")]
+    Refused(String),
+    /// The far node cannot reach the target.
+    #[error("not reachable from its node: {0}")]
+    Unreachable(String),
+    /// The far node does not dial this target for others.
+    #[error("not allowed by the target's node: {rule}")]
+    NotAllowed {
+        /// The rule, in its words.
+        rule: String,
+    },
+    /// The target did not answer in time, or the node, or nobody.
+    #[error("no answer in time: {0}")]
+    TimedOut(String),
+    /// There are as many streams as one of the two nodes takes.
+    #[error("too many streams: {0}")]
+    Busy(String),
+    /// There is no way to the node.
+    #[error("no way to node {node}: {why}")]
+    NoPath {
+        /// The node.
+        node: NodeName,
+        /// What was tried.
+        why: String,
+    },
+    /// The far node answered with what this one does not understand, or did not understand the request.
+    #[error("node {node} did not understand the request: {why}")]
+    Protocol {
+        /// The node.
+        node: NodeName,
+        /// What it said.
+        why: String,
+    },
+    /// The tunnel has been stopped.
+    #[error("the tunnel has been stopped")]
+    Stopped,
+}
+
+/// What one attempt on one path came to, if it is no stream.
+enum Attempt {
+    /// The answer of the far node: final.
+    Answer(OpenError),
+    /// The path failed before there was an answer. Nothing of the flow has been sent, so another may be tried.
+    Path(String),
+}
+
+impl Tunnel {
+    /// Opens a TCP connection to `target` by way of `node`. Costs one round trip when the node is connected already.
+    ///
+    /// # Errors
+    ///
+    /// [`OpenError`], within `deadline`.
+    pub async fn open_tcp(
+        &self,
+        node: &NodeName,
+        target: impl Into<Target>,
+        deadline: Duration,
+    ) -> Result<Stream, OpenError> {
+        self.open(node, Protocol::Tcp, target.into(), deadline).await.map(Stream::new)
+    }
+
+    /// Opens a UDP flow to `target` by way of `node`. That it opens says that the far node sends to the target, not that
+    /// anybody listens there.
+    ///
+    /// # Errors
+    ///
+    /// [`OpenError`], within `deadline`.
+    pub async fn open_udp(
+        &self,
+        node: &NodeName,
+        target: impl Into<Target>,
+        deadline: Duration,
+    ) -> Result<DatagramStream, OpenError> {
+        self.open(node, Protocol::Udp, target.into(), deadline).await.map(DatagramStream::new)
+    }
+
+    async fn open(
+        &self,
+        node: &NodeName,
+        protocol: Protocol,
+        target: Target,
+        deadline: Duration,
+    ) -> Result<Frames, OpenError> {
+        let until = Instant::now() + deadline;
+        let what = format!("{node} has not answered within {deadline:?}");
+        let opened = timeout_at(until.into(), self.try_paths(node, protocol, target, until)).await;
+        let opened = opened.unwrap_or(Err(OpenError::TimedOut(what)));
+        match &opened {
+            Ok(_) => self.counters.opened.add(1),
+            Err(_) => self.counters.open_failures.add(1),
+        }
+        opened
+    }
+
+    async fn try_paths(
+        &self,
+        node: &NodeName,
+        protocol: Protocol,
+        target: Target,
+        until: Instant,
+    ) -> Result<Frames, OpenError> {
+        let mut failed = Vec::new();
+        loop {
+            if self.stop.is_cancelled() {
+                return Err(OpenError::Stopped);
+            }
+            let peers = Arc::clone(&self.peers.borrow());
+            let paths = peers.paths(node);
+            let usable = |path: &&Arc<Path>| !failed.contains(&path.connection) && !path.open.is_closed();
+            let mut any = false;
+            let chosen = paths.iter().filter(usable).find_map(|path| {
+                any = true;
+                Some((Arc::clone(path), Arc::clone(&path.permits).try_acquire_owned().ok()?))
+            });
+            let Some((path, permit)) = chosen else {
+                if any {
+                    return Err(OpenError::Busy(format!("as many streams to {node} are open as one connection takes")));
+                }
+                self.connect(node).await?;
+                if failed.len() > MAX_ATTEMPTS {
+                    let why = "its connections end as soon as they are used".to_owned();
+                    return Err(OpenError::NoPath { node: node.clone(), why });
+                }
+                // A path that has just failed may still be listed: the swarm will hear of it.
+                tokio::task::yield_now().await;
+                continue;
+            };
+            let connection = path.connection;
+            match request(node, path, permit, protocol, target, until).await {
+                Ok(frames) => return Ok(frames),
+                Err(Attempt::Answer(error)) => return Err(error),
+                Err(Attempt::Path(why)) => {
+                    tracing::debug!(%node, "stream not opened, next path: {why}");
+                    failed.push(connection);
+                    if failed.len() > MAX_ATTEMPTS {
+                        return Err(OpenError::NoPath { node: node.clone(), why });
+                    }
+                }
+            }
+        }
+    }
+
+    async fn connect(&self, node: &NodeName) -> Result<(), OpenError> {
+        let (reply, answer) = oneshot::channel();
+        let command = Command::Connect { node: node.clone(), reply };
+        self.commands.send(command).await.map_err(|_| OpenError::Stopped)?;
+        match answer.await {
+            Ok(answer) => answer.map_err(|why| OpenError::NoPath { node: node.clone(), why }),
+            Err(_) if self.stop.is_cancelled() => Err(OpenError::Stopped),
+            // The swarm is being started anew, as with a new identity: the next one is asked.
+            Err(_) => {
+                tokio::time::sleep(RESTART).await;
+                Ok(())
+            }
+        }
+    }
+}
+
+/// How long a swarm that is being started anew is given before it is asked again.
+const RESTART: Duration = Duration::from_millis(100);
+
+/// Paths that may fail under one request.
+const MAX_ATTEMPTS: usize = 4;
+
+async fn request(
+    node: &NodeName,
+    path: Arc<Path>,
+    permit: OwnedSemaphorePermit,
+    protocol: Protocol,
+    target: Target,
+    until: Instant,
+) -> Result<Frames, Attempt> {
+    let lost = |error: io::Error| Attempt::Path(error.to_string());
+    let gone = || Attempt::Path("the connection has ended".to_owned());
+    let (reply, stream) = oneshot::channel();
+    path.open.send(reply).await.map_err(|_| gone())?;
+    let mut stream = stream.await.map_err(|_| gone())?.map_err(Attempt::Path)?;
+    let (ip, port) = match target {
+        Target::Address(address) => (wire::ip_bytes(address.ip()), address.port()),
+        Target::Node { port } => (Vec::new(), port),
+    };
+    let patience = until.saturating_duration_since(Instant::now()).as_millis();
+    let request = Request {
+        protocol: protocol.into(),
+        node: node.to_string(),
+        ip,
+        port: port.into(),
+        patience: u32::try_from(patience).unwrap_or(u32::MAX),
+    };
+    wire::write(&mut stream, &request).await.map_err(lost)?;
+    let response = wire::read::<Response>(&mut stream).await.map_err(lost)?;
+    match refusal(node, target, response) {
+        None => Ok(Frames::new(stream, path, Some(permit))),
+        Some(error) => Err(Attempt::Answer(error)),
+    }
+}
+
+/// What an answer other than success means.
+fn refusal(node: &NodeName, target: Target, response: Response) -> Option<OpenError> {
+    let status = response.status();
+    let mut detail = response.detail;
+    if detail.is_empty() {
+        detail = match target {
+            Target::Address(SocketAddr::V4(address)) => address.to_string(),
+            Target::Address(SocketAddr::V6(address)) => address.to_string(),
+            Target::Node { port } => format!("port {port} of {node}"),
+        };
+    }
+    match status {
+        Status::Connected => None,
+        Status::Refused => Some(OpenError::Refused(detail)),
+        Status::Unreachable => Some(OpenError::Unreachable(detail)),
+        Status::NotAllowed => Some(OpenError::NotAllowed { rule: detail }),
+        Status::TimedOut => Some(OpenError::TimedOut(detail)),
+        Status::Busy => Some(OpenError::Busy(detail)),
+        Status::Unknown | Status::Invalid => Some(OpenError::Protocol { node: node.clone(), why: detail }),
+    }
+}

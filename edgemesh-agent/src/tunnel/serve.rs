@@ -1,0 +1,256 @@
+//! The far side: dials for other members what the policy allows, and carries the flow.
+
+use std::{
+    io,
+    net::{IpAddr, SocketAddr},
+    sync::Arc,
+    time::{Duration, Instant},
+};
+
+use tokio::{
+    net::{TcpStream, UdpSocket},
+    sync::{OwnedSemaphorePermit, Semaphore},
+    time::timeout,
+};
+use tokio_util::{sync::CancellationToken, task::TaskTracker};
+use tracing::debug;
+
+use super::{
+    Decision, DialPolicy, NodeName, Protocol, Target,
+    counters::Counters,
+    paths::Path,
+    splice::{UdpIdle, splice, splice_udp},
+    stream::{DatagramStream, Frames, Stream},
+    wire::{self, Request, Response, Status},
+};
+
+/// What an open flow is answered with.
+enum Dialled {
+    Tcp(TcpStream),
+    Udp(UdpSocket),
+}
+
+/// Held as long as a stream is.
+enum Place {
+    Flow(#[expect(dead_code, reason = "held, not read")] OwnedSemaphorePermit),
+    Refusal(#[expect(dead_code, reason = "held, not read")] OwnedSemaphorePermit),
+}
+
+/// Serves the requests of members.
+pub(super) struct Server {
+    node: NodeName,
+    policy: Arc<dyn DialPolicy>,
+    refused: fn(IpAddr) -> Option<&'static str>,
+    deadline: Duration,
+    idle: UdpIdle,
+    /// Places for flows, so that memory is bounded.
+    places: Arc<Semaphore>,
+    /// Places for requests that come when there is none of those, so that they are told.
+    refusals: Arc<Semaphore>,
+    counters: Arc<Counters>,
+    tasks: TaskTracker,
+    stop: CancellationToken,
+}
+
+/// What [`Server::new`] takes.
+pub(super) struct NewServer {
+    pub(super) node: NodeName,
+    pub(super) policy: Arc<dyn DialPolicy>,
+    /// Rules that come before and after the policy.
+    pub(super) refused: fn(IpAddr) -> Option<&'static str>,
+    pub(super) deadline: Duration,
+    pub(super) idle: UdpIdle,
+    pub(super) most: usize,
+    pub(super) counters: Arc<Counters>,
+    pub(super) tasks: TaskTracker,
+    pub(super) stop: CancellationToken,
+}
+
+/// Requests that are told at the same time that the node is busy; what comes beyond is reset unread.
+const REFUSALS_AT_ONCE: usize = 256;
+
+impl Server {
+    pub(super) fn new(new: NewServer) -> Self {
+        let NewServer { node, policy, refused, deadline, idle, most, counters, tasks, stop } = new;
+        let places = Arc::new(Semaphore::new(most.min(Semaphore::MAX_PERMITS)));
+        let refusals = Arc::new(Semaphore::new(REFUSALS_AT_ONCE));
+        Self { node, policy, refused, deadline, idle, places, refusals, counters, tasks, stop }
+    }
+
+    /// Takes a stream that a peer has opened on `path`.
+    pub(super) fn accept(self: &Arc<Self>, stream: libp2p::Stream, path: &Arc<Path>) {
+        let place = match Arc::clone(&self.places).try_acquire_owned() {
+            Ok(place) => Place::Flow(place),
+            Err(_) => match Arc::clone(&self.refusals).try_acquire_owned() {
+                Ok(place) => Place::Refusal(place),
+                Err(_) => return self.failed(path.node.get(), "too busy even to say so"),
+            },
+        };
+        let (server, path, stop) = (Arc::clone(self), Arc::clone(path), self.stop.clone());
+        self.tasks.spawn(async move {
+            tokio::select! {
+                () = stop.cancelled() => {}
+                () = server.serve(stream, path, place) => {}
+            }
+        });
+    }
+
+    async fn serve(&self, mut stream: libp2p::Stream, path: Arc<Path>, place: Place) {
+        let request = timeout(self.deadline, async {
+            let from = path.node.wait().await.clone();
+            Ok::<_, io::Error>((from, wire::read::<Request>(&mut stream).await?))
+        });
+        let (from, request) = match request.await {
+            Ok(Ok(request)) => request,
+            Ok(Err(error)) => return self.failed(path.node.get(), &error.to_string()),
+            Err(_) => return self.failed(path.node.get(), "no request came in time"),
+        };
+        let (answer, dialled) = match &place {
+            Place::Refusal(_) => (Response::new(Status::Busy, "as many streams are open as this node takes"), None),
+            Place::Flow(_) => self.dial(&from, &request).await,
+        };
+        let status = answer.status();
+        match timeout(self.deadline, wire::write(&mut stream, &answer)).await {
+            Ok(Ok(())) => {}
+            Ok(Err(error)) => return self.failed(Some(&from), &error.to_string()),
+            Err(_) => return self.failed(Some(&from), "the answer was not taken in time"),
+        }
+        let Some(dialled) = dialled else {
+            if status == Status::NotAllowed {
+                self.counters.not_allowed.add(1);
+            }
+            // The end of the stream, so that the answer is not overtaken by a reset.
+            let _ = timeout(self.deadline, futures::AsyncWriteExt::close(&mut stream)).await;
+            return self.failed(Some(&from), &answer.detail);
+        };
+        self.counters.served.add(1);
+        let frames = Frames::new(stream, path, None);
+        let ended = match dialled {
+            Dialled::Tcp(socket) => splice(socket, Stream::new(frames)).await,
+            Dialled::Udp(socket) => splice_udp(&socket, &mut DatagramStream::new(frames), self.idle).await,
+        };
+        debug!(%from, ?ended, "flow for another node ended");
+        drop(place);
+    }
+
+    fn failed(&self, from: Option<&NodeName>, why: &str) {
+        self.counters.serve_failures.add(1);
+        debug!(from = from.map_or("unknown", NodeName::as_str), "request of another node came to nothing: {why}");
+    }
+
+    async fn dial(&self, from: &NodeName, request: &Request) -> (Response, Option<Dialled>) {
+        let refuse = |status, detail: &str| (Response::new(status, detail), None);
+        let (protocol, target) = match parse(request) {
+            Ok(parsed) => parsed,
+            Err(what) => return refuse(Status::Invalid, what),
+        };
+        if request.node != self.node.as_str() {
+            return refuse(Status::Invalid, &format!("this is node {}", self.node));
+        }
+        if let Target::Address(address) = target
+            && let Some(rule) = (self.refused)(address.ip())
+        {
+            return refuse(Status::NotAllowed, rule);
+        }
+        let address = match self.policy.decide(from, protocol, target) {
+            Decision::Allowed(address) => address,
+            Decision::NotAllowed { rule } => return refuse(Status::NotAllowed, &rule),
+        };
+        // Once more, for what a policy makes of a target.
+        if let Some(rule) = (self.refused)(address.ip()) {
+            return refuse(Status::NotAllowed, rule);
+        }
+        // A little less than the near side waits, so that it hears of it.
+        let patience = Duration::from_millis(request.patience.into()).mul_f32(0.9).min(self.deadline);
+        let begin = Instant::now();
+        match timeout(patience, connect(protocol, address)).await {
+            Ok(Ok(dialled)) => (Response::new(Status::Connected, ""), Some(dialled)),
+            Ok(Err(error)) => refuse(status_of(&error), &format!("{address}: {error}")),
+            Err(_) => refuse(Status::TimedOut, &format!("{address} did not answer within {:?}", begin.elapsed())),
+        }
+    }
+}
+
+impl Response {
+    fn new(status: Status, detail: &str) -> Self {
+        Self { status: status.into(), detail: detail.to_owned() }
+    }
+}
+
+fn parse(request: &Request) -> Result<(Protocol, Target), &'static str> {
+    let protocol = Protocol::try_from(request.protocol).map_err(|_| "unknown protocol")?;
+    let port = u16::try_from(request.port).ok().filter(|port| *port != 0).ok_or("no such port")?;
+    let target = match wire::ip_of(&request.ip).map_err(|()| "not an IP address")? {
+        Some(ip) => Target::Address(SocketAddr::new(ip, port)),
+        None => Target::Node { port },
+    };
+    Ok((protocol, target))
+}
+
+async fn connect(protocol: Protocol, address: SocketAddr) -> io::Result<Dialled> {
+    match protocol {
+        Protocol::Tcp => {
+            let socket = TcpStream::connect(address).await?;
+            // Whoever is in front of the tunnel has gathered what belongs together.
+            socket.set_nodelay(true)?;
+            Ok(Dialled::Tcp(socket))
+        }
+        Protocol::Udp => {
+            let any = if address.is_ipv4() { "0.0.0.0:0" } else { "[::]:0" };
+            let socket = UdpSocket::bind(any).await?;
+            socket.connect(address).await?;
+            Ok(Dialled::Udp(socket))
+        }
+    }
+}
+
+#[expect(
+    clippy::wildcard_enum_match_arm,
+    reason = "addresses without a route, firewalls, interfaces that are down: all is one to who asked"
+)]
+fn status_of(error: &io::Error) -> Status {
+    use io::ErrorKind as K;
+    match error.kind() {
+        K::ConnectionRefused | K::ConnectionReset => Status::Refused,
+        K::TimedOut => Status::TimedOut,
+        _ if matches!(error.raw_os_error(), Some(libc::EMFILE | libc::ENFILE | libc::ENOBUFS | libc::ENOMEM)) => {
+            Status::Busy
+        }
+        _ => Status::Unreachable,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn errors_of_the_dial_are_told_apart() {
+        for (errno, status) in [
+            (libc::ECONNREFUSED, Status::Refused),
+            (libc::EHOSTUNREACH, Status::Unreachable),
+            (libc::ENETUNREACH, Status::Unreachable),
+            (libc::EACCES, Status::Unreachable),
+            (libc::ETIMEDOUT, Status::TimedOut),
+            (libc::EMFILE, Status::Busy),
+        ] {
+            assert_eq!(status_of(&io::Error::from_raw_os_error(errno)), status, "{errno}");
+        }
+    }
+
+    #[test]
+    fn requests_that_make_no_sense_are_told_so() {
+        let good = Request { protocol: 1, node: "n".into(), ip: vec![10, 0, 0, 1], port: 80, patience: 1 };
+        assert_eq!(parse(&good), Ok((Protocol::Tcp, Target::Address("10.0.0.1:80".parse().unwrap()))));
+        assert_eq!(parse(&Request { ip: Vec::new(), ..good.clone() }), Ok((Protocol::Tcp, Target::Node { port: 80 })));
+        for bad in [
+            Request { protocol: 0, ..good.clone() },
+            Request { protocol: 7, ..good.clone() },
+            Request { port: 0, ..good.clone() },
+            Request { port: 65_536, ..good.clone() },
+            Request { ip: vec![1], ..good },
+        ] {
+            assert!(parse(&bad).is_err(), "{bad:?}");
+        }
+    }
+}

@@ -1,0 +1,238 @@
+//! Joins a local socket with a flow of the tunnel, at either end of it.
+
+use std::{
+    io,
+    pin::Pin,
+    task::{Context, Poll, ready},
+    time::Duration,
+};
+
+use tokio::{
+    io::AsyncWrite as _,
+    net::{TcpStream, UdpSocket},
+    time::Instant,
+};
+
+use super::stream::{DatagramStream, HEADER, MAX_DATAGRAM, Stream, with_scratch};
+
+/// Pieces that one direction may move before others get their turn.
+const TURN: usize = 16;
+
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+enum Direction {
+    Open,
+    Ending,
+    Ended,
+}
+
+/// Copies between a socket and a stream until both directions have ended. Each end, and a reset of either side, is passed
+/// on as what it is; what one side does not take is not read from the other.
+///
+/// A connection that waits holds no buffer.
+///
+/// # Errors
+///
+/// Either side was reset; both then are.
+pub async fn splice(socket: TcpStream, stream: Stream) -> io::Result<()> {
+    let mut splice = Splice { socket, stream, up: Direction::Open, down: Direction::Open, unsent: Vec::new(), sent: 0 };
+    let result = std::future::poll_fn(|cx| splice.poll(cx)).await;
+    if result.is_err() {
+        // Closing would tell the peer that it has everything. The stream is reset by being dropped.
+        let _ = splice.socket.set_zero_linger();
+    }
+    result
+}
+
+struct Splice {
+    socket: TcpStream,
+    stream: Stream,
+    /// From the socket to the stream.
+    up: Direction,
+    down: Direction,
+    /// What the stream gave and the socket has not taken.
+    unsent: Vec<u8>,
+    sent: usize,
+}
+
+impl Splice {
+    fn poll(&mut self, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        let up = self.poll_up(cx)?;
+        let down = self.poll_down(cx)?;
+        if up.is_ready() && down.is_ready() { Poll::Ready(Ok(())) } else { Poll::Pending }
+    }
+
+    fn poll_up(&mut self, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        for _ in 0..TURN {
+            match self.up {
+                Direction::Open => {
+                    ready!(self.stream.poll_drain(cx))?;
+                    ready!(self.socket.poll_read_ready(cx))?;
+                    let Self { socket, stream, up, .. } = self;
+                    with_scratch(|scratch| match socket.try_read(&mut scratch[HEADER..]) {
+                        Ok(0) => {
+                            *up = Direction::Ending;
+                            Ok(())
+                        }
+                        Ok(count) => stream.put(cx, &mut scratch[..HEADER + count]),
+                        Err(error) if error.kind() == io::ErrorKind::WouldBlock => Ok(()),
+                        Err(error) => Err(error),
+                    })?;
+                }
+                Direction::Ending => {
+                    ready!(Pin::new(&mut self.stream).poll_shutdown(cx))?;
+                    self.up = Direction::Ended;
+                }
+                Direction::Ended => return Poll::Ready(Ok(())),
+            }
+        }
+        cx.waker().wake_by_ref();
+        Poll::Pending
+    }
+
+    fn poll_down(&mut self, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        for _ in 0..TURN {
+            match self.down {
+                Direction::Open => {
+                    ready!(self.poll_unsent(cx))?;
+                    let Self { socket, stream, down, unsent, sent, .. } = self;
+                    ready!(with_scratch(|scratch| {
+                        let count = ready!(stream.poll_get(cx, scratch))?;
+                        if count == 0 {
+                            *down = Direction::Ending;
+                            return Poll::Ready(io::Result::Ok(()));
+                        }
+                        let taken = match socket.try_write(&scratch[..count]) {
+                            Ok(taken) => taken,
+                            Err(error) if error.kind() == io::ErrorKind::WouldBlock => 0,
+                            Err(error) => return Poll::Ready(Err(error)),
+                        };
+                        if taken < count {
+                            *unsent = scratch[taken..count].to_vec();
+                            *sent = 0;
+                        }
+                        Poll::Ready(Ok(()))
+                    }))?;
+                }
+                Direction::Ending => {
+                    ready!(self.poll_unsent(cx))?;
+                    // The peer may have gone meanwhile, which a reading side will say better.
+                    let _ = ready!(Pin::new(&mut self.socket).poll_shutdown(cx));
+                    self.down = Direction::Ended;
+                }
+                Direction::Ended => return Poll::Ready(Ok(())),
+            }
+        }
+        cx.waker().wake_by_ref();
+        Poll::Pending
+    }
+
+    fn poll_unsent(&mut self, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        while self.sent < self.unsent.len() {
+            ready!(self.socket.poll_write_ready(cx))?;
+            match self.socket.try_write(&self.unsent[self.sent..]) {
+                Ok(count) => self.sent += count,
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
+                Err(error) => return Poll::Ready(Err(error)),
+            }
+        }
+        self.unsent = Vec::new();
+        self.sent = 0;
+        Poll::Ready(Ok(()))
+    }
+}
+
+/// After which time without a datagram a UDP flow ends.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+pub struct UdpIdle {
+    /// While nothing has come back; default 30 s (`nf_conntrack_udp_timeout`).
+    pub unreplied: Duration,
+    /// Afterwards; default 120 s (`nf_conntrack_udp_timeout_stream`). kube-proxy leaves both as the kernel has them.
+    pub replied: Duration,
+}
+
+impl Default for UdpIdle {
+    fn default() -> Self {
+        Self { unreplied: Duration::from_secs(30), replied: Duration::from_secs(120) }
+    }
+}
+
+/// Carries datagrams between a connected socket and a flow, until the flow ends or has been idle.
+///
+/// What the slower side has no room for waits in the socket's buffer, and is lost when that is full.
+///
+/// # Errors
+///
+/// The tunnel was lost, or the socket failed for good. That nobody listens at the peer is no error: it may come back.
+pub async fn splice_udp(socket: &UdpSocket, stream: &mut DatagramStream, idle: UdpIdle) -> io::Result<()> {
+    let (mut last, mut sent, mut received) = (Instant::now(), false, false);
+    let mut datagram = Vec::new();
+    loop {
+        let limit = if sent && received { idle.replied } else { idle.unreplied };
+        let moved = std::future::poll_fn(|cx| {
+            let up = poll_udp_up(socket, stream, cx)?;
+            let down = poll_udp_down(socket, stream, &mut datagram, cx)?;
+            match (up, down) {
+                (_, Poll::Ready(false)) => Poll::Ready(io::Result::Ok(None)),
+                (Poll::Pending, Poll::Pending) => Poll::Pending,
+                (up, down) => Poll::Ready(Ok(Some((up.is_ready(), down.is_ready())))),
+            }
+        });
+        match tokio::time::timeout_at(last + limit, moved).await {
+            Err(_) => return Ok(()),
+            Ok(ended @ (Ok(None) | Err(_))) => return ended.map(|_| ()),
+            Ok(Ok(Some((up, down)))) => {
+                last = Instant::now();
+                sent |= up;
+                received |= down;
+            }
+        }
+    }
+}
+
+/// Errors of a UDP socket that tell about a datagram sent earlier, and not about the socket.
+fn passes(error: &io::Error) -> bool {
+    use io::ErrorKind as K;
+    matches!(
+        error.kind(),
+        K::WouldBlock | K::ConnectionRefused | K::HostUnreachable | K::NetworkUnreachable | K::Interrupted
+    ) || error.raw_os_error() == Some(libc::EMSGSIZE)
+        || error.raw_os_error() == Some(libc::ENOBUFS)
+}
+
+/// Moves a turn of datagrams from the socket; ready if it moved any.
+fn poll_udp_up(socket: &UdpSocket, stream: &mut DatagramStream, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+    for turn in 0..TURN {
+        let waits = stream.poll_drain(cx)?.is_pending() || socket.poll_recv_ready(cx)?.is_pending();
+        if waits {
+            return if turn == 0 { Poll::Pending } else { Poll::Ready(Ok(())) };
+        }
+        with_scratch(|scratch| match socket.try_recv(&mut scratch[HEADER..]) {
+            Ok(count) => stream.put(cx, &mut scratch[..HEADER + count]),
+            Err(error) if passes(&error) => Ok(()),
+            Err(error) => Err(error),
+        })?;
+    }
+    Poll::Ready(Ok(()))
+}
+
+/// Moves a turn of datagrams to the socket; ready if it moved any, and `false` when the flow has ended.
+fn poll_udp_down(
+    socket: &UdpSocket,
+    stream: &mut DatagramStream,
+    datagram: &mut Vec<u8>,
+    cx: &mut Context<'_>,
+) -> Poll<io::Result<bool>> {
+    for turn in 0..TURN {
+        match stream.poll_recv(cx, datagram)? {
+            Poll::Pending => return if turn == 0 { Poll::Pending } else { Poll::Ready(Ok(true)) },
+            Poll::Ready(false) => return Poll::Ready(Ok(false)),
+            Poll::Ready(true) if datagram.len() > MAX_DATAGRAM => {}
+            Poll::Ready(true) => match socket.try_send(datagram) {
+                Ok(_) => {}
+                Err(error) if passes(&error) => {}
+                Err(error) => return Poll::Ready(Err(error)),
+            },
+        }
+    }
+    Poll::Ready(Ok(true))
+}
