@@ -208,7 +208,8 @@ impl Site {
         }
     }
 
-    /// Adds a node with `pod_subnets` for its pods, such as `10.244.1.0/24`, one per address family.
+    /// Adds a node with `pod_subnets` for its pods, such as `10.244.1.0/24`, one per address family. The nodes of a site
+    /// have routes to each other's pods, as a CNI makes them, unless their subnets are the same.
     pub fn node(&self, name: &str, pod_subnets: &[&str]) -> Result<Node> {
         self.add_node(name, pod_subnets).with_context(|| format!("could not make the node {name}"))
     }
@@ -398,7 +399,8 @@ impl Node {
     /// Has this node reach the pods of another node of its site through that node.
     fn add_routes_to(&self, other: &Self) -> Result<()> {
         let mut batch = String::new();
-        for subnet in &other.node.pod_subnets {
+        // A node that has the subnet itself has no use for another's.
+        for subnet in other.node.pod_subnets.iter().filter(|subnet| !self.node.pod_subnets.contains(subnet)) {
             let same_family = |ip: &&IpAddr| ip.is_ipv4() == subnet.nth(0).is_ipv4();
             let gateway = other.ips.iter().find(same_family);
             let gateway = gateway.with_context(|| format!("{} has no address to reach {subnet} by", other.name()))?;

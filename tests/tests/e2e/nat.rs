@@ -1,0 +1,230 @@
+//! Sites behind NATs: real agents that know nothing but a PSK and one relay, and pods with the same addresses everywhere.
+
+use std::time::Duration;
+
+use anyhow::{Context as _, Result, ensure};
+use edgemesh_tests::lab::{
+    App, Lab, Nat, Node, Pod, Site, Transport,
+    agent::{Agent, AgentOptions},
+    eventually,
+    manifest::{Endpoint, Service},
+};
+use serde_json::{Value, json};
+
+use crate::{START, at};
+
+const CLUSTER_IP: &str = "10.96.9.1";
+const PODS: &str = "10.244.1.0/24";
+/// The port of tunnels.
+const PORT: u16 = 20006;
+/// Within which time after it has become ready an agent reaches other sites.
+const REACHED: Duration = Duration::from_secs(15);
+/// Within which time a hole is punched where one can be.
+const PUNCHED: Duration = Duration::from_secs(30);
+
+/// A relay that all can reach, and sites behind NATs.
+struct World {
+    internet: Site,
+    relay: Node,
+    agents: Vec<Agent>,
+    lab: Lab,
+}
+
+/// Nodes of two sites: a client on `edge1`, and a server with the client's very address on `edge2`.
+struct Pair {
+    client: Pod,
+    server: Pod,
+    edge1: Node,
+    edge2: Node,
+    world: World,
+}
+
+impl World {
+    fn raise() -> Result<Option<Self>> {
+        let Some(lab) = Lab::for_test()? else { return Ok(None) };
+        let internet = lab.site("internet", &["203.0.113.0/24"])?;
+        let relay = internet.node("cloud", &["10.244.0.0/24"])?;
+        let mut world = Self { internet, relay: relay.clone(), agents: Vec::new(), lab };
+        world.start(&relay)?;
+        Ok(Some(world))
+    }
+
+    /// Starts an agent that knows the relay.
+    fn start(&mut self, node: &Node) -> Result<()> {
+        let psk = node.write_file("psk", "0123456789abcdef-of-all")?;
+        let address = self.relay.ips().first().context("the relay has no address")?.to_string();
+        let relays = json!([{ "nodeName": self.relay.name(), "advertiseAddress": [address] }]);
+        let options = AgentOptions::default()
+            .set("modules.edgeTunnel.enable", true)
+            .set("modules.edgeTunnel.psk.path", psk.to_string_lossy().into_owned())
+            .set("modules.edgeTunnel.relayNodes", relays);
+        let options = match std::env::var("EDGEMESH_LAB_LOG") {
+            Ok(filter) => options.log(&filter),
+            Err(_) => options,
+        };
+        let agent = node.start_agent(&options)?;
+        agent.wait_ready(START)?;
+        self.agents.push(agent);
+        Ok(())
+    }
+
+    /// Starts the client on `edge1` and the server on `edge2`, the Service `web` and the agents.
+    fn pair(mut self, edge1: Node, edge2: Node) -> Result<Pair> {
+        let (client, server) = (edge1.pod("client")?, edge2.pod("server")?);
+        ensure!(client.ips() == server.ips(), "the pods have different addresses");
+        server.serve(App::Tcp, 7001)?;
+        server.serve(App::Udp, 7001)?;
+        let service = Service::new("web", &[CLUSTER_IP]).port("tcp", Transport::Tcp, 80, 7001).port(
+            "udp",
+            Transport::Udp,
+            80,
+            7001,
+        );
+        self.lab.manifests().write("web", &service.yaml_with(&Endpoint::of(&server, edge2.name()))?)?;
+        self.start(&edge1)?;
+        self.start(&edge2)?;
+        Ok(Pair { client, server, edge1, edge2, world: self })
+    }
+}
+
+impl Pair {
+    /// Each in a site of its own.
+    fn behind(nats: [Nat; 2]) -> Result<Option<Self>> {
+        let Some(world) = World::raise()? else { return Ok(None) };
+        let [edge1, edge2] = [("edge1", nats[0]), ("edge2", nats[1])].map(|(name, nat)| {
+            world.internet.behind(&format!("home-{name}"), &["192.168.1.0/24"], nat)?.node(name, &[PODS])
+        });
+        world.pair(edge1?, edge2?).map(Some)
+    }
+
+    /// Waits until the server answers, by TCP, and by UDP at once from then on.
+    fn answers(&self) -> Result<()> {
+        let target = at(CLUSTER_IP, 80)?;
+        let client = self.client.within(Duration::from_secs(1));
+        eventually(REACHED, "the server to answer", || Ok(client.tcp(target)?.name == self.server.name()))?;
+        ensure!(client.udp(target)?.name == self.server.name(), "another answers by UDP");
+        Ok(())
+    }
+
+    fn paths(&self) -> Result<Vec<Value>> {
+        let rows = report(&self.edge1, "peers")?;
+        let rows = rows.as_array().into_iter().flatten();
+        Ok(rows.filter(|row| row["node"] == self.edge2.name()).cloned().collect())
+    }
+
+    /// The path that new streams take, such as `hole-punched`.
+    fn path(&self) -> Result<String> {
+        let paths = self.paths()?;
+        let first = paths.first().with_context(|| format!("{} is not connected", self.edge2.name()))?;
+        Ok(first["path"].as_str().context("no path")?.to_owned())
+    }
+
+    /// Bytes that have gone through the relay, either way.
+    fn relayed_bytes(&self) -> Result<u64> {
+        let paths = self.paths()?;
+        let relayed = paths.iter().filter(|path| path["path"] == "relayed");
+        let bytes = relayed.flat_map(|path| [&path["sent_bytes"], &path["received_bytes"]]);
+        Ok(bytes.filter_map(Value::as_u64).sum())
+    }
+
+    /// Relayed first, then through a hole, and from then on the relay is no longer needed.
+    fn leaves_the_relay(self) -> Result<()> {
+        self.answers()?;
+        let held = self.client.open(Transport::Tcp, at(CLUSTER_IP, 80)?)?;
+        held.exchange()?;
+        ensure!(counted(&self.world.relay, "relayed_circuits")? > 0, "the relay was not needed at the first");
+        eventually(PUNCHED, "a hole to be punched", || {
+            let path = self.path()?;
+            ensure!(path == "hole-punched", "{:#?}", self.paths()?);
+            Ok(true)
+        })?;
+        // What runs on the relayed path may go on there; what begins now does not.
+        let before = self.relayed_bytes()?;
+        for _ in 0..10 {
+            self.client.tcp(at(CLUSTER_IP, 80)?)?;
+            self.client.udp(at(CLUSTER_IP, 80)?)?;
+        }
+        ensure!(self.relayed_bytes()? <= before, "new streams still go through the relay");
+        let relay = self.world.agents.first().context("no relay")?;
+        relay.kill()?;
+        for _ in 0..10 {
+            self.client.tcp(at(CLUSTER_IP, 80)?)?;
+        }
+        let table = String::from_utf8(self.edge1.cli(&["peers"])?.stdout)?;
+        ensure!(table.contains("hole-punched"), "{table}");
+        Ok(())
+    }
+}
+
+fn report(node: &Node, command: &str) -> Result<Value> {
+    let output = node.cli(&[command, "-o", "json"])?;
+    serde_json::from_slice(&output.stdout)
+        .with_context(|| format!("no report: {}", String::from_utf8_lossy(&output.stderr)))
+}
+
+fn counted(node: &Node, what: &str) -> Result<u64> {
+    report(node, "status")?["tunnel"]["counts"][what].as_u64().with_context(|| format!("{what} is not counted"))
+}
+
+#[test]
+fn between_port_restricted_nats_a_hole_is_punched_and_the_relay_left() -> Result<()> {
+    let Some(pair) = Pair::behind([Nat::PortRestricted; 2])? else { return Ok(()) };
+    pair.leaves_the_relay()
+}
+
+#[test]
+fn between_full_cones_a_hole_is_punched_and_the_relay_left() -> Result<()> {
+    let Some(pair) = Pair::behind([Nat::FullCone { port: PORT }; 2])? else { return Ok(()) };
+    pair.leaves_the_relay()
+}
+
+#[test]
+fn nodes_that_share_a_nat_are_reached_though_only_one_of_them_has_its_port() -> Result<()> {
+    for nat in [Nat::PortRestricted, Nat::FullCone { port: PORT }] {
+        let Some(mut world) = World::raise()? else { return Ok(()) };
+        let home = world.internet.behind("home", &["192.168.1.0/24"], nat)?;
+        let first = home.node("first", &["10.244.7.0/24"])?;
+        // It has the port at the NAT from now on.
+        world.start(&first)?;
+        let office = world.internet.behind("office", &["192.168.1.0/24"], Nat::PortRestricted)?;
+        let (edge1, edge2) = (office.node("edge1", &[PODS])?, home.node("edge2", &[PODS])?);
+        world.pair(edge1, edge2)?.leaves_the_relay()?;
+    }
+    Ok(())
+}
+
+#[test]
+fn between_symmetric_nats_the_relay_carries_on() -> Result<()> {
+    let Some(pair) = Pair::behind([Nat::Symmetric; 2])? else { return Ok(()) };
+    pair.answers()?;
+    let held = pair.client.open(Transport::Tcp, at(CLUSTER_IP, 80)?)?;
+    let failures = || anyhow::Ok(counted(&pair.edge1, "hole_failures")? + counted(&pair.edge2, "hole_failures")?);
+    eventually(2 * PUNCHED, "punching to be given up", || {
+        held.exchange()?;
+        Ok(failures()? > 0)
+    })?;
+    assert_eq!(pair.path()?, "relayed");
+    pair.answers()?;
+    assert_eq!(pair.paths()?[0]["via"], "cloud");
+    held.exchange()?;
+    Ok(())
+}
+
+#[test]
+fn neighbours_with_the_same_pod_addresses_find_each_other_without_the_relay() -> Result<()> {
+    let Some(world) = World::raise()? else { return Ok(()) };
+    let home = world.internet.behind("home", &["192.168.1.0/24"], Nat::PortRestricted)?;
+    home.cut_uplink()?;
+    let (edge1, edge2) = (home.node("edge1", &[PODS])?, home.node("edge2", &[PODS])?);
+    let pair = world.pair(edge1, edge2)?;
+    pair.answers()?;
+    assert_eq!(pair.path()?, "lan");
+    home.heal_uplink()?;
+    eventually(REACHED, "the relay to be connected", || {
+        Ok(report(&pair.edge1, "peers")?.to_string().contains("cloud"))
+    })?;
+    pair.answers()?;
+    assert_eq!(pair.path()?, "lan");
+    assert_eq!(counted(&pair.world.relay, "relayed_circuits")?, 0);
+    Ok(())
+}
