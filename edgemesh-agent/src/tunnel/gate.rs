@@ -39,7 +39,7 @@ use tracing::{debug, warn};
 
 pub(super) use self::handler::{FromHandler, Handler, Refusal};
 use super::{
-    NodeName,
+    NodeName, Transport,
     admission::{Admission, Quiet},
     counters::Counters,
     identity::Membership,
@@ -212,7 +212,11 @@ impl<B: NetworkBehaviour> NetworkBehaviour for Gate<B> {
         port: PortUse,
     ) -> Result<THandler<Self>, ConnectionDenied> {
         let inner = self.inner.handle_established_outbound_connection(connection, peer, address, role, port)?;
-        Ok(self.wrap(inner, connection, peer, address, role == Endpoint::Dialer))
+        // When a hole is punched, one side dials as a listener. TCP then has one connection, in which the two play these
+        // parts; QUIC that dials from its listening port plays none, and the other side accepts as ever.
+        let quic = port == PortUse::Reuse && super::mesh::transport(address) == Transport::Quic;
+        let first = role == Endpoint::Dialer || (quic && !is_relayed(address));
+        Ok(self.wrap(inner, connection, peer, address, first))
     }
 
     fn on_swarm_event(&mut self, event: FromSwarm<'_>) {
