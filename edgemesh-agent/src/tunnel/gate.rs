@@ -65,6 +65,8 @@ pub(super) struct Gate<B: NetworkBehaviour> {
     quiet: Quiet,
     /// Connections that are established and not yet known to be a member's, with their remote address.
     unknown: HashMap<ConnectionId, Multiaddr>,
+    /// Connections that are a member's.
+    members: HashMap<ConnectionId, PeerId>,
     counters: Arc<Counters>,
     actions: VecDeque<ToSwarm<Event<B::ToSwarm>, THandlerInEvent<B>>>,
 }
@@ -85,6 +87,7 @@ impl<B: NetworkBehaviour> Gate<B> {
             admission: Admission::new(),
             quiet: Quiet::default(),
             unknown: HashMap::new(),
+            members: HashMap::new(),
             counters,
             actions: VecDeque::new(),
         }
@@ -152,7 +155,14 @@ impl<B: NetworkBehaviour> Gate<B> {
             }
             FromSwarm::ConnectionClosed(closed) => {
                 self.admission.failed(&closed.connection_id, now);
+                self.members.remove(&closed.connection_id);
                 if let Some(remote) = self.unknown.remove(&closed.connection_id) {
+                    if self.members.values().any(|member| *member == closed.peer_id) {
+                        // Of connections that begin at the same time, as when a hole is punched, each side keeps the one
+                        // that it had first.
+                        debug!(%remote, peer = %closed.peer_id, "a member gave up a connection before it was used");
+                        return;
+                    }
                     let why = Refusal::Broken(std::io::ErrorKind::ConnectionAborted.into());
                     self.log_refusal(why.kind(), &remote, None, &why.to_string());
                     self.actions.push_back(ToSwarm::GenerateEvent(Event::Refused {
@@ -229,6 +239,7 @@ impl<B: NetworkBehaviour> NetworkBehaviour for Gate<B> {
             FromHandler::Member { node, addresses } => {
                 self.admission.joined(&connection, Instant::now());
                 self.unknown.remove(&connection);
+                self.members.insert(connection, peer);
                 let member = Event::Member { peer, connection, node, addresses };
                 self.actions.push_back(ToSwarm::GenerateEvent(member));
             }
