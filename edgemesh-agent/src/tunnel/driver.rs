@@ -8,7 +8,7 @@ mod wanted;
 use std::{
     collections::{BTreeMap, HashMap, HashSet},
     hash::{BuildHasher as _, RandomState},
-    net::SocketAddr,
+    net::{IpAddr, SocketAddr},
     sync::Arc,
     time::{Duration, Instant},
 };
@@ -38,7 +38,7 @@ use super::{
     counters::Counters,
     gate::{Gate, ip, is_relayed},
     identity::Membership,
-    interfaces::worth_telling,
+    interfaces::{listening_on, worth_telling},
     mesh::{self, Mesh, Parts},
     relays::{Action, Relays},
     serve::Server,
@@ -53,8 +53,11 @@ const STRANGER: Duration = Duration::from_secs(600);
 /// Strangers remembered.
 const MAX_STRANGERS: usize = 1024;
 
-/// How long an idle relayed connection is kept beside a direct one.
+/// How long an idle relayed connection is kept beside another.
 const RETIRE: Duration = Duration::from_secs(30);
+
+/// How long listeners may take to tell their addresses before anything is dialled.
+const LISTENING: Duration = Duration::from_secs(1);
 
 /// What the handle asks of the swarm.
 pub(super) enum Command {
@@ -236,6 +239,10 @@ impl<'a> Driver<'a> {
 
     async fn run(&mut self) -> Ended {
         let stop = self.core.stop.clone();
+        tokio::select! {
+            () = stop.cancelled() => return Ended::Stopped,
+            () = self.await_listeners() => {}
+        }
         loop {
             self.run_due(Instant::now());
             let next = [self.schedule.keys().next().map(|(at, _)| *at), self.relays.next()];
@@ -256,6 +263,30 @@ impl<'a> Driver<'a> {
                 }
                 () = tokio::time::sleep_until(next.into()) => {}
             }
+        }
+    }
+
+    /// Waits until the listeners have told their addresses, [`LISTENING`] at most.
+    ///
+    /// What is dialled before that leaves from any port, and the hole that a NAT makes for that port leads nobody in.
+    async fn await_listeners(&mut self) {
+        let expected = listening_on(&self.core.settings.listen);
+        let told = async {
+            loop {
+                let own = self.own_addresses();
+                let told = |expected: &IpAddr, transport: &Transport| {
+                    own.iter().any(|own| ip(own) == Some(*expected) && mesh::transport(own) == *transport)
+                };
+                let transports = &self.core.settings.transports;
+                if expected.iter().all(|ip| transports.iter().all(|transport| told(ip, transport))) {
+                    return;
+                }
+                let event = self.swarm.select_next_some().await;
+                self.on_swarm_event(event);
+            }
+        };
+        if tokio::time::timeout(LISTENING, told).await.is_err() {
+            debug!(?expected, "the tunnel does not listen everywhere yet");
         }
     }
 

@@ -99,6 +99,11 @@ impl<B: NetworkBehaviour> Gate<B> {
         self.shared = Arc::new(handler::Shared { membership, hello: hello.clone(), deadline: *deadline });
     }
 
+    /// Another node sees this one at `address`: others may reach it there if a hole is punched.
+    pub(super) fn seen_at(&mut self, address: Multiaddr) {
+        self.actions.push_back(ToSwarm::NewExternalAddrCandidate(address));
+    }
+
     /// From now on new connections are told these addresses of this node.
     pub(super) fn set_addresses<'a>(&mut self, addresses: impl Iterator<Item = &'a Multiaddr>) {
         let handler::Shared { membership, hello, deadline } = &*self.shared;

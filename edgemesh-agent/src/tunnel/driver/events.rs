@@ -109,8 +109,13 @@ impl Driver<'_> {
                     }
                 }
             },
-            MeshEvent::Identify(identify::Event::Received { peer_id, info, .. }) => {
+            MeshEvent::Identify(identify::Event::Received { connection_id, peer_id, info }) => {
                 self.book.identified(peer_id, info.listen_addrs);
+                if self.swarm.behaviour().inner.streams.path(connection_id).is_some_and(|path| path.is_direct()) {
+                    // Identify itself believes that a NAT keeps the port, and puts that of a listener in the place of
+                    // another. But all that this node dials leaves from there: the port is what the NAT has made of it.
+                    self.swarm.behaviour_mut().seen_at(info.observed_addr);
+                }
             }
             MeshEvent::Dcutr(event) => match event.result {
                 Ok(connection) => {
