@@ -163,7 +163,7 @@ enum Task {
     Upgrade(NodeName, u32),
     /// Have both TCP and QUIC to a relay.
     Transports(NodeName),
-    /// Close relayed paths that a direct one has made needless.
+    /// Close relayed paths that a direct one, or another relayed one, has made needless.
     Retire(NodeName),
     /// Connect to a neighbour; the number of attempts so far.
     Neighbour(PeerId, u32),
@@ -428,11 +428,21 @@ impl<'a> Driver<'a> {
         }
     }
 
+    /// Begins to try for a direct path to a node after `wait`, whatever has been tried before.
+    fn upgrade_anew(&mut self, node: NodeName, wait: Duration) {
+        self.schedule.retain(|_, task| !matches!(task, Task::Upgrade(other, _) if *other == node));
+        self.after(wait, Task::Upgrade(node, 0));
+    }
+
     fn upgrade(&mut self, node: &NodeName, attempt: u32) {
         let Some(path) = self.peers.paths(node).first().filter(|path| !path.is_direct()) else { return };
         let peer = path.peer;
         for transport in [Transport::Tcp, Transport::Quic] {
             self.dial(peer, self.addresses(&peer, transport), Purpose::Other);
+        }
+        if attempt > 0 && self.core.settings.hole_punching {
+            // Holes are punched when a circuit begins, with the addresses that are known then, and not later.
+            self.dial(peer, self.circuit_addresses(node), Purpose::Other);
         }
         let pause = Duration::from_secs(15).saturating_mul(1 << attempt.min(5)).min(Duration::from_secs(300));
         self.after(pause.mul_f64(1.0 + random() / 2.0), Task::Upgrade(node.clone(), attempt + 1));
@@ -440,10 +450,8 @@ impl<'a> Driver<'a> {
 
     fn retire(&mut self, node: &NodeName) {
         let paths = self.peers.paths(node);
-        if !paths.iter().any(|path| path.is_direct()) {
-            return;
-        }
-        let relayed: Vec<_> = paths.iter().filter(|path| !path.is_direct()).cloned().collect();
+        let needed = usize::from(!paths.iter().any(|path| path.is_direct()));
+        let relayed: Vec<_> = paths.iter().filter(|path| !path.is_direct()).skip(needed).cloned().collect();
         let mut busy = false;
         for path in relayed {
             if path.streams() == 0 {

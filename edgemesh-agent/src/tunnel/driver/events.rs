@@ -60,8 +60,7 @@ impl Driver<'_> {
                     });
                     let relayed: Vec<NodeName> = relayed.cloned().collect();
                     for node in relayed {
-                        self.schedule.retain(|_, task| !matches!(task, Task::Upgrade(other, _) if *other == node));
-                        self.after(Duration::from_secs_f64(random()), Task::Upgrade(node, 0));
+                        self.upgrade_anew(node, Duration::from_secs_f64(random()));
                     }
                 }
             }
@@ -202,13 +201,11 @@ impl Driver<'_> {
         if direct && is_relay {
             self.relays.connected(&node, Instant::now());
         }
-        if direct && relayed_before {
+        if relayed_before {
             self.after(RETIRE, Task::Retire(node));
         } else if !direct && self.peers.paths(&node).iter().all(|path| !path.is_direct()) {
             // Both sides may try; the one that was called lets the other begin.
-            let wait = if outbound { Duration::ZERO } else { Duration::from_secs(1) };
-            self.schedule.retain(|_, task| !matches!(task, Task::Upgrade(other, _) if *other == node));
-            self.after(wait, Task::Upgrade(node, 0));
+            self.upgrade_anew(node, if outbound { Duration::ZERO } else { Duration::from_secs(1) });
         }
     }
 
@@ -225,6 +222,10 @@ impl Driver<'_> {
                 self.relays.lost(&node, Instant::now(), random());
             } else if path.on_link && self.known(&path.peer) {
                 self.after(Duration::from_secs_f64(1.0 + 2.0 * random()), Task::Neighbour(path.peer, 0));
+            }
+            if !self.peers.paths(&node).is_empty() {
+                // A relay carries on; the hole may have been closed for good, and another be needed.
+                self.upgrade_anew(node, Duration::from_secs_f64(1.0 + random()));
             }
         }
     }
