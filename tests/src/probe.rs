@@ -1,6 +1,7 @@
 //! What runs inside the lab's namespaces: the `lab-probe` program.
 
 mod client;
+mod crowd;
 mod keep;
 mod load;
 pub mod message;

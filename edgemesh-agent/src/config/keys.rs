@@ -95,6 +95,7 @@ pub(super) enum Slot {
     ServeRelay(fn(&mut Draft) -> &mut ServeRelay),
     /// `HOST:PORT` each.
     Targets(fn(&mut Draft) -> &mut Vec<AllowedTarget>),
+    Sockets(fn(&mut Draft) -> &mut Vec<SocketAddr>),
     /// Names of nodes or PeerIds.
     Peers(fn(&mut Draft) -> &mut Vec<String>),
 }
@@ -553,6 +554,11 @@ const EDGE_TUNNEL: &[Key] = &[
         "enableHolePunch",
         "Whether holes are punched in NATs, so that traffic leaves the relays.",
         Slot::Bool(|d| &mut d.tunnel.hole_punching),
+    ),
+    used(
+        "announceAddresses",
+        "Where else others reach this node, such as at a port that a NAT forwards to it: IP:PORT each, TCP and UDP.",
+        Slot::Sockets(|d| &mut d.tunnel.announce),
     ),
     accepted(
         "transport",

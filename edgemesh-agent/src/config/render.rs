@@ -119,6 +119,7 @@ fn current(slot: &Slot, draft: &mut Draft) -> Value {
         }
         Slot::ServeRelay(at) => json!(word(&SERVE_RELAY, *at(draft))),
         Slot::Targets(at) => json!(at(draft).iter().map(ToString::to_string).collect::<Vec<_>>()),
+        Slot::Sockets(at) => json!(*at(draft)),
         Slot::Peers(at) => json!(*at(draft)),
     }
 }
@@ -197,10 +198,13 @@ fn used(slot: &Slot, draft: &mut Draft) -> Value {
         Slot::Source(_) => choice(SOURCES.iter().map(|(word, _)| *word)),
         Slot::SecretBool(_) => json!({ "type": ["boolean", "null"] }),
         Slot::SecretPath(_) => json!({ "type": text, "pattern": "^/" }),
-        Slot::RelayNodes(_, keys) => list_of(*keys, draft),
+        Slot::RelayNodes(_, keys) => list_of(keys, draft),
         Slot::ServeRelay(_) => choice(SERVE_RELAY.iter().map(|(word, _)| *word)),
         Slot::Targets(_) => {
             json!({ "type": ["array", "null"], "items": { "type": "string", "pattern": "^.+:([0-9]+|\\*)$" } })
+        }
+        Slot::Sockets(_) => {
+            json!({ "type": ["array", "null"], "items": { "type": "string", "pattern": "^.+:[0-9]+$" } })
         }
         Slot::Peers(_) => json!({ "type": ["array", "null"], "items": { "type": "string" } }),
     }

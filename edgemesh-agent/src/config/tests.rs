@@ -162,6 +162,7 @@ modules:
     allowedPeers: [edge1, cloud1]
     serveRelay: whenPublic
     enableHolePunch: false
+    announceAddresses: ['198.51.100.7:4443', '[2001:db8::7]:20006']
     relayNodes: [{nodeName: cloud1, advertiseAddress: [203.0.113.7, 'relay.example.org:443', '2001:db8::7']}]
     psk: {enable: false, path: /run/psk}
     tunnelLimitConfig: {tunnelBaseStreamIn: 7}
@@ -231,6 +232,7 @@ modules:
             allowed_peers: vec!["edge1".to_owned(), "cloud1".to_owned()],
             serve_relay: ServeRelay::WhenPublic,
             hole_punching: false,
+            announce: ["198.51.100.7:4443", "[2001:db8::7]:20006"].map(|address| address.parse().unwrap()).to_vec(),
             relays: vec![RelayNode {
                 node: "cloud1".parse().unwrap(),
                 addresses: ["203.0.113.7", "relay.example.org:443", "2001:db8::7"]

@@ -1,6 +1,11 @@
 //! `modules.edgeTunnel`.
 
-use std::{fmt, net::IpAddr, path::PathBuf, str::FromStr};
+use std::{
+    fmt,
+    net::{IpAddr, SocketAddr},
+    path::PathBuf,
+    str::FromStr,
+};
 
 use crate::{
     alias::Overrides,
@@ -29,6 +34,8 @@ pub struct TunnelConfig {
     pub allowed_targets: Vec<AllowedTarget>,
     /// Whether to punch holes in NATs; default true.
     pub hole_punching: bool,
+    /// `announceAddresses`: where others reach this node besides the addresses of its interfaces; default none.
+    pub announce: Vec<SocketAddr>,
     /// `tunnelLimitConfig.tunnelBaseStreamIn`: streams carried for others at a time; default 10240.
     pub max_served: u32,
     /// `directCIDRs` and `neverDirectCIDRs`; both empty.
@@ -47,6 +54,7 @@ impl Default for TunnelConfig {
             allowed_peers: Vec::new(),
             allowed_targets: vec![AllowedTarget { host: AllowedHost::Node, port: Some(22) }],
             hole_punching: true,
+            announce: Vec::new(),
             max_served: 10_240,
             overrides: Overrides::default(),
         }

@@ -92,6 +92,7 @@ pub(super) fn store(node: &Node, slot: &Slot, draft: &mut Draft) -> Result<(), R
         Slot::RelayNodes(at, _) => *at(draft) = relay_nodes(node)?,
         Slot::ServeRelay(at) => *at(draft) = serve_relay(node)?,
         Slot::Targets(at) => *at(draft) = targets(node)?,
+        Slot::Sockets(at) => *at(draft) = sockets(node)?,
         Slot::Peers(at) => *at(draft) = peers(node)?,
     }
     Ok(())
@@ -504,6 +505,21 @@ fn targets(node: &Node) -> Result<Vec<AllowedTarget>, Refusal> {
             .map(|item| {
                 let text = text(item, EXPECTED)?;
                 text.parse().map_err(|_| wrong(text, EXPECTED))
+            })
+            .collect(),
+        Value::Null | Value::Scalar(_) | Value::Map(_) => Err(given(node, EXPECTED)),
+    }
+}
+
+fn sockets(node: &Node) -> Result<Vec<SocketAddr>, Refusal> {
+    const EXPECTED: &str = "a list of IP:PORT, such as ['203.0.113.7:20006', '[2001:db8::7]:20006']";
+    match &node.value {
+        Value::List(items) => items
+            .iter()
+            .map(|item| {
+                let text = text(item, EXPECTED)?;
+                let usable = |address: &SocketAddr| address.port() != 0 && !address.ip().is_unspecified();
+                text.parse().ok().filter(usable).ok_or_else(|| wrong(text, EXPECTED))
             })
             .collect(),
         Value::Null | Value::Scalar(_) | Value::Map(_) => Err(given(node, EXPECTED)),

@@ -27,6 +27,7 @@ use crate::{
 };
 
 const PSK_UNUSABLE: &str = "PskUnusable";
+const PSK_PUBLIC: &str = "PskPublic";
 const NOT_STARTED: &str = "TunnelNotStarted";
 const NO_RELAY: &str = "RelaysUnreachable";
 const WRONG_PSK: &str = "WrongPskSeen";
@@ -159,6 +160,7 @@ impl Follower {
             relays: self.config.relays.clone(),
             serve_relay: self.config.serve_relay,
             hole_punching: self.config.hole_punching,
+            announce: self.config.announce.clone(),
             max_served: limit.min(tokio::sync::Semaphore::MAX_PERMITS),
             ..Settings::new(node.clone(), psks)
         };
@@ -198,6 +200,13 @@ impl Follower {
             Ok((stamp, Ok(psks))) => {
                 self.psk_seen = stamp;
                 self.conditions.clear(PSK_UNUSABLE, &subject);
+                if psks.has_public() {
+                    let message = "the PSK is the one in EdgeMesh's published manifests, so anybody can be any node of this \
+                                   mesh; make another, with 'openssl rand -base64 32', and give it to all nodes";
+                    self.conditions.raise(PSK_PUBLIC, subject, message.to_owned(), SystemTime::now());
+                } else {
+                    self.conditions.clear(PSK_PUBLIC, &subject);
+                }
                 Some(psks)
             }
             Ok((stamp, Err(error))) => {

@@ -19,6 +19,9 @@ const MIN_PSK: usize = 16;
 /// Longest PSK file read, in bytes.
 const MAX_PSK_FILE: u64 = 64 * 1024;
 
+/// The PSK in the manifests and charts that EdgeMesh (Go) publishes.
+const PUBLIC_PSK: &[u8] = b"JugH9HP1XBouyO5pWGeZa8LtipDURrf17EJvUHcJGuQ=";
+
 /// Name of a Kubernetes node: a DNS subdomain, 253 bytes at most. Cheap to clone.
 #[derive(Clone, Debug, Eq, Hash, Ord, PartialEq, PartialOrd)]
 pub struct NodeName(Arc<str>);
@@ -154,6 +157,12 @@ impl Psks {
         Self::parse(&text)
     }
 
+    /// Whether one of them is known to everybody: the one that EdgeMesh (Go) ships, and which is in use wherever nobody has
+    /// changed it.
+    pub fn has_public(&self) -> bool {
+        [Some(&self.own), self.also.as_ref()].into_iter().flatten().any(|psk| &*psk.0 == PUBLIC_PSK)
+    }
+
     /// Whether both give a node the same identity, so that going from one to the other breaks no connection.
     pub fn same_identity(&self, other: &Self) -> bool {
         self.own == other.own
@@ -269,6 +278,18 @@ mod tests {
     fn keys_are_never_printed() {
         let psks = Psks::parse("0123456789abcdef\nfedcba9876543210").unwrap();
         assert_eq!(format!("{psks:?}"), "Psks(2 redacted)");
+    }
+
+    #[test]
+    fn a_key_that_everybody_knows_is_told() {
+        let public = "JugH9HP1XBouyO5pWGeZa8LtipDURrf17EJvUHcJGuQ=";
+        for (text, expected) in [
+            (format!("{public}\n"), true),
+            (format!("0123456789abcdef\n{public}"), true),
+            ("0123456789abcdef".to_owned(), false),
+        ] {
+            assert_eq!(Psks::parse(&text).unwrap().has_public(), expected);
+        }
     }
 
     #[test]

@@ -11,8 +11,8 @@ use anyhow::{Context as _, Result, bail, ensure};
 use super::DEADLINE;
 use super::shell::Shell;
 use crate::probe::message::{
-    App, Dial, Failure, FanReply, HammerReport, HttpReport, Measure, Quantiles, Reply, Request, Response, SpreadReport,
-    Transport, parse_greeting,
+    App, BulkReport, Dial, Ending, Failure, FanReply, HammerReport, HttpReport, Measure, Quantiles, Reply, Request,
+    Response, SpreadReport, Transport, parse_greeting,
 };
 
 /// How long an answer to a question about the socket's address may take before it is asked again.
@@ -258,6 +258,22 @@ impl Pod {
         ask!(self, request, bound, Response::Spread(report) => report)
     }
 
+    /// Holds `count` connections at once and exchanges `rounds` messages of many sizes on each, none like another: what
+    /// comes back must be the very same, whole and alone. Counts who answered each connection.
+    pub fn crowd(&self, transport: Transport, target: SocketAddr, count: u32, rounds: u32) -> Result<SpreadReport> {
+        let request = Request::Crowd { transport, dial: self.dial(target), count, rounds };
+        let bound = self.deadline.saturating_mul(rounds.saturating_add(4));
+        ask!(self, request, bound, Response::Spread(report) => report)
+    }
+
+    /// Sends so many bytes to an [`App::Tcp`] server on one connection, receives them again at the same time, and
+    /// compares.
+    pub fn bulk(&self, target: SocketAddr, bytes: u64) -> Result<BulkReport> {
+        // At a MiB a second, at the worst.
+        let bound = self.deadline.saturating_mul(4) + Duration::from_secs(bytes >> 20);
+        ask!(self, Request::Bulk { dial: self.dial(target), bytes }, bound, Response::Bulk(report) => report)
+    }
+
     /// Times `rounds` blocking connects per group of addresses, as [`Pod::measure`] does.
     pub fn latency(&self, transport: Transport, groups: &[Vec<SocketAddr>], rounds: u32) -> Result<Vec<Quantiles>> {
         self.measure(Measure::Connect(transport), groups, rounds)
@@ -301,6 +317,27 @@ impl Connection {
     fn talk(&self, addressed: bool) -> Result<Reply> {
         let request = Request::Exchange { connection: self.id, addressed, deadline: self.pod.deadline };
         ask!(self.pod, request, self.pod.deadline * 2, Response::Reply(reply) => reply)
+    }
+
+    /// Sends one byte over TCP, and waits for no answer.
+    pub fn say(&self) -> Result<()> {
+        let request = Request::Say { connection: self.id, deadline: self.pod.deadline };
+        ask!(self.pod, request, self.pod.deadline, Response::Done => ())
+    }
+
+    /// Reads to the end of a TCP connection and tells how it ended; `ETIMEDOUT` where it did not.
+    pub fn read_to_end(&self) -> Result<Ending> {
+        self.end(false)
+    }
+
+    /// Ends this side's direction of a TCP connection, then as [`Connection::read_to_end`].
+    pub fn finish(&self) -> Result<Ending> {
+        self.end(true)
+    }
+
+    fn end(&self, finish: bool) -> Result<Ending> {
+        let request = Request::ReadToEnd { connection: self.id, finish, deadline: self.pod.deadline };
+        ask!(self.pod, request, self.pod.deadline * 2, Response::Ended(ending) => ending)
     }
 
     /// Connects the same UDP socket to another target.

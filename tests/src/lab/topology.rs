@@ -64,6 +64,8 @@ struct NodeInner {
     pause: u32,
     cgroup: std::path::PathBuf,
     next_pod: AtomicU32,
+    /// Links into sites other than its own.
+    more_links: AtomicU32,
 }
 
 impl Site {
@@ -265,6 +267,7 @@ impl Site {
                 pause,
                 cgroup,
                 next_pod: AtomicU32::new(FIRST_POD),
+                more_links: AtomicU32::new(0),
             }),
             ips,
             host,
@@ -311,6 +314,31 @@ impl Node {
     /// The node itself, as a pod on the host network would see it.
     pub fn host(&self) -> &Pod {
         &self.host
+    }
+
+    /// Links the node into another site too, as a node that several LANs can reach is: `eth1`, then `eth2`. Nobody gets a
+    /// route to its pods, or it to anybody's, by that. Returns its addresses there.
+    pub fn also_in(&self, site: &Site) -> Result<Vec<IpAddr>> {
+        let ips = site.next_ips();
+        let node = &*self.node;
+        let name = format!("eth{}", node.more_links.fetch_add(1, Ordering::Relaxed) + 1);
+        let link = format!("node{}", node.lab.next_link());
+        let attempt = || format!("could not link the node {} into another site", node.name);
+        let backbone = format!(
+            "link add {link} type veth peer name {name} netns {}\nlink set {link} master {} up\n",
+            node.netns.path(),
+            site.site.bridge
+        );
+        node.lab.backbone.ip(&backbone).with_context(attempt)?;
+        let mut batch = format!("link set {name} up\n");
+        for (subnet, ip) in site.site.subnets.iter().zip(&ips) {
+            add_address(&mut batch, *subnet, *ip, &name);
+        }
+        node.netns.ip(&batch).with_context(attempt)?;
+        if let Some(router) = &site.site.router {
+            router.set_hosts(&site.hosts()).with_context(attempt)?;
+        }
+        Ok(ips)
     }
 
     /// Adds a pod with the next free address of each of the node's pod subnets.
@@ -396,7 +424,7 @@ impl Node {
         self.node.netns.sysctl(&[(name, value)])
     }
 
-    /// Has this node reach the pods of another node of its site through that node.
+    /// Has this node reach the pods of another node of its site through that node, unless it has pods of its own there.
     fn add_routes_to(&self, other: &Self) -> Result<()> {
         let mut batch = String::new();
         // A node that has the subnet itself has no use for another's.

@@ -17,7 +17,9 @@ use nix::sys::socket::{
 use nix::sys::time::TimeVal;
 use tokio_tungstenite::tungstenite::Message;
 
-use super::message::{Dial, Failure, FanReply, HttpReply, HttpReport, Reply, Transport, parse_greeting, unspecified};
+use super::message::{
+    Dial, Ending, Failure, FanReply, HttpReply, HttpReport, Reply, Transport, parse_greeting, unspecified,
+};
 
 /// No greeting and no answer of a lab server is longer.
 const LONGEST: usize = 512;
@@ -87,6 +89,29 @@ impl Connection {
                 Ok(Reply { name, client, peer, local, connect })
             }
         }
+    }
+
+    /// Sends one byte over TCP, and reads no answer.
+    pub(super) fn say(&mut self, deadline: Duration) -> Result<(), Failure> {
+        let Socket::Tcp(stream, ..) = &mut self.socket else { return Err(Failure::other("only TCP has an end")) };
+        set_deadline(stream, deadline)?;
+        stream.write_all(b"x").map_err(|error| Failure::from_io(&format!("send to {}", self.target), &error))
+    }
+
+    /// Reads a TCP connection to its end, after closing its own direction where it is to `finish`.
+    pub(super) fn read_to_end(&mut self, finish: bool, deadline: Duration) -> Result<Ending, Failure> {
+        let target = self.target;
+        let Socket::Tcp(stream, ..) = &mut self.socket else { return Err(Failure::other("only TCP has an end")) };
+        set_deadline(stream, deadline)?;
+        if finish {
+            stream
+                .shutdown(std::net::Shutdown::Write)
+                .map_err(|error| Failure::from_io(&format!("close one direction to {target}"), &error))?;
+        }
+        let (begin, mut rest) = (Instant::now(), Vec::new());
+        let error = stream.read_to_end(&mut rest).err();
+        let errno = error.and_then(|error| Failure::from_io("receive", &error).errno);
+        Ok(Ending { rest: String::from_utf8_lossy(&rest).into_owned(), errno, took: begin.elapsed() })
     }
 
     /// Connects a UDP socket to another target.
@@ -278,7 +303,7 @@ pub(super) async fn websocket(dial: Dial) -> Result<Reply, Failure> {
 }
 
 /// Connects with a socket that async code can use.
-async fn connect_async(dial: Dial) -> Result<(tokio::net::TcpStream, SocketAddr, SocketAddr), Failure> {
+pub(super) async fn connect_async(dial: Dial) -> Result<(tokio::net::TcpStream, SocketAddr, SocketAddr), Failure> {
     let connecting = tokio::net::TcpStream::connect(dial.target);
     let stream = match tokio::time::timeout(dial.deadline, connecting).await {
         Ok(stream) => stream.map_err(|error| Failure::from_io(&format!("connect to {}", dial.target), &error))?,

@@ -71,6 +71,22 @@ pub enum Request {
         /// Of the family that the socket was opened for.
         target: SocketAddr,
     },
+    /// Sends one byte on a kept TCP socket and waits for no answer; [`Response::Done`].
+    Say {
+        /// From [`Response::Opened`].
+        connection: u64,
+        /// Bounds the sending.
+        deadline: Duration,
+    },
+    /// Reads a kept TCP socket to its end, whichever it is; [`Response::Ended`].
+    ReadToEnd {
+        /// From [`Response::Opened`].
+        connection: u64,
+        /// Whether this side ends its own direction before.
+        finish: bool,
+        /// Bounds the reading.
+        deadline: Duration,
+    },
     /// Closes a kept socket; [`Response::Done`].
     Close {
         /// From [`Response::Opened`].
@@ -133,6 +149,24 @@ pub enum Request {
         /// How many at once.
         concurrency: u32,
     },
+    /// Holds many connections at once and exchanges messages on all of them, each unlike any other; [`Response::Spread`].
+    Crowd {
+        /// TCP or UDP.
+        transport: Transport,
+        /// The server; the deadline bounds each step.
+        dial: Dial,
+        /// How many connections.
+        count: u32,
+        /// How many messages on each.
+        rounds: u32,
+    },
+    /// Sends much to an [`App::Tcp`] server and checks what comes back, while it sends; [`Response::Bulk`].
+    Bulk {
+        /// The server; the deadline bounds how long nothing may move.
+        dial: Dial,
+        /// How much, in bytes.
+        bytes: u64,
+    },
     /// Times one thing again and again, the groups taking turns in one thread; [`Response::Latency`].
     Latency {
         /// What is timed.
@@ -180,8 +214,12 @@ pub enum Response {
     Datagram(SocketAddr, String),
     /// A keep-alive connection.
     Http(HttpReport),
+    /// How a connection ended.
+    Ended(Ending),
     /// Who answered how often.
     Spread(SpreadReport),
+    /// What much data came to.
+    Bulk(BulkReport),
     /// Per group, in the order of the request.
     Latency(Vec<Quantiles>),
     /// The id of a running hammer.
@@ -201,6 +239,10 @@ pub enum App {
     Http,
     /// Greets with the text message `name client-address`, then echoes messages.
     WebSocket,
+    /// TCP: greets as [`App::Tcp`] does, hears everything out, answers with the number of bytes heard, and closes.
+    Count,
+    /// TCP: greets as [`App::Tcp`] does and resets the connection at the first byte.
+    Reset,
 }
 
 /// What a latency is of.
@@ -260,6 +302,28 @@ pub struct FanReply {
     pub name: String,
     /// The client's address as the server sees it.
     pub client: SocketAddr,
+}
+
+/// How a TCP connection ended, as its client saw it.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Ending {
+    /// What came before the end; bytes that are no UTF-8 are replaced.
+    pub rest: String,
+    /// The errno name, such as `ECONNRESET`; none where the server closed.
+    pub errno: Option<String>,
+    /// How long the end was waited for.
+    pub took: Duration,
+}
+
+/// Much data there and back.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct BulkReport {
+    /// How much came back as it was sent, in bytes.
+    pub received: u64,
+    /// Whether every byte that came back was the one that was sent, and the end came after the last.
+    pub intact: bool,
+    /// From the first byte to the end.
+    pub took: Duration,
 }
 
 /// HTTP requests on one connection.

@@ -31,7 +31,7 @@ impl Server {
         let failed = |error: std::io::Error| Failure::from_io(&format!("listen on {listen}"), &error);
         match app {
             App::Udp => Ok(Self::Datagram(UdpSocket::bind(listen).await.map_err(failed)?, name.into())),
-            App::Tcp | App::Http | App::WebSocket => {
+            App::Tcp | App::Http | App::WebSocket | App::Count | App::Reset => {
                 Ok(Self::Stream(TcpListener::bind(listen).await.map_err(failed)?, app, name.into()))
             }
         }
@@ -67,6 +67,8 @@ async fn serve_streams(listener: &TcpListener, app: App, name: &Arc<str>) {
                     match app {
                         App::Http => serve_http(stream, client, &name).await,
                         App::WebSocket => serve_websocket(stream, client, &name).await,
+                        App::Count => serve_count(stream, client, &name).await,
+                        App::Reset => serve_reset(stream, client, &name).await,
                         App::Tcp | App::Udp => serve_echo(stream, client, &name).await,
                     }
                 });
@@ -83,11 +85,26 @@ async fn serve_echo(mut stream: TcpStream, client: SocketAddr, name: &str) {
     if stream.write_all(format!("{name} {client}\n").as_bytes()).await.is_err() {
         return;
     }
-    let mut buffer = [0_u8; 4096];
+    let mut buffer = vec![0_u8; 65_536];
     while let Ok(length @ 1..) = stream.read(&mut buffer).await {
         if stream.write_all(&buffer[..length]).await.is_err() {
             return;
         }
+    }
+}
+
+async fn serve_count(mut stream: TcpStream, client: SocketAddr, name: &str) {
+    if stream.write_all(format!("{name} {client}\n").as_bytes()).await.is_err() {
+        return;
+    }
+    if let Ok(heard) = tokio::io::copy(&mut stream, &mut tokio::io::sink()).await {
+        let _ = stream.write_all(heard.to_string().as_bytes()).await;
+    }
+}
+
+async fn serve_reset(mut stream: TcpStream, client: SocketAddr, name: &str) {
+    if stream.write_all(format!("{name} {client}\n").as_bytes()).await.is_ok() && stream.read_u8().await.is_ok() {
+        let _ = stream.set_zero_linger();
     }
 }
 

@@ -12,6 +12,7 @@ use tokio::runtime::Runtime;
 use tokio::task::JoinHandle;
 
 use super::client::{self, Connection, connect_blocking};
+use super::crowd;
 use super::load::{self, Hammer};
 use super::message::{Answer, App, Call, Failure, Request, Response};
 use super::serve::{self, Server};
@@ -87,6 +88,18 @@ impl Shell {
                 locked(&self.connections).insert(connection, taken);
                 outcome.map(|()| Response::Done)
             }
+            Request::Say { connection, deadline } => {
+                let mut taken = take(&self.connections, connection)?;
+                let outcome = taken.say(deadline);
+                locked(&self.connections).insert(connection, taken);
+                outcome.map(|()| Response::Done)
+            }
+            Request::ReadToEnd { connection, finish, deadline } => {
+                let mut taken = take(&self.connections, connection)?;
+                let ending = taken.read_to_end(finish, deadline);
+                locked(&self.connections).insert(connection, taken);
+                ending.map(Response::Ended)
+            }
             Request::Close { connection } => take(&self.connections, connection).map(|_| Response::Done),
             Request::Connect(transport, dial) => {
                 connect_blocking(transport, dial).map(|(_, took)| Response::Connected(took))
@@ -113,6 +126,10 @@ impl Shell {
             Request::Spread { transport, dial, count, concurrency } => {
                 load::spread(transport, dial, count, concurrency).map(Response::Spread)
             }
+            Request::Crowd { transport, dial, count, rounds } => {
+                self.runtime.block_on(crowd::crowd(transport, dial, count, rounds)).map(Response::Spread)
+            }
+            Request::Bulk { dial, bytes } => self.runtime.block_on(crowd::bulk(dial, bytes)).map(Response::Bulk),
             Request::Latency { measure, groups, rounds, deadline } => {
                 load::latency(measure, &groups, rounds, deadline).map(Response::Latency)
             }

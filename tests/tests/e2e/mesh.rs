@@ -1,5 +1,12 @@
 //! Across nodes by the tunnel: real agents, real pods, and nothing configured but a PSK and one relay.
 
+mod across;
+mod crowds;
+mod relays;
+mod sites;
+mod strangers;
+mod targets;
+
 use std::time::Duration;
 
 use anyhow::{Context as _, Result};

@@ -1,0 +1,57 @@
+//! Much at once: connections, clients, bytes.
+
+use std::time::Duration;
+
+use anyhow::{Context as _, Result};
+use edgemesh_tests::lab::{Transport, agent::AgentOptions};
+
+use super::sites::{Sites, TCP, UDP, server};
+
+const CLIENTS: u32 = 1000;
+/// For a machine that does something else meanwhile.
+const PATIENT: Duration = Duration::from_secs(30);
+/// How much goes through one connection, each way; `EDGEMESH_TUNNEL_MIB=1024` for the whole.
+const MIB: u64 = 64;
+
+fn mib() -> Result<u64> {
+    match std::env::var("EDGEMESH_TUNNEL_MIB") {
+        Ok(text) => text.parse().with_context(|| format!("EDGEMESH_TUNNEL_MIB={text:?} is no number")),
+        Err(_) => Ok(MIB),
+    }
+}
+
+/// A direct path, and one by a relay.
+fn raise() -> Result<Option<Sites>> {
+    let edges = [("edge1", "plant"), ("edge2", "shop")];
+    let Some(sites) = Sites::raise(&["cloud"], &edges, &AgentOptions::default())? else { return Ok(None) };
+    for to in ["cloud", "edge2"] {
+        sites.connected("edge1", to)?;
+    }
+    Ok(Some(sites))
+}
+
+#[test]
+fn a_thousand_clients_at_once_each_get_their_own_answers() -> Result<()> {
+    let Some(sites) = raise()? else { return Ok(()) };
+    let client = sites.seat("edge1")?.client.within(PATIENT);
+    for to in ["cloud", "edge2"] {
+        for (transport, port, rounds) in [(Transport::Tcp, TCP, 6), (Transport::Udp, UDP, 6)] {
+            let target = sites.seat(to)?.service(port)[0];
+            let report = client.crowd(transport, target, CLIENTS, rounds)?;
+            assert_eq!(report.failures.len(), 0, "{transport:?} to {to}: {report:?}");
+            assert_eq!(report.names.get(&server(to)), Some(&u64::from(CLIENTS)), "{transport:?} to {to}: {report:?}");
+        }
+    }
+    Ok(())
+}
+
+#[test]
+fn much_data_arrives_both_ways_as_it_was_sent() -> Result<()> {
+    let Some(sites) = raise()? else { return Ok(()) };
+    let (client, bytes) = (sites.seat("edge1")?.client.within(PATIENT), mib()? << 20);
+    for to in ["cloud", "edge2"] {
+        let report = client.bulk(sites.seat(to)?.service(TCP)[0], bytes)?;
+        assert_eq!((report.received, report.intact), (bytes, true), "to {to}");
+    }
+    Ok(())
+}
