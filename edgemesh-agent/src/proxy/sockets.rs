@@ -22,6 +22,9 @@ use tokio::{
 /// How many connections may wait to be accepted; the kernel's `net.core.somaxconn` may set a lower bound.
 const BACKLOG: i32 = 4096;
 
+/// Room for the first datagrams of flows, in bytes, until the one task that takes them has come to them.
+const FIRST_DATAGRAMS: usize = 4 << 20;
+
 /// One socket for each protocol and family, bound to the loopback device: nothing reaches them but by the program that
 /// looks sockets up for aliases, and processes of this node that guess their ports, whom nothing is answered.
 #[derive(Debug)]
@@ -77,6 +80,9 @@ fn udp(ip: IpAddr) -> nix::Result<UdpSocket> {
         IpAddr::V4(_) => setsockopt(&socket, sockopt::Ipv4OrigDstAddr, &true)?,
         IpAddr::V6(_) => setsockopt(&socket, sockopt::Ipv6OrigDstAddr, &true)?,
     }
+    // Beyond what net.core.rmem_max allows, which the capability to administrate networks permits.
+    setsockopt(&socket, sockopt::RcvBufForce, &FIRST_DATAGRAMS)
+        .or_else(|_| setsockopt(&socket, sockopt::RcvBuf, &FIRST_DATAGRAMS))?;
     bind_to(&socket, SocketAddr::new(ip, 0))?;
     registered(UdpSocket::from_std(socket.into()))
 }

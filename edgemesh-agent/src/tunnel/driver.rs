@@ -59,6 +59,9 @@ const RETIRE: Duration = Duration::from_secs(30);
 /// How long listeners may take to tell their addresses before anything is dialled.
 const LISTENING: Duration = Duration::from_secs(1);
 
+/// How long the ends of connections may take when a swarm ends.
+const PARTING: Duration = Duration::from_millis(500);
+
 /// What the handle asks of the swarm.
 pub(super) enum Command {
     /// Answered when there is a path to the node, or with why there is none.
@@ -149,6 +152,7 @@ impl Core {
     pub(super) async fn drive(&mut self, listening: Listening) -> Ended {
         let mut driver = Driver::new(self, listening);
         let ended = driver.run().await;
+        driver.part().await;
         let _ = self.peers.send_replace(Arc::default());
         ended
     }
@@ -176,9 +180,21 @@ enum Task {
 /// What a dial is for.
 #[derive(Clone, Debug)]
 enum Purpose {
-    Wanted(NodeName),
+    Wanted {
+        node: NodeName,
+        direct: bool,
+    },
     Relay(NodeName),
+    /// To learn whether the node still listens at an address where a connection of it has ended.
+    Verify(NodeName, IpAddr),
     Other,
+}
+
+impl Purpose {
+    /// Whether it is for those who want a stream to that node.
+    fn is_for(&self, node: &NodeName) -> bool {
+        matches!(self, Self::Wanted { node: wanted, .. } if wanted == node)
+    }
 }
 
 struct Driver<'a> {
@@ -288,6 +304,21 @@ impl<'a> Driver<'a> {
         if tokio::time::timeout(LISTENING, told).await.is_err() {
             debug!(?expected, "the tunnel does not listen everywhere yet");
         }
+    }
+
+    /// Closes all connections. Those of QUIC would otherwise live on, and with them the socket, for as long as somebody
+    /// holds a stream of theirs; and peers learn of it at once rather than by silence.
+    async fn part(&mut self) {
+        let peers: Vec<PeerId> = self.swarm.connected_peers().copied().collect();
+        for peer in peers {
+            let _ = self.swarm.disconnect_peer_id(peer);
+        }
+        let parted = async {
+            while self.swarm.network_info().num_peers() > 0 {
+                self.swarm.select_next_some().await;
+            }
+        };
+        let _ = tokio::time::timeout(PARTING, parted).await;
     }
 
     fn after(&mut self, pause: Duration, task: Task) {
@@ -429,9 +460,9 @@ impl<'a> Driver<'a> {
     }
 
     /// Begins to try for a direct path to a node after `wait`, whatever has been tried before.
-    fn upgrade_anew(&mut self, node: NodeName, wait: Duration) {
-        self.schedule.retain(|_, task| !matches!(task, Task::Upgrade(other, _) if *other == node));
-        self.after(wait, Task::Upgrade(node, 0));
+    fn upgrade_anew(&mut self, node: &NodeName, wait: Duration) {
+        self.schedule.retain(|_, task| !matches!(task, Task::Upgrade(other, _) if other == node));
+        self.after(wait, Task::Upgrade(node.clone(), 0));
     }
 
     fn upgrade(&mut self, node: &NodeName, attempt: u32) {

@@ -20,6 +20,7 @@ mod handler;
 
 use std::{
     collections::{HashMap, VecDeque},
+    hash::{BuildHasher as _, RandomState},
     net::IpAddr,
     sync::Arc,
     task::{Context, Poll},
@@ -50,7 +51,7 @@ use super::{
 #[derive(Debug)]
 pub(super) enum Event<E> {
     /// A connection is a member's.
-    Member { peer: PeerId, connection: ConnectionId, node: NodeName, addresses: Vec<Multiaddr> },
+    Member { peer: PeerId, connection: ConnectionId, node: NodeName, addresses: Vec<Multiaddr>, run: u64 },
     /// A connection is cut off.
     Refused { peer: PeerId, connection: ConnectionId },
     /// Of the behaviour behind the gate.
@@ -80,7 +81,8 @@ impl<B: NetworkBehaviour> Gate<B> {
         deadline: Duration,
         counters: Arc<Counters>,
     ) -> Self {
-        let hello = Hello { node: node.to_string(), addresses: Vec::new() };
+        let run = RandomState::new().hash_one(node);
+        let hello = Hello { node: node.to_string(), addresses: Vec::new(), run };
         Self {
             inner,
             shared: Arc::new(handler::Shared { membership, hello, deadline }),
@@ -110,7 +112,7 @@ impl<B: NetworkBehaviour> Gate<B> {
         let addresses = addresses.take(super::wire::MAX_ADDRESSES).map(Multiaddr::to_vec).collect();
         self.shared = Arc::new(handler::Shared {
             membership: Arc::clone(membership),
-            hello: Hello { node: hello.node.clone(), addresses },
+            hello: Hello { addresses, ..hello.clone() },
             deadline: *deadline,
         });
     }
@@ -241,11 +243,11 @@ impl<B: NetworkBehaviour> NetworkBehaviour for Gate<B> {
 
     fn on_connection_handler_event(&mut self, peer: PeerId, connection: ConnectionId, event: THandlerOutEvent<Self>) {
         match event {
-            FromHandler::Member { node, addresses } => {
+            FromHandler::Member { node, addresses, run } => {
                 self.admission.joined(&connection, Instant::now());
                 self.unknown.remove(&connection);
                 self.members.insert(connection, peer);
-                let member = Event::Member { peer, connection, node, addresses };
+                let member = Event::Member { peer, connection, node, addresses, run };
                 self.actions.push_back(ToSwarm::GenerateEvent(member));
             }
             FromHandler::Refused { claimed, why } => {
@@ -276,7 +278,11 @@ pub(super) fn with_sources(error: &dyn std::error::Error) -> String {
     let mut text = error.to_string();
     let mut next = error.source();
     while let Some(source) = next {
-        text = format!("{text}: {source}");
+        let words = source.to_string();
+        // Many say what their source says.
+        if !text.ends_with(&words) {
+            text = format!("{text}: {words}");
+        }
         next = source.source();
     }
     text

@@ -126,6 +126,7 @@ impl Tunnel {
         until: Instant,
     ) -> Result<Frames, OpenError> {
         let mut failed = Vec::new();
+        let mut looked = false;
         loop {
             if self.stop.is_cancelled() {
                 return Err(OpenError::Stopped);
@@ -151,6 +152,12 @@ impl Tunnel {
                 tokio::task::yield_now().await;
                 continue;
             };
+            if path.is_doubtful() && !looked {
+                // Perhaps there is a better one by now, or can be; if not, this one is tried all the same.
+                looked = true;
+                let _ = tokio::time::timeout(LOOK, self.connect(node)).await;
+                continue;
+            }
             let connection = path.connection;
             match request(node, path, permit, protocol, target, until).await {
                 Ok(frames) => return Ok(frames),
@@ -184,6 +191,9 @@ impl Tunnel {
 
 /// How long a swarm that is being started anew is given before it is asked again.
 const RESTART: Duration = Duration::from_millis(100);
+
+/// How long another path is looked for where the only one is in doubt.
+const LOOK: Duration = Duration::from_millis(1500);
 
 /// Paths that may fail under one request.
 const MAX_ATTEMPTS: usize = 4;

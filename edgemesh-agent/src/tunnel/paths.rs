@@ -77,7 +77,11 @@ pub(super) struct Path {
     /// Known once the peer has passed the gate.
     pub(super) node: SetOnce<NodeName>,
     pub(super) via: OnceLock<NodeName>,
+    /// Which run of its node it leads to.
+    pub(super) run: OnceLock<u64>,
     pub(super) punched: AtomicBool,
+    /// Whether a round trip has failed and none has succeeded since.
+    doubtful: AtomicBool,
     pub(super) since: Instant,
     rtt_nanos: AtomicU64,
     streams: AtomicU32,
@@ -113,7 +117,9 @@ impl Path {
             pinned: AtomicBool::new(false),
             node: SetOnce::new(),
             via: OnceLock::new(),
+            run: OnceLock::new(),
             punched: AtomicBool::new(false),
+            doubtful: AtomicBool::new(false),
             since: Instant::now(),
             rtt_nanos: AtomicU64::new(0),
             streams: AtomicU32::new(0),
@@ -137,6 +143,16 @@ impl Path {
 
     pub(super) fn is_direct(&self) -> bool {
         self.relay.is_none()
+    }
+
+    /// Whether it may be dead: other paths are better, and where there is none, a new one is looked for.
+    pub(super) fn is_doubtful(&self) -> bool {
+        self.doubtful.load(Ordering::Relaxed)
+    }
+
+    /// Says whether that is news.
+    pub(super) fn set_doubtful(&self, doubtful: bool) -> bool {
+        self.doubtful.swap(doubtful, Ordering::Relaxed) != doubtful
     }
 
     pub(super) fn streams(&self) -> u32 {
@@ -172,12 +188,12 @@ impl Path {
         self.counters.received_bytes.add(bytes as u64);
     }
 
-    fn rank(&self) -> (PathKind, Transport, Instant) {
+    fn rank(&self) -> (bool, PathKind, Transport, Instant) {
         let kind = match self.kind() {
             PathKind::Relayed { .. } => PathKind::Relayed { via: None },
             kind @ (PathKind::Lan | PathKind::Direct | PathKind::HolePunched) => kind,
         };
-        (kind, self.transport, self.since)
+        (self.is_doubtful(), kind, self.transport, self.since)
     }
 }
 
@@ -256,7 +272,7 @@ impl Peers {
         self.0.iter().flat_map(|(node, paths)| paths.iter().map(move |path| (node, path)))
     }
 
-    /// Adds a path, or puts it in its place again when its kind has changed.
+    /// Adds a path, or puts it in its place again when its rank has changed.
     pub(super) fn put(&mut self, node: &NodeName, path: Arc<Path>) {
         let paths = self.0.entry(node.clone()).or_default();
         paths.retain(|other| other.connection != path.connection);
@@ -316,6 +332,20 @@ mod tests {
                 ("relayed", Transport::Tcp),
             ]
         );
+    }
+
+    #[test]
+    fn a_path_in_doubt_comes_last_until_it_answers() {
+        let node: NodeName = "n".parse().unwrap();
+        let mut peers = Peers::default();
+        let (lan, relayed) = (path(1, false, true, Transport::Tcp), path(2, true, false, Transport::Tcp));
+        peers.put(&node, Arc::clone(&lan));
+        peers.put(&node, relayed);
+        for (doubtful, best) in [(true, "relayed"), (false, "lan")] {
+            assert!(lan.set_doubtful(doubtful) && !lan.set_doubtful(doubtful));
+            peers.put(&node, Arc::clone(&lan));
+            assert_eq!(peers.path(&node).unwrap().as_str(), best);
+        }
     }
 
     #[test]

@@ -20,6 +20,10 @@ pub(super) struct Hello {
     /// Where the sender might be reached directly, as binary multiaddresses.
     #[prost(bytes = "vec", repeated, tag = "2")]
     pub(super) addresses: Vec<Vec<u8>>,
+    /// Another number each time that the sender starts, so that who knows it tells connections of before from those that
+    /// are still alive.
+    #[prost(fixed64, tag = "3")]
+    pub(super) run: u64,
 }
 
 /// What kind of flow a stream carries.
@@ -172,7 +176,7 @@ mod tests {
             block_on_ready(read::<Hello>(&mut Cursor::new(claim))).unwrap_err().kind(),
             io::ErrorKind::InvalidData
         );
-        let long = Hello { node: "x".repeat(5000), addresses: Vec::new() };
+        let long = Hello { node: "x".repeat(5000), ..Hello::default() };
         assert!(block_on_ready(write(&mut Vec::new(), &long)).is_err());
     }
 

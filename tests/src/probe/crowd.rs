@@ -60,7 +60,7 @@ async fn join(transport: Transport, dial: Dial) -> Result<Member, Failure> {
         }
         Transport::Udp => {
             let failed = |error: std::io::Error| Failure::from_io(&format!("connect to {target}"), &error);
-            let socket = UdpSocket::bind(unspecified(target)).await.map_err(failed)?;
+            let socket = UdpSocket::bind(unspecified(target, 0)).await.map_err(failed)?;
             socket.connect(target).await.map_err(failed)?;
             Ok(Member::Udp(socket))
         }
@@ -112,7 +112,14 @@ async fn talk(mut member: Member, number: u32, dial: Dial, rounds: u32) -> Resul
             }
         };
         if heard != message {
-            return Err(Failure::other("an answer is not what was sent"));
+            let head = |bytes: &[u8]| String::from_utf8_lossy(&bytes[..bytes.len().min(24)]).into_owned();
+            return Err(Failure::other(format!(
+                "the answer to {:?}, {} bytes, is {:?}, {} bytes",
+                head(&message),
+                message.len(),
+                head(&heard),
+                heard.len()
+            )));
         }
     }
     Ok(answered)

@@ -1,6 +1,8 @@
 //! What the swarm tells.
 
 use std::{
+    io,
+    net::IpAddr,
     sync::{Arc, atomic::Ordering},
     time::{Duration, Instant},
 };
@@ -15,8 +17,8 @@ use tracing::{debug, info, warn};
 
 use super::{Driver, MAX_STRANGERS, Purpose, RETIRE, STRANGER, Task, random};
 use crate::tunnel::{
-    NodeName, PathKind,
-    gate::{self, is_relayed, with_sources},
+    NodeName, PathKind, Transport,
+    gate::{self, ip, is_relayed, with_sources},
     mesh::MeshEvent,
 };
 
@@ -27,8 +29,9 @@ impl Driver<'_> {
     #[expect(clippy::wildcard_enum_match_arm, reason = "libp2p has many events, and the rest is no matter here")]
     pub(super) fn on_swarm_event(&mut self, event: SwarmEvent<gate::Event<MeshEvent>>) {
         match event {
-            SwarmEvent::Behaviour(gate::Event::Member { peer, connection, node, addresses }) => {
+            SwarmEvent::Behaviour(gate::Event::Member { peer, connection, node, addresses, run }) => {
                 self.on_member(peer, connection, node, addresses);
+                self.end_other_runs(connection, run);
             }
             SwarmEvent::Behaviour(gate::Event::Refused { peer, connection }) => {
                 self.outbound.remove(&connection);
@@ -60,7 +63,7 @@ impl Driver<'_> {
                     });
                     let relayed: Vec<NodeName> = relayed.cloned().collect();
                     for node in relayed {
-                        self.upgrade_anew(node, Duration::from_secs_f64(random()));
+                        self.upgrade_anew(&node, Duration::from_secs_f64(random()));
                     }
                 }
             }
@@ -98,9 +101,11 @@ impl Driver<'_> {
                     if let Some(path) = self.swarm.behaviour().inner.streams.path(connection) {
                         path.set_rtt(rtt);
                     }
+                    self.doubt(connection, false);
                 }
                 Err(ping::Failure::Unsupported) => {}
                 Err(_) => {
+                    self.doubt(connection, true);
                     let failures = self.ping_failures.entry(connection).or_default();
                     *failures += 1;
                     if *failures >= PING_FAILURES {
@@ -152,6 +157,32 @@ impl Driver<'_> {
         }
     }
 
+    /// Has new streams avoid a connection, or take it again.
+    fn doubt(&mut self, connection: ConnectionId, doubtful: bool) {
+        let Some(path) = self.swarm.behaviour().inner.streams.path(connection).map(Arc::clone) else { return };
+        if path.set_doubtful(doubtful)
+            && let Some(node) = path.node.get()
+        {
+            self.peers.put(node, Arc::clone(&path));
+            self.publish();
+        }
+    }
+
+    /// Closes what is left of connections with a node as it was before it started anew: nobody is there any more, which
+    /// the connections themselves would only find out by silence.
+    fn end_other_runs(&mut self, connection: ConnectionId, run: u64) {
+        let Some(path) = self.swarm.behaviour().inner.streams.path(connection).map(Arc::clone) else { return };
+        let _ = path.run.set(run);
+        let Some(node) = path.node.get() else { return };
+        let others = self.peers.paths(node).iter();
+        let ended = others.filter(|path| path.run.get().is_some_and(|other| *other != run));
+        let ended: Vec<ConnectionId> = ended.map(|path| path.connection).collect();
+        for connection in ended {
+            debug!(%node, "the node has started anew; a connection of before is closed");
+            self.swarm.close_connection(connection);
+        }
+    }
+
     fn on_reserved(&mut self, relay: PeerId) {
         let Some(node) = self.node_of(relay) else { return };
         for (other, reserved) in self.circuits.values_mut() {
@@ -199,13 +230,14 @@ impl Driver<'_> {
         self.publish();
         self.found(&node);
         if direct && is_relay {
+            self.forget_failures();
             self.relays.connected(&node, Instant::now());
         }
         if relayed_before {
             self.after(RETIRE, Task::Retire(node));
         } else if !direct && self.peers.paths(&node).iter().all(|path| !path.is_direct()) {
             // Both sides may try; the one that was called lets the other begin.
-            self.upgrade_anew(node, if outbound { Duration::ZERO } else { Duration::from_secs(1) });
+            self.upgrade_anew(&node, if outbound { Duration::ZERO } else { Duration::from_secs(1) });
         }
     }
 
@@ -225,8 +257,29 @@ impl Driver<'_> {
             }
             if !self.peers.paths(&node).is_empty() {
                 // A relay carries on; the hole may have been closed for good, and another be needed.
-                self.upgrade_anew(node, Duration::from_secs_f64(1.0 + random()));
+                self.upgrade_anew(&node, Duration::from_secs_f64(1.0 + random()));
             }
+        }
+        if let (true, Transport::Tcp, Some(remote)) = (direct_left, path.transport, path.remote) {
+            self.verify(&node, path.peer, remote);
+        }
+    }
+
+    /// Looks whether a node of which a TCP connection has ended is still there. Its QUIC connections would not tell for
+    /// seconds: the end of a process is told to TCP by its kernel, and to QUIC by nobody.
+    fn verify(&mut self, node: &NodeName, peer: PeerId, remote: IpAddr) {
+        let addresses = self.addresses(&peer, Transport::Tcp);
+        let there = addresses.into_iter().filter(|address| ip(address) == Some(remote)).collect();
+        self.dial(peer, there, Purpose::Verify(node.clone(), remote));
+    }
+
+    /// Nobody listens any more at an address of a node: what there still seems to be of its connections is dead.
+    fn on_gone(&mut self, node: &NodeName, remote: IpAddr) {
+        let dead = self.peers.paths(node).iter().filter(|path| path.remote == Some(remote));
+        let dead: Vec<ConnectionId> = dead.map(|path| path.connection).collect();
+        for connection in dead {
+            debug!(%node, %remote, "nobody listens there any more; a connection is closed");
+            self.swarm.close_connection(connection);
         }
     }
 
@@ -241,6 +294,9 @@ impl Driver<'_> {
             {
                 self.core.counters.wrong_identities.add(1);
             }
+        }
+        if let (Some(Purpose::Verify(node, remote)), true) = (self.dials.get(&connection).cloned(), is_refused(error)) {
+            self.on_gone(&node, remote);
         }
         let why = match error {
             DialError::Transport(errors) => {
@@ -268,4 +324,20 @@ impl Driver<'_> {
             self.strangers.insert(peer, Instant::now());
         }
     }
+}
+
+/// Whether every address that was dialled has answered that nobody listens there.
+fn is_refused(error: &DialError) -> bool {
+    let refused = |error: &(dyn std::error::Error + 'static)| {
+        let mut next = Some(error);
+        while let Some(error) = next {
+            if error.downcast_ref::<io::Error>().is_some_and(|error| error.kind() == io::ErrorKind::ConnectionRefused) {
+                return true;
+            }
+            next = error.source();
+        }
+        false
+    };
+    let DialError::Transport(errors) = error else { return false };
+    !errors.is_empty() && errors.iter().all(|(_, error)| refused(error))
 }

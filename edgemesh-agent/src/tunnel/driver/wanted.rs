@@ -20,7 +20,11 @@ const HEAD_START: Duration = Duration::from_millis(150);
 /// How long relays that are being dialled for the first time are waited for.
 const FIRST_RELAY: Duration = Duration::from_secs(1);
 
-/// How long a failure is the answer to whoever asks next.
+/// How long direct ways may keep those waiting for whom there is no other: much longer than one takes that is there, and
+/// much shorter than the silence of an address of another network, which only a time-out ends.
+const LAST_CHANCE: Duration = Duration::from_millis(800);
+
+/// How long a failure is the answer to whoever asks next, at least.
 const FAILED: Duration = Duration::from_millis(250);
 
 /// Ways to a node, in the order in which they are tried.
@@ -45,7 +49,7 @@ pub(super) struct Want {
 
 impl Driver<'_> {
     pub(super) fn connect(&mut self, node: NodeName, reply: oneshot::Sender<Result<(), String>>) {
-        if !self.peers.paths(&node).is_empty() {
+        if self.peers.paths(&node).iter().any(|path| !path.is_doubtful()) {
             let _ = reply.send(Ok(()));
             return;
         }
@@ -53,9 +57,11 @@ impl Driver<'_> {
             let _ = reply.send(Err("it is this node".to_owned()));
             return;
         }
+        let dialling = self.is_dialling(&node);
         if let Some(want) = self.wanted.get_mut(&node) {
             match &want.failed {
-                Some((at, why)) if at.elapsed() < FAILED => {
+                // As long as ways are still being tried there is no use in trying the same again.
+                Some((at, why)) if at.elapsed() < FAILED || dialling => {
                     let _ = reply.send(Err(why.clone()));
                     return;
                 }
@@ -71,7 +77,10 @@ impl Driver<'_> {
                 }
             }
         }
-        self.wanted.retain(|_, want| want.failed.as_ref().is_none_or(|(at, _)| at.elapsed() < FAILED));
+        let (dials, is_fresh) = (&self.dials, |at: &Instant| at.elapsed() < FAILED);
+        self.wanted.retain(|node, want| {
+            want.failed.as_ref().is_none_or(|(at, _)| is_fresh(at) || dials.values().any(|dial| dial.is_for(node)))
+        });
         let want =
             Want { waiters: vec![reply], begun: Instant::now(), stage: Stage::Tcp, reasons: Vec::new(), failed: None };
         self.wanted.insert(node.clone(), want);
@@ -101,7 +110,8 @@ impl Driver<'_> {
                     Stage::Quic => self.addresses(id, Transport::Quic),
                     Stage::Circuits | Stage::Last => self.circuit_addresses(node),
                 };
-                dialled |= self.dial(*id, addresses, Purpose::Wanted(node.clone()));
+                let purpose = Purpose::Wanted { node: node.clone(), direct: stage != Stage::Circuits };
+                dialled |= self.dial(*id, addresses, purpose);
             }
             if dialled {
                 self.after(HEAD_START, Task::Stage(node.clone()));
@@ -127,7 +137,7 @@ impl Driver<'_> {
     /// A dial, or a connection that was not a member's, came to nothing.
     pub(super) fn dial_failed(&mut self, connection: ConnectionId, why: &str) {
         match self.dials.remove(&connection) {
-            Some(Purpose::Wanted(node)) => {
+            Some(Purpose::Wanted { node, .. }) => {
                 if let Some(want) = self.wanted.get_mut(&node)
                     && want.reasons.len() < MAX_REASONS
                 {
@@ -141,17 +151,30 @@ impl Driver<'_> {
                 self.relay_trouble(&node, why);
                 self.relay_failed_if_idle(&node);
             }
-            Some(Purpose::Other) | None => {}
+            Some(Purpose::Verify(..) | Purpose::Other) | None => {}
         }
     }
 
     fn is_dialling(&self, node: &NodeName) -> bool {
-        self.dials.values().any(|purpose| matches!(purpose, Purpose::Wanted(other) if other == node))
+        self.dials.values().any(|purpose| purpose.is_for(node))
+    }
+
+    fn is_dialling_circuits(&self, node: &NodeName) -> bool {
+        self.dials
+            .values()
+            .any(|purpose| matches!(purpose, Purpose::Wanted { node: other, direct: false } if other == node))
     }
 
     fn fail_if_idle(&mut self, node: &NodeName) {
-        if self.is_dialling(node) {
+        let Some(begun) = self.wanted.get(node).map(|want| want.begun) else { return };
+        if self.is_dialling_circuits(node) {
             return;
+        }
+        if self.is_dialling(node) {
+            let left = LAST_CHANCE.saturating_sub(begun.elapsed());
+            if !left.is_zero() {
+                return self.after(left, Task::Stage(node.clone()));
+            }
         }
         let relays = self.relay_connected();
         let Some(want) = self.wanted.get_mut(node) else { return };
@@ -166,6 +189,11 @@ impl Driver<'_> {
             let _ = waiter.send(Err(why.clone()));
         }
         want.failed = Some((Instant::now(), why));
+    }
+
+    /// There is a relay more: what could not be reached may be now.
+    pub(super) fn forget_failures(&mut self) {
+        self.wanted.retain(|_, want| want.failed.is_none());
     }
 
     /// There is a path to `node`.

@@ -69,6 +69,7 @@ pub(in super::super) enum FromHandler<E> {
     Member {
         node: NodeName,
         addresses: Vec<Multiaddr>,
+        run: u64,
     },
     Refused {
         claimed: Option<NodeName>,
@@ -163,9 +164,10 @@ impl<H: ConnectionHandler> Handler<H> {
         if let Err(why) = self.shared.membership.check(&node, &self.peer) {
             return self.refuse(Some(node), why.into());
         }
+        let run = theirs.run;
         let addresses =
             theirs.addresses.into_iter().take(wire::MAX_ADDRESSES).filter_map(|a| a.try_into().ok()).collect();
-        self.events.push_back(FromHandler::Member { node, addresses });
+        self.events.push_back(FromHandler::Member { node, addresses, run });
         let hello = self.shared.hello.clone();
         if self.first {
             // The other side waits for this end of ours before it opens streams of its own: so none of them comes

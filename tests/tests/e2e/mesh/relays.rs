@@ -119,16 +119,21 @@ fn with_every_relay_out_of_reach_a_node_serves_its_own_pods_at_once() -> Result<
     // An address of this LAN that nobody has, and one that no route leads to.
     let relay = json!({ "nodeName": "cloud", "advertiseAddress": ["192.168.10.250", "198.51.100.1"] });
     let seat = sites.seat_mut("edge1")?;
-    let options = tunnel(&AgentOptions::default(), &seat.node, &[relay])?;
-    assert!(seat.agent.stop()?.success());
-    seat.node.cleanup()?;
-    assert!(seat.client.tcp(seat.service(TCP)[0]).is_err(), "somebody serves before the agent does");
-    let begin = Instant::now();
-    seat.agent = seat.node.start_agent(&options)?;
-    let client = seat.client.within(Duration::from_millis(200));
-    eventually(START, "the node's own Service", || Ok(client.tcp(seat.service(TCP)[0])?.name == server("edge1")))?;
-    let took = begin.elapsed();
-    assert!(took < Duration::from_secs(1), "served after {took:?}");
-    seat.agent.wait_ready(START)?;
+    let with = tunnel(&AgentOptions::default(), &seat.node, &[relay])?;
+    let without = with.clone().set("modules.edgeTunnel.relayNodes", json!([]));
+    let mut took = Vec::new();
+    for options in [without, with] {
+        assert!(seat.agent.stop()?.success());
+        seat.node.cleanup()?;
+        assert!(seat.client.tcp(seat.service(TCP)[0]).is_err(), "somebody serves before the agent does");
+        let begin = Instant::now();
+        seat.agent = seat.node.start_agent(&options)?;
+        let client = seat.client.within(Duration::from_millis(200));
+        eventually(START, "the node's own Service", || Ok(client.tcp(seat.service(TCP)[0])?.name == server("edge1")))?;
+        took.push(begin.elapsed());
+        seat.agent.wait_ready(START)?;
+    }
+    // An optimised agent needs a fraction of a second; this one is not, and what else runs here nobody knows.
+    assert!(took[1] < took[0] + Duration::from_millis(500), "served after {took:?}, without and with relays");
     eventually(START, "the lack of a relay to be said", || super::has_condition(&seat.node, "RelaysUnreachable"))
 }
