@@ -6,7 +6,7 @@ use anyhow::{Context as _, Result, ensure};
 use edgemesh_tests::lab::{
     App, Lab, Nat, Node, Pod, Site, Transport,
     agent::{Agent, AgentOptions},
-    eventually,
+    errno, eventually,
     manifest::{Endpoint, Service},
 };
 use serde_json::{Value, json};
@@ -22,10 +22,14 @@ const REACHED: Duration = Duration::from_secs(15);
 /// Within which time a hole is punched where one can be.
 const PUNCHED: Duration = Duration::from_secs(30);
 
+/// Within which time a node that has moved, or come back, is reached again.
+const AGAIN: Duration = Duration::from_secs(15);
+
 /// A relay that all can reach, and sites behind NATs.
 struct World {
     internet: Site,
     relay: Node,
+    /// The relay's, then those of the pair.
     agents: Vec<Agent>,
     lab: Lab,
 }
@@ -36,6 +40,8 @@ struct Pair {
     server: Pod,
     edge1: Node,
     edge2: Node,
+    /// The site of `edge2`.
+    home: Site,
     world: World,
 }
 
@@ -58,10 +64,6 @@ impl World {
             .set("modules.edgeTunnel.enable", true)
             .set("modules.edgeTunnel.psk.path", psk.to_string_lossy().into_owned())
             .set("modules.edgeTunnel.relayNodes", relays);
-        let options = match std::env::var("EDGEMESH_LAB_LOG") {
-            Ok(filter) => options.log(&filter),
-            Err(_) => options,
-        };
         let agent = node.start_agent(&options)?;
         agent.wait_ready(START)?;
         self.agents.push(agent);
@@ -69,7 +71,8 @@ impl World {
     }
 
     /// Starts the client on `edge1` and the server on `edge2`, the Service `web` and the agents.
-    fn pair(mut self, edge1: Node, edge2: Node) -> Result<Pair> {
+    fn pair(mut self, edge1: Node, home: Site) -> Result<Pair> {
+        let edge2 = home.node("edge2", &[PODS])?;
         let (client, server) = (edge1.pod("client")?, edge2.pod("server")?);
         ensure!(client.ips() == server.ips(), "the pods have different addresses");
         server.serve(App::Tcp, 7001)?;
@@ -83,7 +86,7 @@ impl World {
         self.lab.manifests().write("web", &service.yaml_with(&Endpoint::of(&server, edge2.name()))?)?;
         self.start(&edge1)?;
         self.start(&edge2)?;
-        Ok(Pair { client, server, edge1, edge2, world: self })
+        Ok(Pair { client, server, edge1, edge2, home, world: self })
     }
 }
 
@@ -91,10 +94,10 @@ impl Pair {
     /// Each in a site of its own.
     fn behind(nats: [Nat; 2]) -> Result<Option<Self>> {
         let Some(world) = World::raise()? else { return Ok(None) };
-        let [edge1, edge2] = [("edge1", nats[0]), ("edge2", nats[1])].map(|(name, nat)| {
-            world.internet.behind(&format!("home-{name}"), &["192.168.1.0/24"], nat)?.node(name, &[PODS])
-        });
-        world.pair(edge1?, edge2?).map(Some)
+        let [office, home] = [("office", nats[0]), ("home", nats[1])]
+            .map(|(name, nat)| world.internet.behind(name, &["192.168.1.0/24"], nat));
+        let edge1 = office?.node("edge1", &[PODS])?;
+        world.pair(edge1, home?).map(Some)
     }
 
     /// Waits until the server answers, by TCP, and by UDP at once from then on.
@@ -106,10 +109,23 @@ impl Pair {
         Ok(())
     }
 
+    /// Waits until the server answers again.
+    fn answers_again(&self) -> Result<()> {
+        let (client, target) = (self.client.within(Duration::from_secs(1)), at(CLUSTER_IP, 80)?);
+        eventually(AGAIN, "the server to answer again", || Ok(client.tcp(target)?.name == self.server.name()))
+    }
+
+    /// Waits until new streams take one of these paths.
+    fn goes_by(&self, by: &[&str]) -> Result<()> {
+        eventually(PUNCHED, &format!("the path to be one of {by:?}"), || {
+            let path = self.path()?;
+            ensure!(by.contains(&path.as_str()), "{:#?}", self.paths()?);
+            Ok(true)
+        })
+    }
+
     fn paths(&self) -> Result<Vec<Value>> {
-        let rows = report(&self.edge1, "peers")?;
-        let rows = rows.as_array().into_iter().flatten();
-        Ok(rows.filter(|row| row["node"] == self.edge2.name()).cloned().collect())
+        rows(&self.edge1, self.edge2.name())
     }
 
     /// The path that new streams take, such as `hole-punched`.
@@ -133,11 +149,7 @@ impl Pair {
         let held = self.client.open(Transport::Tcp, at(CLUSTER_IP, 80)?)?;
         held.exchange()?;
         ensure!(counted(&self.world.relay, "relayed_circuits")? > 0, "the relay was not needed at the first");
-        eventually(PUNCHED, "a hole to be punched", || {
-            let path = self.path()?;
-            ensure!(by.contains(&path.as_str()), "{:#?}", self.paths()?);
-            Ok(true)
-        })?;
+        self.goes_by(by)?;
         // What runs on the relayed path may go on there; what begins now does not.
         let before = self.relayed_bytes()?;
         for _ in 0..10 {
@@ -160,6 +172,12 @@ fn report(node: &Node, command: &str) -> Result<Value> {
     let output = node.cli(&[command, "-o", "json"])?;
     serde_json::from_slice(&output.stdout)
         .with_context(|| format!("no report: {}", String::from_utf8_lossy(&output.stderr)))
+}
+
+/// The paths from one node to another.
+fn rows(from: &Node, to: &str) -> Result<Vec<Value>> {
+    let rows = report(from, "peers")?;
+    Ok(rows.as_array().into_iter().flatten().filter(|row| row["node"] == to).cloned().collect())
 }
 
 fn counted(node: &Node, what: &str) -> Result<u64> {
@@ -188,8 +206,8 @@ fn nodes_that_share_a_nat_are_reached_though_only_one_of_them_has_its_port() -> 
         // It has the port at the NAT from now on.
         world.start(&first)?;
         let office = world.internet.behind("office", &["192.168.1.0/24"], Nat::PortRestricted)?;
-        let (edge1, edge2) = (office.node("edge1", &[PODS])?, home.node("edge2", &[PODS])?);
-        world.pair(edge1, edge2)?.leaves_the_relay(&["hole-punched", "direct"])?;
+        let edge1 = office.node("edge1", &[PODS])?;
+        world.pair(edge1, home)?.leaves_the_relay(&["hole-punched", "direct"])?;
     }
     Ok(())
 }
@@ -212,15 +230,82 @@ fn between_symmetric_nats_the_relay_carries_on() -> Result<()> {
 }
 
 #[test]
+fn a_full_cone_needs_no_relay_even_beside_a_symmetric_nat() -> Result<()> {
+    let cone = Nat::FullCone { port: PORT };
+    for nats in [[Nat::Symmetric, cone], [cone, Nat::Symmetric]] {
+        let Some(pair) = Pair::behind(nats)? else { return Ok(()) };
+        pair.leaves_the_relay(&["hole-punched", "direct"])?;
+    }
+    Ok(())
+}
+
+#[test]
+fn cloud_and_edge_reach_each_other_both_ways_by_the_way_the_edge_has_made() -> Result<()> {
+    let Some(pair) = Pair::behind([Nat::Symmetric; 2])? else { return Ok(()) };
+    pair.answers()?;
+    let in_cloud = pair.world.relay.pod("in-cloud")?;
+    assert_eq!(in_cloud.tcp(at(CLUSTER_IP, 80)?)?.name, "server");
+    in_cloud.serve(App::Tcp, 7002)?;
+    let service = Service::new("cloud", &["10.96.9.2"]).port("tcp", Transport::Tcp, 80, 7002);
+    pair.world.lab.manifests().write("cloud", &service.yaml_with(&Endpoint::of(&in_cloud, "cloud"))?)?;
+    eventually(REACHED, "the cloud to answer", || Ok(pair.client.tcp(at("10.96.9.2", 80)?)?.name == "in-cloud"))?;
+    let to_cloud: Vec<Value> = rows(&pair.edge1, "cloud")?;
+    assert!(!to_cloud.is_empty() && to_cloud.iter().all(|row| row["path"] == "direct"), "{to_cloud:#?}");
+    Ok(())
+}
+
+#[test]
+fn a_site_whose_public_address_changes_is_reached_again_and_punched_to_again() -> Result<()> {
+    let Some(pair) = Pair::behind([Nat::PortRestricted; 2])? else { return Ok(()) };
+    pair.answers()?;
+    pair.goes_by(&["hole-punched"])?;
+    let public = pair.home.renumber_uplink()?.to_string();
+    pair.answers_again()?;
+    eventually(PUNCHED, "a hole to be punched at the new address", || {
+        let paths = pair.paths()?;
+        // Somebody has to have a use for it.
+        pair.client.tcp(at(CLUSTER_IP, 80)?)?;
+        ensure!(paths.first().is_some_and(|path| path["address"] == public.as_str()), "{paths:#?}");
+        Ok(true)
+    })?;
+    assert_eq!(pair.path()?, "hole-punched");
+    Ok(())
+}
+
+#[test]
+fn a_node_that_starts_anew_with_another_address_is_reached_again() -> Result<()> {
+    let Some(mut pair) = Pair::behind([Nat::PortRestricted; 2])? else { return Ok(()) };
+    pair.answers()?;
+    pair.world.agents.pop().context("no agent")?.kill()?;
+    pair.edge2 = pair.home.renumber(pair.edge2.clone())?;
+    pair.world.start(&pair.edge2)?;
+    pair.answers_again()
+}
+
+#[test]
+fn a_site_that_was_cut_off_is_refused_and_reached_again_once_it_is_back() -> Result<()> {
+    let Some(pair) = Pair::behind([Nat::PortRestricted; 2])? else { return Ok(()) };
+    pair.answers()?;
+    pair.goes_by(&["hole-punched"])?;
+    pair.home.cut_uplink()?;
+    eventually(REACHED, "the cut to be noticed", || Ok(pair.paths()?.is_empty()))?;
+    let error = pair.client.tcp(at(CLUSTER_IP, 80)?).err().context("it was reached though it is cut off")?;
+    assert_eq!(errno(&error), Some("ECONNRESET"), "{error:#}");
+    pair.home.heal_uplink()?;
+    pair.answers_again()?;
+    pair.goes_by(&["hole-punched"])
+}
+
+#[test]
 fn neighbours_with_the_same_pod_addresses_find_each_other_without_the_relay() -> Result<()> {
     let Some(world) = World::raise()? else { return Ok(()) };
     let home = world.internet.behind("home", &["192.168.1.0/24"], Nat::PortRestricted)?;
     home.cut_uplink()?;
-    let (edge1, edge2) = (home.node("edge1", &[PODS])?, home.node("edge2", &[PODS])?);
-    let pair = world.pair(edge1, edge2)?;
+    let edge1 = home.node("edge1", &[PODS])?;
+    let pair = world.pair(edge1, home)?;
     pair.answers()?;
     assert_eq!(pair.path()?, "lan");
-    home.heal_uplink()?;
+    pair.home.heal_uplink()?;
     eventually(REACHED, "the relay to be connected", || {
         Ok(report(&pair.edge1, "peers")?.to_string().contains("cloud"))
     })?;
