@@ -44,6 +44,9 @@ const LARGEST: usize = 65_535;
 /// How many datagrams are taken until others have their turn.
 const TURN: usize = 64;
 
+/// How many datagrams may wait that came to the socket of another client.
+const STRAYS: usize = 256;
+
 /// A client, and the alias with the port that it sends to.
 type Key = (SocketAddr, SocketAddr);
 
@@ -63,13 +66,41 @@ pub(super) struct Flows<D> {
     ended: mpsc::Receiver<(Key, u64)>,
     /// A flow sends one message and there are no more flows than fit.
     end: mpsc::Sender<(Key, u64)>,
+    strays: mpsc::Receiver<(Key, Box<[u8]>)>,
+    stray: mpsc::Sender<(Key, Box<[u8]>)>,
     buffers: Buffers,
+}
+
+/// The socket that is an alias to one client.
+struct Near {
+    socket: UdpSocket,
+    client: SocketAddr,
+    alias: SocketAddr,
+    /// For what others have sent. Between the two calls that bind a socket and connect it, it is bound to the alias and to
+    /// no client; the kernel, looking for the socket of a datagram of any client meanwhile, may take it for a match and find
+    /// it connected a moment later. With a thousand clients that begin together it happens to a few.
+    stray: mpsc::Sender<(Key, Box<[u8]>)>,
+}
+
+impl Near {
+    /// What has come from the client, if it has; `Ok(None)` after what has come from another, which is passed on.
+    fn try_recv(&self, into: &mut [u8]) -> io::Result<Option<usize>> {
+        let (length, from) = self.socket.try_recv_from(into)?;
+        if from.ip() == self.client.ip() && from.port() == self.client.port() {
+            return Ok(Some(length));
+        }
+        // Where there is no room it is lost, as datagrams may be.
+        let _ = self.stray.try_send(((from, self.alias), into.get(..length).unwrap_or_default().into()));
+        Ok(None)
+    }
 }
 
 impl<D: Dial> Flows<D> {
     pub(super) fn new(proxy: Proxy<D>, tasks: Tasks) -> Self {
         let (end, ended) = mpsc::channel(MAX_FLOWS);
-        Self { proxy, tasks, flows: HashMap::new(), last_flow: 0, ended, end, buffers: Buffers::new(LARGEST) }
+        let (stray, strays) = mpsc::channel(STRAYS);
+        let buffers = Buffers::new(LARGEST);
+        Self { proxy, tasks, flows: HashMap::new(), last_flow: 0, ended, end, strays, stray, buffers }
     }
 
     pub(super) async fn run(mut self, socket: UdpSocket) {
@@ -83,6 +114,7 @@ impl<D: Dial> Flows<D> {
                         self.flows.remove(&key);
                     }
                 }
+                Some(((client, alias), datagram)) = self.strays.recv() => self.take(client, alias, &datagram),
                 ready = socket.readable() => {
                     if let Err(error) = ready {
                         debug!("the socket for datagrams to other sites: {error}");
@@ -136,6 +168,7 @@ impl<D: Dial> Flows<D> {
     fn begin(&mut self, client: SocketAddr, alias: SocketAddr) -> Result<mpsc::Sender<Box<[u8]>>, Refusal> {
         let target = self.proxy.target(alias.ip()).ok_or(Refusal::NoSuchAlias)?;
         let socket = answering(alias, client).map_err(|error| Refusal::Failed(error.to_string()))?;
+        let near = Near { socket, client, alias, stray: self.stray.clone() };
         let (queue, mut queued) = mpsc::channel(QUEUE);
         self.last_flow += 1;
         let number = self.last_flow;
@@ -146,7 +179,7 @@ impl<D: Dial> Flows<D> {
         self.tasks.spawn(async move {
             let carried = tokio::select! {
                 () = stop.cancelled() => return,
-                carried = carry(&proxy, &target.node, addr, &socket, &mut queued, &buffers) => carried,
+                carried = carry(&proxy, &target.node, addr, &near, &mut queued, &buffers) => carried,
             };
             if let Err(refusal) = carried {
                 debug!(%client, %alias, node = &*target.node, "datagrams to another site are dropped: {refusal}");
@@ -159,7 +192,7 @@ impl<D: Dial> Flows<D> {
                     () = tokio::time::sleep(REFUSED) => {}
                 }
             }
-            drop((socket, queued));
+            drop((near, queued));
             // Nobody listens any more when the agent stops.
             let _ = end.send(((client, alias), number)).await;
         });
@@ -172,7 +205,7 @@ async fn carry<D: Dial>(
     proxy: &Proxy<D>,
     node: &str,
     addr: SocketAddr,
-    near: &UdpSocket,
+    near: &Near,
     queued: &mut mpsc::Receiver<Box<[u8]>>,
     buffers: &Buffers,
 ) -> Result<(), Refusal> {
@@ -187,12 +220,13 @@ async fn carry<D: Dial>(
         loop {
             let sent = tokio::select! {
                 Some(datagram) = queued.recv() => sender.send(&datagram).await,
-                readable = near.readable() => match readable {
+                readable = near.socket.readable() => match readable {
                     Ok(()) => {
                         // Held while it is in use and no longer: most flows are silent.
                         let mut lent = buffers.take();
                         match near.try_recv(&mut lent.bytes) {
-                            Ok(length) => sender.send(lent.bytes.get(..length).unwrap_or_default()).await,
+                            Ok(Some(length)) => sender.send(lent.bytes.get(..length).unwrap_or_default()).await,
+                            Ok(None) => continue,
                             // That an earlier answer found nobody; the client may be back.
                             Err(error) if is_passing(&error) || error.kind() == io::ErrorKind::WouldBlock => continue,
                             Err(error) => Err(error),
@@ -214,7 +248,7 @@ async fn carry<D: Dial>(
                 Ok(datagram) => datagram,
                 Err(error) => return error,
             };
-            match near.send(&datagram).await {
+            match near.socket.send(&datagram).await {
                 Ok(_) => {}
                 Err(error) if is_passing(&error) => {
                     add(&counters.datagrams_dropped, 1);
@@ -297,5 +331,25 @@ mod tests {
         let unanswered = Activity::new(begun);
         unanswered.note(seconds(50), false);
         assert_eq!(unanswered.ends(), seconds(80));
+    }
+
+    #[tokio::test]
+    async fn what_came_to_the_socket_of_another_client_is_passed_on() {
+        let bind = || UdpSocket::bind("127.0.0.1:0");
+        // Not connected, as the kernel has it for a moment.
+        let (socket, own, other) = (bind().await.unwrap(), bind().await.unwrap(), bind().await.unwrap());
+        let alias = socket.local_addr().unwrap();
+        let (stray, mut strays) = mpsc::channel(1);
+        let near = Near { socket, client: own.local_addr().unwrap(), alias, stray };
+        let mut buffer = [0; 16];
+        other.send_to(b"another's", alias).await.unwrap();
+        near.socket.readable().await.unwrap();
+        assert_eq!(near.try_recv(&mut buffer).unwrap(), None);
+        let expected = ((other.local_addr().unwrap(), alias), Box::from(*b"another's"));
+        assert_eq!(strays.recv().await.unwrap(), expected);
+        own.send_to(b"own", alias).await.unwrap();
+        near.socket.readable().await.unwrap();
+        assert_eq!(near.try_recv(&mut buffer).unwrap(), Some(3));
+        assert!(strays.try_recv().is_err());
     }
 }

@@ -11,6 +11,8 @@ use super::message::{BulkReport, Dial, Failure, SpreadReport, Transport, parse_g
 
 /// Sizes of the messages, taken in turn: one byte, some that fill a packet nearly, wholly and more than wholly.
 const SIZES: [usize; 6] = [1, 64, 1400, 1472, 1473, 4000];
+/// After which a datagram that was not answered is sent again.
+const AGAIN: Duration = Duration::from_secs(3);
 /// Piece of much data.
 const PIECE: usize = 64 * 1024;
 
@@ -87,8 +89,7 @@ async fn talk(mut member: Member, number: u32, dial: Dial, rounds: u32) -> Resul
     let mut answered = String::new();
     let mut buffer = vec![0; 65_536];
     for round in 0..rounds {
-        let size = SIZES[(number as usize + round as usize) % SIZES.len()];
-        let message = message(number, round, size);
+        let message = message(number, round, size_of(number, round));
         let heard = match &mut member {
             Member::Tcp(stream, name) => {
                 answered.clone_from(name);
@@ -101,14 +102,26 @@ async fn talk(mut member: Member, number: u32, dial: Dial, rounds: u32) -> Resul
             }
             Member::Udp(socket) => {
                 let exchange = async {
-                    socket.send(&message).await?;
-                    socket.recv(&mut buffer).await
+                    loop {
+                        socket.send(&message).await?;
+                        // A datagram may be lost, and is sent again as by any client of UDP.
+                        if let Ok(heard) = tokio::time::timeout(AGAIN, socket.recv(&mut buffer)).await {
+                            return heard;
+                        }
+                    }
                 };
-                let length = timed_io(&what, dial.deadline, exchange).await?;
-                let text = String::from_utf8_lossy(&buffer[..length]);
-                let (name, _, echo) = parse_greeting(&text)?;
-                answered = name;
-                echo.as_bytes().to_vec()
+                let mut length = timed_io(&what, dial.deadline, exchange).await?;
+                loop {
+                    let text = String::from_utf8_lossy(&buffer[..length]);
+                    let (name, _, echo) = parse_greeting(&text)?;
+                    // The answer to a datagram of before that was only late, and was answered twice so.
+                    if round > 0 && echo.as_bytes() == self::message(number, round - 1, size_of(number, round - 1)) {
+                        length = timed_io(&what, dial.deadline, socket.recv(&mut buffer)).await?;
+                        continue;
+                    }
+                    answered = name;
+                    break echo.as_bytes().to_vec();
+                }
             }
         };
         if heard != message {
@@ -123,6 +136,11 @@ async fn talk(mut member: Member, number: u32, dial: Dial, rounds: u32) -> Resul
         }
     }
     Ok(answered)
+}
+
+/// The size of a client's message.
+fn size_of(number: u32, round: u32) -> usize {
+    SIZES[(number as usize + round as usize) % SIZES.len()]
 }
 
 /// Text of about `size` bytes with the client and the round in it.

@@ -9,12 +9,16 @@ use http_body_util::Full;
 use hyper::body::Bytes;
 use hyper::service::service_fn;
 use hyper_util::rt::TokioIo;
+use nix::sys::socket::{setsockopt, sockopt::RcvBufForce};
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 use tokio::net::{TcpListener, TcpStream, UdpSocket};
 use tokio::task::JoinSet;
 use tokio_tungstenite::tungstenite::Message;
 
 use super::message::{App, Failure};
+
+/// Bytes of datagrams that may wait for a server.
+const CROWD: usize = 8 << 20;
 
 /// A bound server that does not serve yet.
 pub(super) enum Server {
@@ -30,7 +34,12 @@ impl Server {
         }
         let failed = |error: std::io::Error| Failure::from_io(&format!("listen on {listen}"), &error);
         match app {
-            App::Udp => Ok(Self::Datagram(UdpSocket::bind(listen).await.map_err(failed)?, name.into())),
+            App::Udp => {
+                let socket = UdpSocket::bind(listen).await.map_err(failed)?;
+                // A crowd that asks at once is not to fail for want of room in a server of the lab; root may have it.
+                let _ = setsockopt(&socket, RcvBufForce, &CROWD);
+                Ok(Self::Datagram(socket, name.into()))
+            }
             App::Tcp | App::Http | App::WebSocket | App::Count | App::Reset => {
                 Ok(Self::Stream(TcpListener::bind(listen).await.map_err(failed)?, app, name.into()))
             }

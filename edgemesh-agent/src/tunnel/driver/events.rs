@@ -1,6 +1,7 @@
 //! What the swarm tells.
 
 use std::{
+    collections::BTreeSet,
     io,
     net::IpAddr,
     sync::{Arc, atomic::Ordering},
@@ -260,17 +261,21 @@ impl Driver<'_> {
                 self.upgrade_anew(&node, Duration::from_secs_f64(1.0 + random()));
             }
         }
-        if let (true, Transport::Tcp, Some(remote)) = (direct_left, path.transport, path.remote) {
-            self.verify(&node, path.peer, remote);
+        if direct_left && path.transport == Transport::Tcp {
+            self.verify(&node);
         }
     }
 
-    /// Looks whether a node of which a TCP connection has ended is still there. Its QUIC connections would not tell for
-    /// seconds: the end of a process is told to TCP by its kernel, and to QUIC by nobody.
-    fn verify(&mut self, node: &NodeName, peer: PeerId, remote: IpAddr) {
-        let addresses = self.addresses(&peer, Transport::Tcp);
-        let there = addresses.into_iter().filter(|address| ip(address) == Some(remote)).collect();
-        self.dial(peer, there, Purpose::Verify(node.clone(), remote));
+    /// Looks whether a node of which a TCP connection has ended is still where other connections with it lead. Those of QUIC
+    /// would not tell for seconds: the end of a process is told to TCP by its kernel, and to QUIC by nobody.
+    fn verify(&mut self, node: &NodeName) {
+        let left = self.peers.paths(node).iter().filter(|path| path.transport == Transport::Quic);
+        let left: BTreeSet<(PeerId, IpAddr)> = left.filter_map(|path| Some((path.peer, path.remote?))).collect();
+        for (peer, remote) in left {
+            let addresses = self.addresses(&peer, Transport::Tcp);
+            let there = addresses.into_iter().filter(|address| ip(address) == Some(remote)).collect();
+            self.dial(peer, there, Purpose::Verify(node.clone(), remote));
+        }
     }
 
     /// Nobody listens any more at an address of a node: what there still seems to be of its connections is dead.
@@ -328,16 +333,8 @@ impl Driver<'_> {
 
 /// Whether every address that was dialled has answered that nobody listens there.
 fn is_refused(error: &DialError) -> bool {
-    let refused = |error: &(dyn std::error::Error + 'static)| {
-        let mut next = Some(error);
-        while let Some(error) = next {
-            if error.downcast_ref::<io::Error>().is_some_and(|error| error.kind() == io::ErrorKind::ConnectionRefused) {
-                return true;
-            }
-            next = error.source();
-        }
-        false
-    };
+    // By its text, since libp2p wraps the system's error in types that do not give it back.
+    let refused = io::Error::from_raw_os_error(libc::ECONNREFUSED).to_string();
     let DialError::Transport(errors) = error else { return false };
-    !errors.is_empty() && errors.iter().all(|(_, error)| refused(error))
+    !errors.is_empty() && errors.iter().all(|(_, error)| with_sources(error).ends_with(&refused))
 }

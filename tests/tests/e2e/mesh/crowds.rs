@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use anyhow::{Context as _, Result};
+use anyhow::{Context as _, Result, bail};
 use edgemesh_tests::lab::{Transport, agent::AgentOptions};
 
 use super::sites::{Sites, TCP, UDP, server};
@@ -38,7 +38,16 @@ fn a_thousand_clients_at_once_each_get_their_own_answers() -> Result<()> {
         for (transport, port, rounds) in [(Transport::Tcp, TCP, 6), (Transport::Udp, UDP, 6)] {
             let target = sites.seat(to)?.service(port)[0];
             let report = client.crowd(transport, target, CLIENTS, rounds)?;
-            assert_eq!(report.failures.len(), 0, "{transport:?} to {to}: {report:?}");
+            if !report.failures.is_empty() {
+                let said = super::report(&sites.seat("edge1")?.node, "status")?;
+                let far = super::report(&sites.seat(to)?.node, "status")?;
+                bail!(
+                    "{transport:?} to {to}: {report:?}; {} {}; there {}",
+                    said["aliases"],
+                    said["tunnel"],
+                    far["tunnel"]
+                );
+            }
             assert_eq!(report.names.get(&server(to)), Some(&u64::from(CLIENTS)), "{transport:?} to {to}: {report:?}");
         }
     }

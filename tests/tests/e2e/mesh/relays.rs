@@ -38,7 +38,9 @@ fn again(sites: &Sites, from: &str, to: &str, most: Duration) -> Result<()> {
 
 #[test]
 fn a_killed_relay_takes_no_direct_connection_with_it_and_is_in_use_again_soon() -> Result<()> {
-    let Some(mut sites) = Sites::raise(&["cloud"], &EDGES, &AgentOptions::default())? else { return Ok(()) };
+    let Some(mut sites) = Sites::raise(&["cloud"], &EDGES, &AgentOptions::default())? else {
+        return Ok(());
+    };
     by(&sites, "relayed via cloud", "edge1", "edge2")?;
     by(&sites, "lan", "edge1", "edge3")?;
     let (direct, relayed) = (open(&sites, "edge1", "edge3")?, open(&sites, "edge1", "edge2")?);
@@ -121,19 +123,21 @@ fn with_every_relay_out_of_reach_a_node_serves_its_own_pods_at_once() -> Result<
     let seat = sites.seat_mut("edge1")?;
     let with = tunnel(&AgentOptions::default(), &seat.node, &[relay])?;
     let without = with.clone().set("modules.edgeTunnel.relayNodes", json!([]));
-    let mut took = Vec::new();
-    for options in [without, with] {
+    let mut best = [Duration::MAX; 2];
+    // By turns, so that what else runs on the machine counts for both; three times, so that it does not count at all.
+    for round in 0..6 {
+        let options = [&without, &with][round % 2];
         assert!(seat.agent.stop()?.success());
         seat.node.cleanup()?;
         assert!(seat.client.tcp(seat.service(TCP)[0]).is_err(), "somebody serves before the agent does");
         let begin = Instant::now();
-        seat.agent = seat.node.start_agent(&options)?;
+        seat.agent = seat.node.start_agent(options)?;
         let client = seat.client.within(Duration::from_millis(200));
         eventually(START, "the node's own Service", || Ok(client.tcp(seat.service(TCP)[0])?.name == server("edge1")))?;
-        took.push(begin.elapsed());
+        best[round % 2] = best[round % 2].min(begin.elapsed());
         seat.agent.wait_ready(START)?;
     }
-    // An optimised agent needs a fraction of a second; this one is not, and what else runs here nobody knows.
-    assert!(took[1] < took[0] + Duration::from_millis(500), "served after {took:?}, without and with relays");
+    // An optimised agent needs a fraction of a second; this one is not optimised.
+    assert!(best[1] < best[0] + Duration::from_millis(300), "served after {best:?}, without and with relays");
     eventually(START, "the lack of a relay to be said", || super::has_condition(&seat.node, "RelaysUnreachable"))
 }
