@@ -22,8 +22,10 @@ const REACHED: Duration = Duration::from_secs(15);
 /// Within which time a hole is punched where one can be.
 const PUNCHED: Duration = Duration::from_secs(30);
 
-/// Within which time a node that has moved, or come back, is reached again.
+/// Within which time a node that has come back is reached again.
 const AGAIN: Duration = Duration::from_secs(15);
+/// Within which time a connection whose other end has gone without a word is found dead.
+const DEAD: Duration = Duration::from_secs(20);
 
 /// A relay that all can reach, and sites behind NATs.
 struct World {
@@ -110,9 +112,9 @@ impl Pair {
     }
 
     /// Waits until the server answers again.
-    fn answers_again(&self) -> Result<()> {
+    fn answers_again(&self, within: Duration) -> Result<()> {
         let (client, target) = (self.client.within(Duration::from_secs(1)), at(CLUSTER_IP, 80)?);
-        eventually(AGAIN, "the server to answer again", || Ok(client.tcp(target)?.name == self.server.name()))
+        eventually(within, "the server to answer again", || Ok(client.tcp(target)?.name == self.server.name()))
     }
 
     /// Waits until new streams take one of these paths.
@@ -260,7 +262,7 @@ fn a_site_whose_public_address_changes_is_reached_again_and_punched_to_again() -
     pair.answers()?;
     pair.goes_by(&["hole-punched"])?;
     let public = pair.home.renumber_uplink()?.to_string();
-    pair.answers_again()?;
+    pair.answers_again(DEAD)?;
     eventually(PUNCHED, "a hole to be punched at the new address", || {
         let paths = pair.paths()?;
         // Somebody has to have a use for it.
@@ -279,7 +281,7 @@ fn a_node_that_starts_anew_with_another_address_is_reached_again() -> Result<()>
     pair.world.agents.pop().context("no agent")?.kill()?;
     pair.edge2 = pair.home.renumber(pair.edge2.clone())?;
     pair.world.start(&pair.edge2)?;
-    pair.answers_again()
+    pair.answers_again(AGAIN)
 }
 
 #[test]
@@ -288,11 +290,11 @@ fn a_site_that_was_cut_off_is_refused_and_reached_again_once_it_is_back() -> Res
     pair.answers()?;
     pair.goes_by(&["hole-punched"])?;
     pair.home.cut_uplink()?;
-    eventually(REACHED, "the cut to be noticed", || Ok(pair.paths()?.is_empty()))?;
+    eventually(DEAD, "the cut to be noticed", || Ok(pair.paths()?.is_empty()))?;
     let error = pair.client.tcp(at(CLUSTER_IP, 80)?).err().context("it was reached though it is cut off")?;
     assert_eq!(errno(&error), Some("ECONNRESET"), "{error:#}");
     pair.home.heal_uplink()?;
-    pair.answers_again()?;
+    pair.answers_again(AGAIN)?;
     pair.goes_by(&["hole-punched"])
 }
 
