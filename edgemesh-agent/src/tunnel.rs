@@ -30,6 +30,7 @@ mod serve;
 mod splice;
 mod stream;
 mod streams;
+mod substream;
 mod wire;
 
 #[cfg(test)]

@@ -185,8 +185,8 @@ enum Purpose {
         direct: bool,
     },
     Relay(NodeName),
-    /// To learn whether the node still listens at an address where a connection of it has ended.
-    Verify(NodeName, IpAddr),
+    /// To learn whether anybody still listens where these connections lead.
+    Verify(Vec<ConnectionId>),
     Other,
 }
 
@@ -306,8 +306,7 @@ impl<'a> Driver<'a> {
         }
     }
 
-    /// Closes all connections. Those of QUIC would otherwise live on, and with them the socket, for as long as somebody
-    /// holds a stream of theirs; and peers learn of it at once rather than by silence.
+    /// Closes all connections, so that peers learn of it at once rather than by silence.
     async fn part(&mut self) {
         let peers: Vec<PeerId> = self.swarm.connected_peers().copied().collect();
         for peer in peers {

@@ -17,6 +17,7 @@ use super::{
     driver::Command,
     paths::Path,
     stream::{DatagramStream, Frames, Stream},
+    substream::Substream,
     wire::{self, Request, Response, Status},
 };
 
@@ -210,7 +211,7 @@ async fn request(
     let gone = || Attempt::Path("the connection has ended".to_owned());
     let (reply, stream) = oneshot::channel();
     path.open.send(reply).await.map_err(|_| gone())?;
-    let mut stream = stream.await.map_err(|_| gone())?.map_err(Attempt::Path)?;
+    let mut stream = Substream::new(stream.await.map_err(|_| gone())?.map_err(Attempt::Path)?, &path);
     let (ip, port) = match target {
         Target::Address(address) => (wire::ip_bytes(address.ip()), address.port()),
         Target::Node { port } => (Vec::new(), port),

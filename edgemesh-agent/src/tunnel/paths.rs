@@ -12,6 +12,7 @@ use std::{
 
 use libp2p::{PeerId, swarm::ConnectionId};
 use tokio::sync::{Semaphore, SetOnce, mpsc, oneshot};
+use tokio_util::sync::CancellationToken;
 
 use super::{NodeName, counters::Counters};
 
@@ -82,6 +83,8 @@ pub(super) struct Path {
     pub(super) punched: AtomicBool,
     /// Whether a round trip has failed and none has succeeded since.
     doubtful: AtomicBool,
+    /// Cancelled when the connection ends.
+    pub(super) ended: CancellationToken,
     pub(super) since: Instant,
     rtt_nanos: AtomicU64,
     streams: AtomicU32,
@@ -120,6 +123,7 @@ impl Path {
             run: OnceLock::new(),
             punched: AtomicBool::new(false),
             doubtful: AtomicBool::new(false),
+            ended: CancellationToken::new(),
             since: Instant::now(),
             rtt_nanos: AtomicU64::new(0),
             streams: AtomicU32::new(0),

@@ -21,6 +21,7 @@ use super::{
     paths::Path,
     splice::{UdpIdle, splice, splice_udp},
     stream::{DatagramStream, Frames, Stream},
+    substream::Substream,
     wire::{self, Request, Response, Status},
 };
 
@@ -86,6 +87,7 @@ impl Server {
                 Err(_) => return self.failed(path.node.get(), "too busy even to say so"),
             },
         };
+        let stream = Substream::new(stream, path);
         let (server, path, stop) = (Arc::clone(self), Arc::clone(path), self.stop.clone());
         self.tasks.spawn(async move {
             tokio::select! {
@@ -95,7 +97,7 @@ impl Server {
         });
     }
 
-    async fn serve(&self, mut stream: libp2p::Stream, path: Arc<Path>, place: Place) {
+    async fn serve(&self, mut stream: Substream, path: Arc<Path>, place: Place) {
         let request = timeout(self.deadline, async {
             let from = path.node.wait().await.clone();
             Ok::<_, io::Error>((from, wire::read::<Request>(&mut stream).await?))

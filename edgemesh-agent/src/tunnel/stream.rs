@@ -20,7 +20,10 @@ use tokio::{
     sync::OwnedSemaphorePermit,
 };
 
-use super::paths::{Path, PathKind};
+use super::{
+    paths::{Path, PathKind},
+    substream::Substream,
+};
 
 /// Bytes of a frame's length.
 pub(super) const HEADER: usize = 2;
@@ -47,7 +50,7 @@ pub(super) fn with_scratch<R>(work: impl FnOnce(&mut [u8]) -> R) -> R {
 
 /// The raw stream, with what both kinds of flow need to write frames.
 pub(super) struct Frames {
-    inner: libp2p::Stream,
+    inner: Substream,
     path: Arc<Path>,
     /// Its place among the streams that may be open; `None` on the side that serves, which counts elsewhere.
     _permit: Option<OwnedSemaphorePermit>,
@@ -61,7 +64,7 @@ pub(super) struct Frames {
 }
 
 impl Frames {
-    pub(super) fn new(inner: libp2p::Stream, path: Arc<Path>, permit: Option<OwnedSemaphorePermit>) -> Self {
+    pub(super) fn new(inner: Substream, path: Arc<Path>, permit: Option<OwnedSemaphorePermit>) -> Self {
         path.stream_began();
         Self {
             inner,

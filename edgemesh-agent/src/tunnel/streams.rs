@@ -147,6 +147,12 @@ pub(super) struct Handler {
     deadline: Duration,
 }
 
+impl Drop for Handler {
+    fn drop(&mut self) {
+        self.path.ended.cancel();
+    }
+}
+
 impl ConnectionHandler for Handler {
     type FromBehaviour = Infallible;
     type ToBehaviour = Infallible;

@@ -1,7 +1,7 @@
 //! What the swarm tells.
 
 use std::{
-    collections::BTreeSet,
+    collections::BTreeMap,
     io,
     net::IpAddr,
     sync::{Arc, atomic::Ordering},
@@ -202,6 +202,11 @@ impl Driver<'_> {
     fn on_member(&mut self, peer: PeerId, connection: ConnectionId, node: NodeName, addresses: Vec<Multiaddr>) {
         let dialled = self.outbound.remove(&connection);
         self.dial_done(connection);
+        if self.core.membership().check(&node, &peer).is_err() {
+            // It was judged by keys that have been taken away meanwhile.
+            self.swarm.close_connection(connection);
+            return;
+        }
         let Some(path) = self.swarm.behaviour().inner.streams.path(connection).map(Arc::clone) else { return };
         let _ = path.node.set(node.clone());
         if let Some(via) = path.relay.and_then(|relay| self.node_of(relay)) {
@@ -269,22 +274,16 @@ impl Driver<'_> {
     /// Looks whether a node of which a TCP connection has ended is still where other connections with it lead. Those of QUIC
     /// would not tell for seconds: the end of a process is told to TCP by its kernel, and to QUIC by nobody.
     fn verify(&mut self, node: &NodeName) {
-        let left = self.peers.paths(node).iter().filter(|path| path.transport == Transport::Quic);
-        let left: BTreeSet<(PeerId, IpAddr)> = left.filter_map(|path| Some((path.peer, path.remote?))).collect();
-        for (peer, remote) in left {
+        let mut left: BTreeMap<(PeerId, IpAddr), Vec<ConnectionId>> = BTreeMap::new();
+        for path in self.peers.paths(node).iter().filter(|path| path.transport == Transport::Quic) {
+            if let Some(remote) = path.remote {
+                left.entry((path.peer, remote)).or_default().push(path.connection);
+            }
+        }
+        for ((peer, remote), connections) in left {
             let addresses = self.addresses(&peer, Transport::Tcp);
             let there = addresses.into_iter().filter(|address| ip(address) == Some(remote)).collect();
-            self.dial(peer, there, Purpose::Verify(node.clone(), remote));
-        }
-    }
-
-    /// Nobody listens any more at an address of a node: what there still seems to be of its connections is dead.
-    fn on_gone(&mut self, node: &NodeName, remote: IpAddr) {
-        let dead = self.peers.paths(node).iter().filter(|path| path.remote == Some(remote));
-        let dead: Vec<ConnectionId> = dead.map(|path| path.connection).collect();
-        for connection in dead {
-            debug!(%node, %remote, "nobody listens there any more; a connection is closed");
-            self.swarm.close_connection(connection);
+            self.dial(peer, there, Purpose::Verify(connections));
         }
     }
 
@@ -300,8 +299,11 @@ impl Driver<'_> {
                 self.core.counters.wrong_identities.add(1);
             }
         }
-        if let (Some(Purpose::Verify(node, remote)), true) = (self.dials.get(&connection).cloned(), is_refused(error)) {
-            self.on_gone(&node, remote);
+        if let (Some(Purpose::Verify(dead)), true) = (self.dials.get(&connection).cloned(), is_refused(error)) {
+            for connection in dead {
+                debug!(%connection, "nobody listens where a connection leads; it is closed");
+                self.swarm.close_connection(connection);
+            }
         }
         let why = match error {
             DialError::Transport(errors) => {

@@ -143,7 +143,8 @@ impl Driver<'_> {
                 {
                     want.reasons.push(why.to_owned());
                 }
-                if !self.is_dialling(&node) {
+                let last = self.wanted.get(&node).is_some_and(|want| want.stage == Stage::Last);
+                if last || !self.is_dialling(&node) {
                     self.next_stage(&node);
                 }
             }

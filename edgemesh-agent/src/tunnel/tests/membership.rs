@@ -256,7 +256,9 @@ async fn keys_are_rotated_while_everything_runs() {
         loop {
             match near.open_tcp(&name("far"), target, LONG).await {
                 Ok(mut stream) => return say(&mut stream, b"hello").await,
-                Err(error) if begin.elapsed() > LONG => panic!("{what}: {error}"),
+                Err(error) if begin.elapsed() > LONG => {
+                    panic!("{what}: {error}; near {:?}", near.peers().borrow().views())
+                }
                 Err(_) => tokio::time::sleep(Duration::from_millis(50)).await,
             }
         }
