@@ -1,5 +1,8 @@
 //! The lab itself: what pods see of each other, and that nothing stays behind.
 
+#[path = "lab/nat.rs"]
+mod nat;
+
 use std::collections::BTreeSet;
 use std::io::{BufRead, BufReader};
 use std::net::SocketAddr;

@@ -8,7 +8,7 @@ mod wanted;
 use std::{
     collections::{BTreeMap, HashMap, HashSet},
     hash::{BuildHasher as _, RandomState},
-    net::SocketAddr,
+    net::{IpAddr, SocketAddr},
     sync::Arc,
     time::{Duration, Instant},
 };
@@ -38,7 +38,7 @@ use super::{
     counters::Counters,
     gate::{Gate, ip, is_relayed},
     identity::Membership,
-    interfaces::worth_telling,
+    interfaces::{listening_on, worth_telling},
     mesh::{self, Mesh, Parts},
     relays::{Action, Relays},
     serve::Server,
@@ -53,8 +53,11 @@ const STRANGER: Duration = Duration::from_secs(600);
 /// Strangers remembered.
 const MAX_STRANGERS: usize = 1024;
 
-/// How long an idle relayed connection is kept beside a direct one.
+/// How long an idle relayed connection is kept beside another.
 const RETIRE: Duration = Duration::from_secs(30);
+
+/// How long listeners may take to tell their addresses before anything is dialled.
+const LISTENING: Duration = Duration::from_secs(1);
 
 /// How long the ends of connections may take when a swarm ends.
 const PARTING: Duration = Duration::from_millis(500);
@@ -164,7 +167,7 @@ enum Task {
     Upgrade(NodeName, u32),
     /// Have both TCP and QUIC to a relay.
     Transports(NodeName),
-    /// Close relayed paths that a direct one has made needless.
+    /// Close relayed paths that a direct one, or another relayed one, has made needless.
     Retire(NodeName),
     /// Connect to a neighbour; the number of attempts so far.
     Neighbour(PeerId, u32),
@@ -252,6 +255,10 @@ impl<'a> Driver<'a> {
 
     async fn run(&mut self) -> Ended {
         let stop = self.core.stop.clone();
+        tokio::select! {
+            () = stop.cancelled() => return Ended::Stopped,
+            () = self.await_listeners() => {}
+        }
         loop {
             self.run_due(Instant::now());
             let next = [self.schedule.keys().next().map(|(at, _)| *at), self.relays.next()];
@@ -272,6 +279,30 @@ impl<'a> Driver<'a> {
                 }
                 () = tokio::time::sleep_until(next.into()) => {}
             }
+        }
+    }
+
+    /// Waits until the listeners have told their addresses, [`LISTENING`] at most.
+    ///
+    /// What is dialled before that leaves from any port, and the hole that a NAT makes for that port leads nobody in.
+    async fn await_listeners(&mut self) {
+        let expected = listening_on(&self.core.settings.listen);
+        let told = async {
+            loop {
+                let own = self.own_addresses();
+                let told = |expected: &IpAddr, transport: &Transport| {
+                    own.iter().any(|own| ip(own) == Some(*expected) && mesh::transport(own) == *transport)
+                };
+                let transports = &self.core.settings.transports;
+                if expected.iter().all(|ip| transports.iter().all(|transport| told(ip, transport))) {
+                    return;
+                }
+                let event = self.swarm.select_next_some().await;
+                self.on_swarm_event(event);
+            }
+        };
+        if tokio::time::timeout(LISTENING, told).await.is_err() {
+            debug!(?expected, "the tunnel does not listen everywhere yet");
         }
     }
 
@@ -427,11 +458,21 @@ impl<'a> Driver<'a> {
         }
     }
 
+    /// Begins to try for a direct path to a node after `wait`, whatever has been tried before.
+    fn upgrade_anew(&mut self, node: &NodeName, wait: Duration) {
+        self.schedule.retain(|_, task| !matches!(task, Task::Upgrade(other, _) if other == node));
+        self.after(wait, Task::Upgrade(node.clone(), 0));
+    }
+
     fn upgrade(&mut self, node: &NodeName, attempt: u32) {
         let Some(path) = self.peers.paths(node).first().filter(|path| !path.is_direct()) else { return };
         let peer = path.peer;
         for transport in [Transport::Tcp, Transport::Quic] {
             self.dial(peer, self.addresses(&peer, transport), Purpose::Other);
+        }
+        if attempt > 0 && self.core.settings.hole_punching {
+            // Holes are punched when a circuit begins, with the addresses that are known then, and not later.
+            self.dial(peer, self.circuit_addresses(node), Purpose::Other);
         }
         let pause = Duration::from_secs(15).saturating_mul(1 << attempt.min(5)).min(Duration::from_secs(300));
         self.after(pause.mul_f64(1.0 + random() / 2.0), Task::Upgrade(node.clone(), attempt + 1));
@@ -439,10 +480,8 @@ impl<'a> Driver<'a> {
 
     fn retire(&mut self, node: &NodeName) {
         let paths = self.peers.paths(node);
-        if !paths.iter().any(|path| path.is_direct()) {
-            return;
-        }
-        let relayed: Vec<_> = paths.iter().filter(|path| !path.is_direct()).cloned().collect();
+        let needed = usize::from(!paths.iter().any(|path| path.is_direct()));
+        let relayed: Vec<_> = paths.iter().filter(|path| !path.is_direct()).skip(needed).cloned().collect();
         let mut busy = false;
         for path in relayed {
             if path.streams() == 0 {

@@ -40,7 +40,7 @@ use tracing::{debug, warn};
 
 pub(super) use self::handler::{FromHandler, Handler, Refusal};
 use super::{
-    NodeName,
+    NodeName, Transport,
     admission::{Admission, Quiet},
     counters::Counters,
     identity::Membership,
@@ -66,6 +66,8 @@ pub(super) struct Gate<B: NetworkBehaviour> {
     quiet: Quiet,
     /// Connections that are established and not yet known to be a member's, with their remote address.
     unknown: HashMap<ConnectionId, Multiaddr>,
+    /// Connections that are a member's.
+    members: HashMap<ConnectionId, PeerId>,
     counters: Arc<Counters>,
     actions: VecDeque<ToSwarm<Event<B::ToSwarm>, THandlerInEvent<B>>>,
 }
@@ -87,6 +89,7 @@ impl<B: NetworkBehaviour> Gate<B> {
             admission: Admission::new(),
             quiet: Quiet::default(),
             unknown: HashMap::new(),
+            members: HashMap::new(),
             counters,
             actions: VecDeque::new(),
         }
@@ -96,6 +99,11 @@ impl<B: NetworkBehaviour> Gate<B> {
     pub(super) fn set_membership(&mut self, membership: Arc<Membership>) {
         let handler::Shared { hello, deadline, .. } = &*self.shared;
         self.shared = Arc::new(handler::Shared { membership, hello: hello.clone(), deadline: *deadline });
+    }
+
+    /// Another node sees this one at `address`: others may reach it there if a hole is punched.
+    pub(super) fn seen_at(&mut self, address: Multiaddr) {
+        self.actions.push_back(ToSwarm::NewExternalAddrCandidate(address));
     }
 
     /// From now on new connections are told these addresses of this node.
@@ -154,7 +162,14 @@ impl<B: NetworkBehaviour> Gate<B> {
             }
             FromSwarm::ConnectionClosed(closed) => {
                 self.admission.failed(&closed.connection_id, now);
+                self.members.remove(&closed.connection_id);
                 if let Some(remote) = self.unknown.remove(&closed.connection_id) {
+                    if self.members.values().any(|member| *member == closed.peer_id) {
+                        // Of connections that begin at the same time, as when a hole is punched, each side keeps the one
+                        // that it had first.
+                        debug!(%remote, peer = %closed.peer_id, "a member gave up a connection before it was used");
+                        return;
+                    }
                     let why = Refusal::Broken(std::io::ErrorKind::ConnectionAborted.into());
                     self.log_refusal(why.kind(), &remote, None, &why.to_string());
                     self.actions.push_back(ToSwarm::GenerateEvent(Event::Refused {
@@ -214,7 +229,11 @@ impl<B: NetworkBehaviour> NetworkBehaviour for Gate<B> {
         port: PortUse,
     ) -> Result<THandler<Self>, ConnectionDenied> {
         let inner = self.inner.handle_established_outbound_connection(connection, peer, address, role, port)?;
-        Ok(self.wrap(inner, connection, peer, address, role == Endpoint::Dialer))
+        // When a hole is punched, one side dials as a listener. TCP then has one connection, in which the two play these
+        // parts; QUIC that dials from its listening port plays none, and the other side accepts as ever.
+        let quic = port == PortUse::Reuse && super::mesh::transport(address) == Transport::Quic;
+        let first = role == Endpoint::Dialer || (quic && !is_relayed(address));
+        Ok(self.wrap(inner, connection, peer, address, first))
     }
 
     fn on_swarm_event(&mut self, event: FromSwarm<'_>) {
@@ -227,6 +246,7 @@ impl<B: NetworkBehaviour> NetworkBehaviour for Gate<B> {
             FromHandler::Member { node, addresses, run } => {
                 self.admission.joined(&connection, Instant::now());
                 self.unknown.remove(&connection);
+                self.members.insert(connection, peer);
                 let member = Event::Member { peer, connection, node, addresses, run };
                 self.actions.push_back(ToSwarm::GenerateEvent(member));
             }

@@ -24,6 +24,15 @@ pub(super) fn on_link(ip: IpAddr) -> bool {
     })
 }
 
+/// The addresses that other nodes may be told of, once this node listens on `listen`.
+pub(super) fn listening_on(listen: &[IpAddr]) -> Vec<IpAddr> {
+    let Ok(interfaces) = getifaddrs() else { return Vec::new() };
+    let own = interfaces.filter_map(|interface| interface.address.as_ref().and_then(address));
+    let listened =
+        |own: &IpAddr| listen.iter().any(|ip| ip == own || (ip.is_unspecified() && ip.is_ipv4() == own.is_ipv4()));
+    own.filter(|ip| listened(ip) && worth_telling(*ip)).collect()
+}
+
 fn same_network(a: IpAddr, b: IpAddr, mask: IpAddr) -> bool {
     match (a.to_canonical(), b, mask) {
         // A point-to-point link's or a single address says nothing about neighbours.

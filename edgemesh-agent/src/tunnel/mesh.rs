@@ -27,7 +27,10 @@ use super::{
 pub(super) const MAX_STREAMS: u32 = 4096;
 
 /// Round trips are measured, and dead connections found, at this interval.
-const PING_EVERY: Duration = Duration::from_secs(3);
+const PING_EVERY: Duration = Duration::from_secs(2);
+
+/// How long an answer to that may take.
+const PING_TIMEOUT: Duration = Duration::from_secs(3);
 
 /// How long a connection that nothing uses and nobody needs is kept.
 const IDLE: Duration = Duration::from_secs(300);
@@ -171,7 +174,7 @@ fn behaviour(keypair: &Keypair, relay_client: relay::client::Behaviour, parts: P
     let mesh = Mesh {
         streams: Streams::new(server, Arc::clone(&counters), deadline),
         identify: identify::Behaviour::new(identify),
-        ping: ping::Behaviour::new(ping::Config::new().with_interval(PING_EVERY).with_timeout(PING_EVERY)),
+        ping: ping::Behaviour::new(ping::Config::new().with_interval(PING_EVERY).with_timeout(PING_TIMEOUT)),
         relay_client,
         relay: relay::Behaviour::new(me, relay_config),
         dcutr: hole_punching.then(|| dcutr::Behaviour::new(me)).into(),

@@ -11,8 +11,8 @@ use hyper::body::Bytes;
 use hyper::header::HOST;
 use hyper_util::rt::TokioIo;
 use nix::sys::socket::{
-    AddressFamily, SockFlag, SockType, SockaddrStorage, connect, setsockopt, socket,
-    sockopt::{Linger, ReceiveTimeout, SendTimeout},
+    AddressFamily, SockFlag, SockType, SockaddrStorage, bind, connect, setsockopt, socket,
+    sockopt::{Linger, ReceiveTimeout, ReuseAddr, SendTimeout},
 };
 use nix::sys::time::TimeVal;
 use tokio_tungstenite::tungstenite::Message;
@@ -142,6 +142,12 @@ pub(super) fn connect_blocking(transport: Transport, dial: Dial) -> Result<(Owne
     let fd = socket(family, kind, SockFlag::SOCK_CLOEXEC, None)
         .map_err(|errno| Failure::from_io("make a socket", &errno.into()))?;
     set_deadline(&fd, dial.deadline)?;
+    if dial.port != 0 {
+        let local = SockaddrStorage::from(unspecified(target, dial.port));
+        setsockopt(&fd, ReuseAddr, &true)
+            .and_then(|()| bind(fd.as_raw_fd(), &local))
+            .map_err(|errno| Failure::from_io(&format!("bind a socket to port {}", dial.port), &errno.into()))?;
+    }
     let address = SockaddrStorage::from(target);
     let begin = Instant::now();
     let outcome = connect(fd.as_raw_fd(), &address);
@@ -156,7 +162,7 @@ pub(super) struct Unconnected(UdpSocket);
 impl Unconnected {
     /// Makes a socket of the address family of `target`.
     pub(super) fn bind(target: SocketAddr) -> Result<Self, Failure> {
-        let socket = UdpSocket::bind(unspecified(target));
+        let socket = UdpSocket::bind(unspecified(target, 0));
         socket.map(Self).map_err(|error| Failure::from_io("bind an unconnected socket", &error))
     }
 
@@ -187,8 +193,8 @@ pub(super) fn reset_on_close(socket: &impl std::os::fd::AsFd) {
 /// Sends one datagram to each target from one unconnected socket, and collects who answers from where.
 pub(super) fn udp_fan(targets: &[SocketAddr], deadline: Duration) -> Result<Vec<Result<FanReply, Failure>>, Failure> {
     let first = *targets.first().ok_or_else(|| Failure::other("no targets"))?;
-    let socket =
-        UdpSocket::bind(unspecified(first)).map_err(|error| Failure::from_io("bind an unconnected socket", &error))?;
+    let socket = UdpSocket::bind(unspecified(first, 0))
+        .map_err(|error| Failure::from_io("bind an unconnected socket", &error))?;
     let payload = |index: usize| format!("to-{index}");
     let mut replies: Vec<Result<FanReply, Failure>> = Vec::with_capacity(targets.len());
     for (index, target) in targets.iter().enumerate() {
@@ -222,6 +228,15 @@ pub(super) fn udp_fan(targets: &[SocketAddr], deadline: Duration) -> Result<Vec<
 /// Whether a target of [`udp_fan`] may still answer.
 fn waits(reply: &Result<FanReply, Failure>) -> bool {
     matches!(reply, Err(Failure { errno: Some(errno), .. }) if errno == "ETIMEDOUT")
+}
+
+/// Waits for the next datagram to a socket, from anybody.
+pub(super) fn receive(socket: &UdpSocket, deadline: Duration) -> Result<(SocketAddr, String), Failure> {
+    set_deadline(socket, deadline)?;
+    let mut datagram = [0_u8; LONGEST];
+    let (length, source) =
+        socket.recv_from(&mut datagram).map_err(|error| Failure::from_io("receive a datagram", &error))?;
+    Ok((source, String::from_utf8_lossy(&datagram[..length]).into_owned()))
 }
 
 /// Sends GET requests one after the other on one connection.

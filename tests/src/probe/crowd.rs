@@ -62,7 +62,7 @@ async fn join(transport: Transport, dial: Dial) -> Result<Member, Failure> {
         }
         Transport::Udp => {
             let failed = |error: std::io::Error| Failure::from_io(&format!("connect to {target}"), &error);
-            let socket = UdpSocket::bind(unspecified(target)).await.map_err(failed)?;
+            let socket = UdpSocket::bind(unspecified(target, 0)).await.map_err(failed)?;
             socket.connect(target).await.map_err(failed)?;
             Ok(Member::Udp(socket))
         }

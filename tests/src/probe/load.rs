@@ -60,7 +60,7 @@ pub(super) fn latency(
         for &index in &order {
             let group = &groups[index];
             let target = group[round % group.len()];
-            samples[index].push(time(measure, &sender, Dial { target, deadline })?);
+            samples[index].push(time(measure, &sender, Dial { target, deadline, port: 0 })?);
         }
     }
     Ok(samples.into_iter().map(quantiles).collect())

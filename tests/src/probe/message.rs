@@ -101,6 +101,32 @@ pub enum Request {
         /// Bounds the whole exchange.
         deadline: Duration,
     },
+    /// Binds an unconnected UDP socket and keeps it; [`Response::Opened`].
+    BindUdp {
+        /// Port 0 picks one.
+        local: SocketAddr,
+    },
+    /// Sends a datagram from a socket of [`Request::BindUdp`]; [`Response::Done`].
+    SendTo {
+        /// From [`Response::Opened`].
+        socket: u64,
+        /// Of the family that the socket was bound for.
+        target: SocketAddr,
+        /// What it says.
+        text: String,
+    },
+    /// Waits for the next datagram to a socket of [`Request::BindUdp`]; [`Response::Datagram`].
+    Receive {
+        /// From [`Response::Opened`].
+        socket: u64,
+        /// Bounds the wait.
+        deadline: Duration,
+    },
+    /// Closes a socket of [`Request::BindUdp`]; [`Response::Done`].
+    CloseUdp {
+        /// From [`Response::Opened`].
+        socket: u64,
+    },
     /// Sends HTTP/1.1 GETs one after the other on one connection; [`Response::Http`].
     Http {
         /// The server.
@@ -184,6 +210,8 @@ pub enum Response {
     Connected(Duration),
     /// Per target, in the order of the request.
     Fan(Vec<Result<FanReply, Failure>>),
+    /// Where a datagram came from, and what it says.
+    Datagram(SocketAddr, String),
     /// A keep-alive connection.
     Http(HttpReport),
     /// How a connection ended.
@@ -246,6 +274,8 @@ pub struct Dial {
     pub target: SocketAddr,
     /// Bounds every single step: connecting, sending, receiving.
     pub deadline: Duration,
+    /// The local port, which other sockets may have too (SO_REUSEADDR); 0 for any. HTTP and WebSocket take any.
+    pub port: u16,
 }
 
 /// One exchange with a server.
@@ -441,11 +471,11 @@ pub fn v4_mapped(address: SocketAddr) -> SocketAddr {
     }
 }
 
-/// The address a socket of the target's family is bound to when it does not matter.
-pub(crate) fn unspecified(target: SocketAddr) -> SocketAddr {
+/// The address a socket of the target's family is bound to when only the port matters, or not even that (0).
+pub(crate) fn unspecified(target: SocketAddr, port: u16) -> SocketAddr {
     match target {
-        SocketAddr::V4(_) => SocketAddr::from(([0, 0, 0, 0], 0)),
-        SocketAddr::V6(_) => SocketAddr::from((Ipv6Addr::UNSPECIFIED, 0)),
+        SocketAddr::V4(_) => SocketAddr::from(([0, 0, 0, 0], port)),
+        SocketAddr::V6(_) => SocketAddr::from((Ipv6Addr::UNSPECIFIED, port)),
     }
 }
 

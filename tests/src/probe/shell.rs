@@ -2,7 +2,7 @@
 
 use std::collections::HashMap;
 use std::io::{BufRead as _, Write as _};
-use std::net::SocketAddr;
+use std::net::{SocketAddr, UdpSocket};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
@@ -28,6 +28,7 @@ pub(super) fn run() -> Result<()> {
         next: AtomicU64::new(1),
         servers: Mutex::default(),
         connections: Mutex::default(),
+        sockets: Mutex::default(),
         hammers: Mutex::default(),
     });
     for line in std::io::stdin().lock().lines() {
@@ -48,6 +49,7 @@ struct Shell {
     next: AtomicU64,
     servers: Mutex<HashMap<(App, SocketAddr), JoinHandle<()>>>,
     connections: Mutex<HashMap<u64, Connection>>,
+    sockets: Mutex<HashMap<u64, Arc<UdpSocket>>>,
     hammers: Mutex<HashMap<u64, Hammer>>,
 }
 
@@ -103,6 +105,20 @@ impl Shell {
                 connect_blocking(transport, dial).map(|(_, took)| Response::Connected(took))
             }
             Request::UdpFan { targets, deadline } => client::udp_fan(&targets, deadline).map(Response::Fan),
+            Request::BindUdp { local } => {
+                let socket = UdpSocket::bind(local);
+                let socket = socket.map_err(|error| Failure::from_io(&format!("bind {local}"), &error))?;
+                Ok(Response::Opened(self.keep(&self.sockets, Arc::new(socket))))
+            }
+            Request::SendTo { socket, target, text } => {
+                let sent = self.socket(socket)?.send_to(text.as_bytes(), target);
+                sent.map(|_| Response::Done).map_err(|error| Failure::from_io(&format!("send to {target}"), &error))
+            }
+            Request::Receive { socket, deadline } => {
+                let (source, text) = client::receive(&*self.socket(socket)?, deadline)?;
+                Ok(Response::Datagram(source, text))
+            }
+            Request::CloseUdp { socket } => take(&self.sockets, socket).map(|_| Response::Done),
             Request::Http { dial, path, requests } => {
                 self.runtime.block_on(client::http(dial, &path, requests)).map(Response::Http)
             }
@@ -139,6 +155,11 @@ impl Shell {
         let address = listener.local_addr().map_err(failed)?;
         self.runtime.spawn(serve::proxy(listener, backend));
         Ok(Response::Serving(address))
+    }
+
+    fn socket(&self, id: u64) -> Result<Arc<UdpSocket>, Failure> {
+        let socket = locked(&self.sockets).get(&id).cloned();
+        socket.ok_or_else(|| Failure::other(format!("{id} is not open")))
     }
 
     fn keep<T>(&self, kept: &Mutex<HashMap<u64, T>>, value: T) -> u64 {

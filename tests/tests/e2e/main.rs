@@ -9,6 +9,7 @@ mod dns;
 mod health;
 mod mesh;
 mod meta_server;
+mod nat;
 mod outside;
 mod policy;
 mod restart;

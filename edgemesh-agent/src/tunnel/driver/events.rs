@@ -64,8 +64,7 @@ impl Driver<'_> {
                     });
                     let relayed: Vec<NodeName> = relayed.cloned().collect();
                     for node in relayed {
-                        self.schedule.retain(|_, task| !matches!(task, Task::Upgrade(other, _) if *other == node));
-                        self.after(Duration::from_secs_f64(random()), Task::Upgrade(node, 0));
+                        self.upgrade_anew(&node, Duration::from_secs_f64(random()));
                     }
                 }
             }
@@ -115,8 +114,13 @@ impl Driver<'_> {
                     }
                 }
             },
-            MeshEvent::Identify(identify::Event::Received { peer_id, info, .. }) => {
+            MeshEvent::Identify(identify::Event::Received { connection_id, peer_id, info }) => {
                 self.book.identified(peer_id, info.listen_addrs);
+                if self.swarm.behaviour().inner.streams.path(connection_id).is_some_and(|path| path.is_direct()) {
+                    // Identify itself believes that a NAT keeps the port, and puts that of a listener in the place of
+                    // another. But all that this node dials leaves from there: the port is what the NAT has made of it.
+                    self.swarm.behaviour_mut().seen_at(info.observed_addr);
+                }
             }
             MeshEvent::Dcutr(event) => match event.result {
                 Ok(connection) => {
@@ -235,13 +239,11 @@ impl Driver<'_> {
             self.forget_failures();
             self.relays.connected(&node, Instant::now());
         }
-        if direct && relayed_before {
+        if relayed_before {
             self.after(RETIRE, Task::Retire(node));
         } else if !direct && self.peers.paths(&node).iter().all(|path| !path.is_direct()) {
             // Both sides may try; the one that was called lets the other begin.
-            let wait = if outbound { Duration::ZERO } else { Duration::from_secs(1) };
-            self.schedule.retain(|_, task| !matches!(task, Task::Upgrade(other, _) if *other == node));
-            self.after(wait, Task::Upgrade(node, 0));
+            self.upgrade_anew(&node, if outbound { Duration::ZERO } else { Duration::from_secs(1) });
         }
     }
 
@@ -258,6 +260,10 @@ impl Driver<'_> {
                 self.relays.lost(&node, Instant::now(), random());
             } else if path.on_link && self.known(&path.peer) {
                 self.after(Duration::from_secs_f64(1.0 + 2.0 * random()), Task::Neighbour(path.peer, 0));
+            }
+            if !self.peers.paths(&node).is_empty() {
+                // A relay carries on; the hole may have been closed for good, and another be needed.
+                self.upgrade_anew(&node, Duration::from_secs_f64(1.0 + random()));
             }
         }
         if direct_left && path.transport == Transport::Tcp {

@@ -121,7 +121,7 @@ impl Driver<'_> {
     }
 
     /// The way through every relay that is connected; the peer at the end is put there by the dial.
-    fn circuit_addresses(&self, node: &NodeName) -> Vec<Multiaddr> {
+    pub(super) fn circuit_addresses(&self, node: &NodeName) -> Vec<Multiaddr> {
         let relay = |relay: &NodeName| {
             let path = self.peers.paths(relay).iter().find(|path| path.is_direct())?;
             let known = self.book.addresses(&path.peer).into_iter().next()?;

@@ -56,14 +56,16 @@ async fn nodes_that_know_only_a_relay_reach_each_other_through_it() {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn new_streams_leave_the_relay_when_a_direct_path_appears() {
-    // By a punched hole, and by dialling what the peer announces.
-    for hole_punching in [true, false] {
+    // By a punched hole, over QUIC alone too, where both sides dial; and by dialling what the peer announces.
+    let (both, quic) = ([Transport::Tcp, Transport::Quic], [Transport::Quic]);
+    for (hole_punching, transports) in [(true, &both[..]), (true, &quic), (false, &both)] {
         let (port, far_port) = (free_port(), free_port());
         let _relay = relay(port);
         let relays = vec![relay_at("relay", port)];
         let announce = if hole_punching { Vec::new() } else { vec![SocketAddr::new([127, 0, 0, 1].into(), far_port)] };
-        let _far = start(Settings { hole_punching, announce, port: far_port, ..behind("far", &relays) });
-        let near = start(Settings { hole_punching, ..behind("near", &relays) });
+        let settings = |node| Settings { hole_punching, transports: transports.to_vec(), ..behind(node, &relays) };
+        let _far = start(Settings { announce, port: far_port, ..settings("far") });
+        let near = start(settings("near"));
         let target = echo().await;
         let mut old = open_soon(&near, "far", target).await;
         say(&mut old, b"through the relay").await;
