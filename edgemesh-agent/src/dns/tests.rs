@@ -13,6 +13,8 @@ use hickory_proto::{
     serialize::binary::{BinDecodable, BinEncodable},
 };
 
+mod fuzz;
+
 use super::{
     forward::{CacheSettings, TtlLimits, Upstreams},
     *,
