@@ -13,6 +13,8 @@ use hickory_proto::{
     serialize::binary::{BinDecodable, BinEncodable},
 };
 
+mod fuzz;
+
 use super::{
     forward::{CacheSettings, TtlLimits, Upstreams},
     *,
@@ -466,6 +468,30 @@ async fn queries_on_one_connection_are_answered_as_soon_as_each_can_be() {
     });
     let expected = [(2, ResponseCode::NoError), (3, ResponseCode::NoError), (1, ResponseCode::ServFail)];
     assert_eq!(answers.await.unwrap(), expected);
+    world.stop().await;
+}
+
+#[tokio::test]
+async fn names_of_the_cluster_are_answered_behind_any_number_of_questions_that_wait() {
+    // 40 for one client.
+    let mut world = World::with(Limits { queries: None, forwarded: None, waiting: 160 }).await;
+    world.sync().await;
+    world.upstream.silent.store(true, Ordering::SeqCst);
+    let at = world.at("TCP");
+    let answers = tokio::task::spawn_blocking(move || {
+        let mut stream = TcpStream::connect(at).unwrap();
+        stream.set_read_timeout(Some(PATIENCE)).unwrap();
+        let slow = (0..64).map(|id| question(id, &format!("slow{id}.example.com"), RecordType::A));
+        let known = question(1000, "web.shop.svc.cluster.local", RecordType::A);
+        stream.write_all(&framed(&slow.chain([known]).collect::<Vec<_>>())).unwrap();
+        let answers = (0..65).map(|_| read_framed(&mut stream).unwrap().metadata);
+        answers.map(|answer| (answer.id, answer.response_code)).collect::<Vec<_>>()
+    });
+    let answers = answers.await.unwrap();
+    let place = answers.iter().position(|(id, _)| *id == 1000).unwrap();
+    assert_eq!(place, 24, "those beyond the limit are told at once, and the others are not waited for");
+    assert_eq!(answers[place].1, ResponseCode::NoError);
+    assert!(answers.iter().filter(|(id, _)| *id < 1000).all(|(_, code)| *code == ResponseCode::ServFail));
     world.stop().await;
 }
 

@@ -8,7 +8,7 @@ mod query;
 mod records;
 mod response;
 #[cfg(test)]
-mod tests;
+pub(super) mod tests;
 
 pub use name::{MAX_NAME, Name, NameError, labels};
 pub(super) use query::Opt;

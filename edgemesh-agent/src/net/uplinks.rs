@@ -15,6 +15,8 @@ use super::picture::{self, Kind, Link, Picture, matches_any};
 const SETTLE: Duration = Duration::from_millis(200);
 /// How often everything is looked at, should the kernel have lost news.
 const PATROL: Duration = Duration::from_secs(30);
+/// How long the kernel may take to list everything, with any number of routes.
+const DEADLINE: Duration = Duration::from_secs(10);
 /// How many interfaces may be stacked on each other.
 const MAX_DEPTH: u32 = 8;
 
@@ -64,7 +66,8 @@ pub async fn follow(names: &[String], mut tell: impl FnMut(Vec<Uplink>)) -> Erro
 }
 
 async fn look(netlink: &Handle, names: &[String]) -> Result<Vec<Uplink>, Error> {
-    Ok(choose(&picture::take(netlink).await?, names))
+    let picture = tokio::time::timeout(DEADLINE, picture::take(netlink)).await;
+    Ok(choose(&picture.map_err(|_elapsed| Error::RequestFailed)??, names))
 }
 
 /// Those that match one of `names`, or, without any: hardware, what is made of it, and what has a default route; but no

@@ -21,7 +21,7 @@ use nix::{
 };
 use serde_json::{Value, json};
 
-use crate::START;
+use crate::{START, TwoNodes};
 
 /// Where the agent under test answers.
 const SERVER: &str = "169.254.96.16";
@@ -42,11 +42,7 @@ struct World {
 
 impl World {
     fn raise() -> Result<Option<Self>> {
-        let Some(lab) = Lab::for_test()? else { return Ok(None) };
-        let lan = lab.site("lan", &["192.168.10.0/24", "fd00:192:168:10::/64"])?;
-        let edge1 = lan.node("edge1", &["10.244.1.0/24", "fd00:10:244:1::/64"])?;
-        let edge2 = lan.node("edge2", &["10.244.2.0/24", "fd00:10:244:2::/64"])?;
-        let client = edge1.pod("client")?;
+        let Some(TwoNodes { client, edge1, edge2, lab }) = TwoNodes::raise()? else { return Ok(None) };
         lab.manifests().write("services", &services()?)?;
         let options = AgentOptions::default()
             .set("commonConfig.bridgeDeviceIP", UPSTREAM)
@@ -69,6 +65,19 @@ impl World {
         eventually(START, "DNS is answered", || {
             Ok(self.dig(&["+tries=1", "+time=1", "dns-version.cluster.local", "TXT"])?.answered())
         })?;
+        Ok(agent)
+    }
+
+    /// Starts the agent under test with the other one as its upstream.
+    fn start_forwarding(&self) -> Result<Agent> {
+        self.start(json!({ "resolvConf": self.resolv_conf(&format!("nameserver {UPSTREAM}\n"))? }))
+    }
+
+    /// Starts it as a cache, with these settings of `cacheDNS`.
+    fn start_cache(&self, mut settings: Value) -> Result<Agent> {
+        settings["enable"] = true.into();
+        let agent = self.edge1.start_agent(&dns(json!({ "cacheDNS": settings })))?;
+        agent.wait_ready(START)?;
         Ok(agent)
     }
 
@@ -154,8 +163,7 @@ impl Dug {
 #[test]
 fn a_pod_finds_services_endpoints_and_ports_by_udp_and_tcp_however_it_asks() -> Result<()> {
     let Some(world) = World::raise()? else { return Ok(()) };
-    let resolv_conf = world.resolv_conf(&format!("nameserver {UPSTREAM}\n"))?;
-    let _agent = world.start(json!({ "resolvConf": resolv_conf }))?;
+    let _agent = world.start_forwarding()?;
     let web = "web.default.svc.cluster.local";
     let questions: [(&[&str], &[&str]); 10] = [
         (&[web, "A"], &["10.96.0.10"]),
@@ -280,7 +288,7 @@ spec: {type: ExternalName, externalName: missing.default.svc.corp.test}
 fn every_form_of_name_of_the_specification_is_answered_by_udp_and_tcp() -> Result<()> {
     let Some(world) = World::raise()? else { return Ok(()) };
     world.lab.manifests().write("forms", FORMS)?;
-    let _agent = world.start(json!({ "resolvConf": world.resolv_conf(&format!("nameserver {UPSTREAM}\n"))? }))?;
+    let _agent = world.start_forwarding()?;
     let set = "set.default.svc.cluster.local";
     let early = "early.default.svc.cluster.local";
     let unnamed = format!("10-244-2-32.{set}");
@@ -468,8 +476,7 @@ fn a_resolv_conf_without_use_is_told_and_a_replaced_one_is_followed() -> Result<
 #[test]
 fn while_the_upstream_is_silent_names_are_answered_stale_and_afterwards_fresh() -> Result<()> {
     let Some(world) = World::raise()? else { return Ok(()) };
-    let resolv_conf = world.resolv_conf(&format!("nameserver {UPSTREAM}\n"))?;
-    let _agent = world.start(json!({ "resolvConf": resolv_conf }))?;
+    let _agent = world.start_forwarding()?;
     // Negative answers are the ones that age soon: their TTL is 5 s.
     let (gone, cluster) = ("gone.default.svc.corp.test", "web.default.svc.cluster.local");
     ensure!(world.dig(&[gone])?.has("status: NXDOMAIN"));
@@ -501,9 +508,7 @@ fn while_the_upstream_is_silent_names_are_answered_stale_and_afterwards_fresh() 
 #[test]
 fn a_cache_before_the_clusters_dns_asks_it_for_all_names() -> Result<()> {
     let Some(world) = World::raise()? else { return Ok(()) };
-    let cache = json!({ "enable": true, "autoDetect": false, "upstreamServers": [UPSTREAM], "cacheTTL": 5 });
-    let agent = world.edge1.start_agent(&dns(json!({ "cacheDNS": cache })))?;
-    agent.wait_ready(START)?;
+    let _agent = world.start_cache(json!({ "autoDetect": false, "upstreamServers": [UPSTREAM], "cacheTTL": 5 }))?;
     eventually(START, "an answer of the upstream", || {
         Ok(world.dig(&["+tries=1", "+time=1", "web.default.svc.corp.test"])?.answered())
     })?;
@@ -515,10 +520,63 @@ fn a_cache_before_the_clusters_dns_asks_it_for_all_names() -> Result<()> {
 }
 
 #[test]
+fn a_name_that_is_known_keeps_its_addresses_while_the_upstream_is_silent() -> Result<()> {
+    let Some(world) = World::raise()? else { return Ok(()) };
+    // Positive answers that age soon.
+    let _agent = world.start_cache(json!({ "autoDetect": false, "upstreamServers": [UPSTREAM], "cacheTTL": 5 }))?;
+    let name = "web.default.svc.corp.test";
+    eventually(START, "an answer", || Ok(world.dig(&["+tries=1", "+time=1", name])?.answered()))?;
+    let pid = Pid::from_raw(i32::try_from(world.upstream.pid())?);
+    kill(pid, Signal::SIGSTOP)?;
+    let first = world.dig(&["+tries=1", "+time=10", "other.default.svc.corp.test"])?;
+    ensure!(first.has("status: SERVFAIL"), "{}", first.0);
+    // From the first failure on, each answer comes soon; past its time they say so.
+    eventually(START, "a stale answer", || {
+        let known = world.dig(&["+tries=1", "+time=1", name])?;
+        known.expect(&["10.96.0.10"])?;
+        ensure!(query_time(&known)? <= Duration::from_millis(50), "{}", known.0);
+        Ok(known.has("Stale Answer"))
+    })?;
+    kill(pid, Signal::SIGCONT)?;
+    let back = Instant::now();
+    eventually(START, "a fresh answer", || {
+        let fresh = world.dig(&["+tries=1", "+time=1", name])?;
+        Ok(fresh.answered() && !fresh.has("Stale"))
+    })?;
+    ensure!(back.elapsed() < Duration::from_secs(5), "{:?}", back.elapsed());
+    Ok(())
+}
+
+#[test]
+fn the_clusters_dns_is_found_among_its_services_and_followed() -> Result<()> {
+    let Some(world) = World::raise()? else { return Ok(()) };
+    let _agent = world.start_cache(json!({ "autoDetect": true }))?;
+    let name = "web.default.svc.corp.test";
+    eventually(START, "that there is nobody to ask is told", || {
+        Ok(world.dig(&["+tries=1", "+time=1", name])?.has("status: SERVFAIL")
+            && world.condition("DnsUpstreamsMissing")?.is_some())
+    })?;
+    for (ip, name) in [("10.96.0.53", name), ("10.96.0.54", "db-0.db.default.svc.corp.test")] {
+        let kube_dns = Service::new("kube-dns", &[ip]).namespace("kube-system");
+        let kube_dns = kube_dns.port("dns", Transport::Udp, 53, 53).port("dns-tcp", Transport::Tcp, 53, 53);
+        let server = Endpoint::new(UPSTREAM.parse()?, "edge2");
+        world.lab.manifests().write("kube-dns", &kube_dns.yaml_with(&[server])?)?;
+        eventually(START, "the Service's address is the upstream", || {
+            let upstreams = world.status()?["dns"]["forwarder"]["upstreams"].clone();
+            Ok(upstreams.as_array().is_some_and(|all| all.len() == 1) && upstreams[0]["address"] == format!("{ip}:53"))
+        })?;
+        eventually(START, "an answer of the cluster's DNS", || {
+            Ok(world.dig(&["+tries=1", "+time=1", name])?.answered())
+        })?;
+    }
+    ensure!(world.condition("DnsUpstreamsMissing")?.is_none());
+    Ok(())
+}
+
+#[test]
 fn the_dns_command_and_the_metrics_tell_where_an_answer_is_from() -> Result<()> {
     let Some(world) = World::raise()? else { return Ok(()) };
-    let resolv_conf = world.resolv_conf(&format!("nameserver {UPSTREAM}\n"))?;
-    let agent = world.start(json!({ "resolvConf": resolv_conf }))?;
+    let agent = world.start_forwarding()?;
     let told = |arguments: &[&str]| -> Result<String> {
         let output = world.edge1.cli(&[&["dns"], arguments].concat())?;
         ensure!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));

@@ -38,6 +38,26 @@ const UDP_PORT: u16 = 7;
 const HTTP_PORT: u16 = 80;
 const WEBSOCKET_PORT: u16 = 81;
 
+/// Two nodes in one LAN, of both families, and a client pod on `edge1`.
+struct TwoNodes {
+    client: Pod,
+    edge1: Node,
+    edge2: Node,
+    lab: Lab,
+}
+
+impl TwoNodes {
+    /// None where there is no root, which is said loudly.
+    fn raise() -> Result<Option<Self>> {
+        let Some(lab) = Lab::for_test()? else { return Ok(None) };
+        let lan = lab.site("lan", &["192.168.10.0/24", "fd00:192:168:10::/64"])?;
+        let edge1 = lan.node("edge1", &["10.244.1.0/24", "fd00:10:244:1::/64"])?;
+        let edge2 = lan.node("edge2", &["10.244.2.0/24", "fd00:10:244:2::/64"])?;
+        let client = edge1.pod("client")?;
+        Ok(Some(Self { client, edge1, edge2, lab }))
+    }
+}
+
 /// Two nodes with an agent each; a client pod on `edge1`; the Service `echo` with the backends `a` on `edge1`, `b` and
 /// `c` on `edge2`.
 struct World {
@@ -53,11 +73,7 @@ struct World {
 impl World {
     /// None where there is no root, which is said loudly.
     fn raise() -> Result<Option<Self>> {
-        let Some(lab) = Lab::for_test()? else { return Ok(None) };
-        let lan = lab.site("lan", &["192.168.10.0/24", "fd00:192:168:10::/64"])?;
-        let edge1 = lan.node("edge1", &["10.244.1.0/24", "fd00:10:244:1::/64"])?;
-        let edge2 = lan.node("edge2", &["10.244.2.0/24", "fd00:10:244:2::/64"])?;
-        let client = edge1.pod("client")?;
+        let Some(TwoNodes { client, edge1, edge2, lab }) = TwoNodes::raise()? else { return Ok(None) };
         let backends = vec![(edge1.pod("a")?, "edge1"), (edge2.pod("b")?, "edge2"), (edge2.pod("c")?, "edge2")];
         for (pod, _) in &backends {
             pod.serve(App::Tcp, 7001)?;

@@ -268,6 +268,61 @@ async fn an_upstream_that_is_slow_or_silent_is_not_waited_for() {
     }
 }
 
+/// Runs in a network namespace of its own, where nothing but the loopback device is.
+fn without_a_network(test: impl AsyncFnOnce() + Send + 'static) {
+    if !nix::unistd::geteuid().is_root() {
+        assert_ne!(std::env::var("CI").as_deref(), Ok("true"), "a network namespace needs root");
+        return;
+    }
+    let thread = std::thread::spawn(|| {
+        nix::sched::unshare(nix::sched::CloneFlags::CLONE_NEWNET).unwrap();
+        let up = std::process::Command::new("ip").args(["link", "set", "lo", "up"]).status().unwrap();
+        assert!(up.success());
+        tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap().block_on(test());
+    });
+    thread.join().unwrap();
+}
+
+#[test]
+fn an_upstream_that_there_is_no_route_to_keeps_nobody_waiting() {
+    without_a_network(async || {
+        let nowhere: SocketAddr = "192.0.2.53:53".parse().unwrap();
+        let tasks = Tasks::default();
+        let near = FakeUpstream::start(&tasks).await;
+        let lab = Lab::new(tasks, settings(vec![nowhere, near.address]));
+        let begin = Instant::now();
+        assert_eq!(lab.address("www.example").await, [192, 0, 2, 1]);
+        assert!(begin.elapsed() < Duration::from_millis(150), "the next is asked at once: {:?}", begin.elapsed());
+        assert!(!lab.upstream(nowhere).healthy && lab.upstream(near.address).healthy);
+
+        let cut_off = Lab::new(Tasks::default(), settings(vec![nowhere]));
+        let begin = Instant::now();
+        let failed = cut_off.ask("www.example").await;
+        assert_eq!((failed.rcode(), failed.source()), (2, Source::None));
+        assert!(begin.elapsed() < Duration::from_millis(150), "{:?}", begin.elapsed());
+        eventually("told", async || cut_off.reasons() == [probe::UNREACHABLE]).await;
+        // The link is back.
+        let back = std::process::Command::new("ip").args(["address", "add", "192.0.2.53/32", "dev", "lo"]).status();
+        assert!(back.unwrap().success());
+        let socket = tokio::net::UdpSocket::bind(nowhere).await.unwrap();
+        let answer = async {
+            let mut buffer = [0; 512];
+            loop {
+                let (length, client) = socket.recv_from(&mut buffer).await.unwrap();
+                let records = [fake::record(A, 60, vec![192, 0, 2, 9])];
+                let answer = fake::respond(&buffer[..length], 0, [&records, &[], &[]]);
+                socket.send_to(&answer, client).await.unwrap();
+            }
+        };
+        let asked = eventually("answered", async || cut_off.ask("www.example").await.rcode() == 0);
+        tokio::select! {
+            () = answer => {}
+            () = asked => {}
+        }
+        assert_eq!(cut_off.address("www.example").await, [192, 0, 2, 9]);
+    });
+}
+
 #[tokio::test]
 async fn an_excuse_is_passed_on_and_remembered_for_a_moment() {
     let (lab, [upstream]) = Lab::with_upstreams().await;

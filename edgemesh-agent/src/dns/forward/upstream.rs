@@ -30,6 +30,9 @@ const HARD: Duration = Duration::from_secs(30);
 /// by one odd packet.
 const WAYS: Duration = Duration::from_secs(3600);
 
+/// A resolver has so many names at most that are hard; where more are not answered, it is not the names.
+const MOST_HARD: usize = 4;
+
 /// How many queries are on their way to one upstream at most.
 const SOCKETS: usize = 256;
 
@@ -56,8 +59,8 @@ pub(super) struct Health {
     silence: Option<Silence>,
     /// What it answered usably when it last did.
     easy: Option<Question>,
-    /// What alone it did not answer, and when something else showed that.
-    hard: Option<(Question, Instant)>,
+    /// What it did not answer while it answered something else, and when that was last seen. At most [`MOST_HARD`].
+    hard: Vec<(Question, Instant)>,
     /// Since when it is known not to repeat the case of names.
     changes_case: Option<Instant>,
     /// Since when it is known not to understand EDNS.
@@ -73,8 +76,8 @@ struct Silence {
     question: Question,
     /// Another name that it did not answer either: then it is not the question that is hard.
     other: Option<Question>,
-    /// What of the two is asked next.
-    ask_other: bool,
+    /// How often it was asked.
+    probes: usize,
     probe_at: Instant,
     pause: Duration,
 }
@@ -95,14 +98,18 @@ impl Health {
     pub(super) fn answered(&mut self, question: &Question, asked: Instant, now: Instant) {
         self.heard(asked, now);
         self.easy = Some(*question);
-        if self.hard.is_some_and(|(hard, _)| hard.name() == question.name()) {
-            self.hard = None;
+        self.hard.retain(|(hard, at)| hard.name() != question.name() && is_recent(*at, now));
+        let Some(silence) = self.silence.take() else { return };
+        let unanswered = [Some(silence.question), silence.other];
+        if unanswered.iter().flatten().any(|unanswered| unanswered.name() == question.name()) {
+            return;
         }
-        if let Some(silence) = self.silence.take()
-            && silence.other.is_none()
-            && silence.question.name() != question.name()
-        {
-            self.hard = Some((silence.question, now));
+        for unanswered in unanswered.into_iter().flatten() {
+            self.hard.retain(|(hard, _)| hard.name() != unanswered.name());
+            self.hard.push((unanswered, now));
+        }
+        if self.hard.len() > MOST_HARD {
+            self.hard.clear();
         }
     }
 
@@ -118,29 +125,36 @@ impl Health {
             }
             return;
         }
-        let recent = |at| now.saturating_duration_since(at) < HARD;
-        let hard = self.hard.filter(|(_, at)| recent(*at)).map(|(hard, _)| hard);
-        if hard.is_some_and(|hard| hard.name() == question.name()) {
+        self.hard.retain(|(_, at)| is_recent(*at, now));
+        if let Some((_, at)) = self.hard.iter_mut().find(|(hard, _)| hard.name() == question.name()) {
+            // It is still hard.
+            *at = now;
             return;
         }
+        let other = self.hard.last().map(|(hard, _)| *hard);
         let probe_at = now + FIRST_PAUSE.mul_f64(jitter(random));
         let question = *question;
-        self.silence =
-            Some(Silence { since: now, question, other: hard, ask_other: false, probe_at, pause: FIRST_PAUSE });
+        self.silence = Some(Silence { since: now, question, other, probes: 0, probe_at, pause: FIRST_PAUSE });
     }
 
     /// What to ask it now, to learn whether it is back; the next probe comes after a longer pause.
     ///
     /// In turn what it did not answer, and another name that it did not, or else what it last did: as long as it is about
-    /// one name, that may be the reason.
+    /// one name, that may be the reason. After [`HARD`], what it last did in any case: there may be two such names.
     pub(super) fn probe(&mut self, now: Instant, random: f64) -> Option<Question> {
         let easy = self.easy.or_else(root_servers);
         let silence = self.silence.as_mut().filter(|silence| silence.probe_at <= now)?;
         silence.pause = LAST_PAUSE.min(silence.pause * 2);
         silence.probe_at = now + silence.pause.mul_f64(jitter(random));
-        let other = silence.other.or(easy).filter(|_| silence.ask_other);
-        silence.ask_other = !silence.ask_other;
-        other.or(Some(silence.question))
+        let long = now.saturating_duration_since(silence.since) >= HARD;
+        let [other, last] = [silence.other.or(easy), easy.filter(|_| long && silence.other.is_some())];
+        let turn = silence.probes % (2 + usize::from(last.is_some()));
+        silence.probes += 1;
+        match turn {
+            0 => Some(silence.question),
+            1 => other.or(Some(silence.question)),
+            _ => last,
+        }
     }
 
     pub(super) fn next_probe(&self) -> Option<Instant> {
@@ -165,6 +179,10 @@ impl Health {
     pub(super) fn hedge(&self) -> Duration {
         self.round_trip.map_or(HEDGE, |smooth| (smooth * 2).clamp(SHORTEST_HEDGE, HEDGE))
     }
+}
+
+fn is_recent(at: Instant, now: Instant) -> bool {
+    now.saturating_duration_since(at) < HARD
 }
 
 /// What every resolver must know, and asks first itself (RFC 9609): the name servers of the root.

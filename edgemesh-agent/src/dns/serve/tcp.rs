@@ -1,4 +1,9 @@
-//! TCP (RFC 7766): many queries on one connection, answered as soon as each can be.
+//! TCP (RFC 7766): many queries on one connection, answered as soon as each can be, in whichever order that is (6.2.1.1
+//! and 7).
+//!
+//! Those that wait for upstreams do not keep others from being read: a connection carries what all of a pod asks, and names
+//! of the cluster are answered whatever becomes of the world outside. How many may wait is a matter of the client
+//! ([`Limits::waiting`](super::Limits::waiting)) and not of its connections; more are told SERVFAIL, as by UDP.
 
 use std::{
     io,
@@ -30,8 +35,6 @@ const CONNECTIONS_OF_ONE: usize = 64;
 const IDLE: Duration = Duration::from_secs(10);
 /// How long a client may take to make room for answers.
 const WRITE_DEADLINE: Duration = Duration::from_secs(5);
-/// How many queries of one connection may wait for upstreams; it is read no further until one is answered.
-const PIPELINE: usize = 32;
 /// The longest query that is read.
 const MAX_QUERY: usize = 4096;
 /// From so many bytes of answers on they are sent before more queries are looked at.
@@ -87,8 +90,7 @@ async fn converse(stream: TcpStream, client: SocketAddr, core: &Core, counters: 
     let mut open = true;
     let mut deadline = tokio::time::Instant::now() + IDLE;
     loop {
-        while waiting.len() < PIPELINE
-            && outgoing.len() < FLUSH
+        while outgoing.len() < FLUSH
             && let Some((length, message)) = frame(&incoming)?
         {
             let from = From { client: client.ip(), transport: Transport::Tcp, received: Instant::now(), counters };
@@ -119,7 +121,7 @@ async fn converse(stream: TcpStream, client: SocketAddr, core: &Core, counters: 
                 push(&mut outgoing, &answer);
                 deadline = tokio::time::Instant::now() + IDLE;
             }
-            read = reading.read_buf(&mut incoming), if open && waiting.len() < PIPELINE => open = read? > 0,
+            read = reading.read_buf(&mut incoming), if open => open = read? > 0,
             () = sleep_until(deadline), if waiting.is_empty() => return Ok(()),
         }
     }

@@ -9,7 +9,7 @@ use proptest::prelude::*;
 
 use super::*;
 
-mod fuzz;
+pub(in crate::dns) mod fuzz;
 
 /// A query as dig sends it: recursion desired, no additional records.
 fn query(name: &[u8], qtype: u16) -> Vec<u8> {

@@ -89,6 +89,48 @@ fn one_hard_name_is_told_from_a_silence_by_what_was_answered_before() {
 }
 
 #[test]
+fn two_hard_names_do_not_keep_a_resolver_silent_that_answers_all_others() {
+    let (mut health, mut now) = (Health::default(), Instant::now());
+    let [easy, hard, hard_too, other] = ["easy", "hard", "hard-too", "other"].map(|name| question(name, A));
+    health.answered(&easy, now, now);
+    now += milliseconds(1);
+    health.unanswered(&hard, now, now, 0.5);
+    health.unanswered(&hard_too, now, now, 0.5);
+    let silent = now;
+    while let Some(at) = health.next_probe() {
+        now = at;
+        let probe = health.probe(now, 0.5).unwrap();
+        if probe == easy {
+            health.answered(&probe, now, now);
+        } else {
+            health.unanswered(&probe, now, now, 0.5);
+        }
+        assert!(now - silent < HARD + 3 * LAST_PAUSE, "nobody but these two is asked for, and it stays silent");
+    }
+    for _ in 0..20 {
+        now += HARD / 2;
+        health.unanswered(&hard, now, now, 0.5);
+        health.unanswered(&hard_too, now, now, 0.5);
+        assert!(health.silence.is_none(), "both are known to be hard");
+    }
+    health.unanswered(&other, now, now, 0.5);
+    assert!(health.silence.is_some(), "a third one is not");
+}
+
+#[test]
+fn a_resolver_that_answers_but_one_name_has_lost_its_own_upstreams() {
+    let (mut health, mut now) = (Health::default(), Instant::now());
+    let easy = question("easy", A);
+    for number in 0..20 {
+        now += milliseconds(1);
+        health.unanswered(&question(&format!("name{number}"), A), now, now, 0.5);
+        assert!(health.silence.is_some(), "after {number} names");
+        health.answered(&easy, now, now);
+        assert!(health.hard.len() <= MOST_HARD);
+    }
+}
+
+#[test]
 fn the_ways_of_an_upstream_are_forgotten_after_an_hour() {
     let now = Instant::now();
     let health = Health { changes_case: Some(now), lacks_edns: Some(now), ..Health::default() };

@@ -66,12 +66,55 @@ fn corpus() -> Vec<Vec<u8>> {
     ]
 }
 
+/// For how long to go on.
+pub(in crate::dns) fn budget() -> Duration {
+    let seconds = std::env::var("EDGEMESH_FUZZ_SECONDS").ok().and_then(|text| text.parse().ok()).unwrap_or(2);
+    Duration::from_secs(seconds)
+}
+
+/// Always the same numbers, so that what fails once fails again.
+pub(in crate::dns) struct Dice(TestRng);
+
+impl Default for Dice {
+    fn default() -> Self {
+        Self(TestRng::deterministic_rng(RngAlgorithm::ChaCha))
+    }
+}
+
+impl Dice {
+    pub(in crate::dns) fn below(&mut self, bound: usize) -> usize {
+        usize::try_from(self.0.next_u64() % (bound.max(1) as u64)).unwrap()
+    }
+
+    /// One of the corpus, with up to six changes.
+    pub(in crate::dns) fn mutated(&mut self, corpus: &[Vec<u8>]) -> Vec<u8> {
+        let mut message = corpus[self.below(corpus.len())].clone();
+        for _ in 0..=self.below(6) {
+            let at = self.below(message.len());
+            match self.below(6) {
+                0 => message[at] = self.below(256) as u8,
+                1 => message[at] ^= 1 << self.below(8),
+                2 => message.truncate(at.max(1)),
+                3 => message.insert(at, [0, 0xc0, 0xff, 63, 12][self.below(5)]),
+                4 => {
+                    let part = message[at..message.len().min(at + 8)].to_vec();
+                    message.extend(part);
+                }
+                _ => {
+                    let other = &corpus[self.below(corpus.len())];
+                    let from = self.below(other.len());
+                    message.truncate(at.max(1));
+                    message.extend_from_slice(&other[from..]);
+                }
+            }
+        }
+        message
+    }
+}
+
 #[test]
 fn no_message_does_harm() {
-    let seconds = std::env::var("EDGEMESH_FUZZ_SECONDS").ok().and_then(|text| text.parse().ok()).unwrap_or(2);
-    let (end, corpus) = (Instant::now() + Duration::from_secs(seconds), corpus());
-    let mut random = TestRng::deterministic_rng(RngAlgorithm::ChaCha);
-    let mut below = |bound: usize| usize::try_from(random.next_u64() % (bound.max(1) as u64)).unwrap();
+    let (end, corpus, mut dice) = (Instant::now() + budget(), corpus(), Dice::default());
     for message in &corpus {
         for length in 0..=message.len() {
             take(&message[..length]);
@@ -79,28 +122,8 @@ fn no_message_does_harm() {
     }
     let mut tried = 0_u64;
     while Instant::now() < end || tried < 1000 {
-        let mut message = corpus[below(corpus.len())].clone();
-        for _ in 0..=below(6) {
-            let at = below(message.len());
-            match below(6) {
-                0 => message[at] = below(256) as u8,
-                1 => message[at] ^= 1 << below(8),
-                2 => message.truncate(at.max(1)),
-                3 => message.insert(at, [0, 0xc0, 0xff, 63, 12][below(5)]),
-                4 => {
-                    let part = message[at..message.len().min(at + 8)].to_vec();
-                    message.extend(part);
-                }
-                _ => {
-                    let other = &corpus[below(corpus.len())];
-                    let from = below(other.len());
-                    message.truncate(at.max(1));
-                    message.extend_from_slice(&other[from..]);
-                }
-            }
-        }
-        take(&message);
-        let scrap: Vec<u8> = (0..below(80)).map(|_| below(256) as u8).collect();
+        take(&dice.mutated(&corpus));
+        let scrap: Vec<u8> = (0..dice.below(80)).map(|_| dice.below(256) as u8).collect();
         take(&scrap);
         tried += 1;
     }
