@@ -36,8 +36,9 @@ fn new_connections_follow_the_manifests_within_100_ms_and_none_fails() -> Result
         eventually(START, "the promised time has passed", || Ok(monotonic() > added + 2 * FOLLOWS_WITHIN))?;
         let report = hammer.stop()?;
         assert_eq!(report.failures, BTreeMap::new(), "round {round}");
-        let seen = report.names.get("c").with_context(|| format!("round {round}: `c` never answered: {report:?}"))?;
-        delays.push(seen.first.saturating_sub(added));
+        // What was not seen in twice the time counts as late, and must come all the same.
+        delays.push(report.names.get("c").map_or(2 * FOLLOWS_WITHIN, |seen| seen.first.saturating_sub(added)));
+        eventually(START, "`c` answers", || Ok(world.client.tcp(target)?.name == "c"))?;
     }
     delays.sort();
     let median = delays[delays.len() / 2];

@@ -67,7 +67,7 @@ pub fn survey(cgroup: &Path, pins: &Path) -> io::Result<Survey> {
     let directory = File::open(cgroup)?;
     let served = sys::cgroup_id(&directory)?;
     let pins = Pins::new(pins);
-    let (mut survey, mut ours, mut elsewhere) = (Survey::default(), HashSet::new(), names());
+    let (mut survey, mut ours, names) = (Survey::default(), HashSet::new(), names());
     for (name, hook) in PROGRAMS {
         let own = pins.link_info(name).filter(|link| link.cgroup == served).map(|link| link.program);
         if own.is_none() {
@@ -76,10 +76,12 @@ pub fn survey(cgroup: &Path, pins: &Path) -> io::Result<Survey> {
         ours.extend(own);
         let effective = sys::prog_query(directory.as_fd(), hook, Scope::Effective)?;
         for (id, place) in places(&effective, own) {
-            let known = elsewhere.get(&id).cloned().unwrap_or_default();
-            survey.add(Foreign { id, name: known, hook: name, place });
+            if let Some(known) = name_of(id, names.as_ref()) {
+                survey.add(Foreign { id, name: known, hook: name, place });
+            }
         }
     }
+    let mut elsewhere = names.unwrap_or_default();
     for id in survey.foreign.iter().map(|foreign| foreign.id).chain(ours) {
         elsewhere.remove(&id);
     }
@@ -132,8 +134,14 @@ fn places(effective: &[u32], own: Option<u32>) -> Vec<(u32, Place)> {
     others.map(|(index, id)| (*id, place(index))).collect()
 }
 
-/// All programs of this kind in the kernel, with their names; none where that may not be asked.
-fn names() -> BTreeMap<u32, String> {
+/// The name of a program that is on a hook, empty where names may not be asked. None for one that came since they were: it is
+/// for the next time, since it cannot be told whose it is.
+fn name_of(id: u32, names: Option<&BTreeMap<u32, String>>) -> Option<String> {
+    names.map_or_else(|| Some(String::new()), |names| names.get(&id).cloned())
+}
+
+/// All programs of this kind in the kernel, with their names; None where that may not be asked.
+fn names() -> Option<BTreeMap<u32, String>> {
     let mut names = BTreeMap::new();
     for program in loaded_programs() {
         match program {
@@ -145,11 +153,11 @@ fn names() -> BTreeMap<u32, String> {
             Err(error) if is_gone(&error) => {}
             Err(error) => {
                 tracing::debug!("the names of other programs cannot be read: {error}");
-                break;
+                return None;
             }
         }
     }
-    names
+    Some(names)
 }
 
 fn is_gone(error: &ProgramError) -> bool {
@@ -207,6 +215,15 @@ mod tests {
         assert_eq!(places(&[3], None), [(3, Place::Alone)]);
         assert_eq!(places(&[3], Some(7)), [(3, Place::Alone)]);
         assert_eq!(places(&[], Some(7)), []);
+    }
+
+    #[test]
+    fn a_program_that_came_after_the_names_were_read_is_not_taken_for_a_nameless_one() {
+        let names = BTreeMap::from([(3, "cil_sock4_connect".to_owned()), (4, String::new())]);
+        assert_eq!(name_of(3, Some(&names)).as_deref(), Some("cil_sock4_connect"));
+        assert_eq!(name_of(4, Some(&names)).as_deref(), Some(""));
+        assert_eq!(name_of(7, Some(&names)), None);
+        assert_eq!(name_of(7, None).as_deref(), Some(""), "names may not be asked");
     }
 
     #[test]

@@ -205,9 +205,9 @@ impl<'z> Set<'z> {
     }
 }
 
-/// The place that a turn begins at. Turns go by the multiples of the golden ratio and not one after the other: a name gets
-/// every so manieth of them, as every other one where A and AAAA are asked for together, and all places should have
-/// their share of these, too.
+/// The place that a turn begins at. Turns go by multiples of the golden ratio and not one after the other: a name gets
+/// only some of them, every second one where A and AAAA are asked for together, and all places should have their share
+/// of these, too.
 fn spread(turn: usize, places: usize) -> usize {
     const GOLDEN: u64 = 0x9e37_79b9_7f4a_7c15;
     let part = (turn as u64).wrapping_mul(GOLDEN);
