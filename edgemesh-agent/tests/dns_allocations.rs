@@ -2,32 +2,29 @@
 //! all of its allocations are counted.
 #![expect(clippy::unwrap_used, reason = "all of this is a test")]
 
+#[path = "dns/served.rs"]
+mod served;
+
 use std::{
     alloc::{GlobalAlloc, Layout, System},
-    net::{SocketAddr, UdpSocket},
     num::{NonZeroU16, NonZeroU32},
     sync::{
         Arc,
         atomic::{AtomicU64, Ordering},
     },
-    time::{Duration, Instant},
 };
 
 use edgemesh_agent::{
-    conditions::Conditions,
     dns::{
-        Dns, Limits, Settings,
-        forward::{self, CacheSettings, Upstreams},
+        Limits,
         wire::{Name, rtype},
-        zone::ZoneSettings,
     },
-    lifecycle::Tasks,
     model::{
         Builder, Endpoint, EndpointPort, EndpointSet, Event, Object, Place, Protocol, Service, ServiceKind,
         ServicePort, Subset,
     },
 };
-use tokio::sync::watch;
+use served::Served;
 
 struct Counting;
 
@@ -50,7 +47,6 @@ unsafe impl GlobalAlloc for Counting {
 #[global_allocator]
 static ALLOCATOR: Counting = Counting;
 
-const PATIENCE: Duration = Duration::from_secs(20);
 /// For what other threads do in the meantime, such as to look whether upstreams are well.
 const OTHERS: u64 = 50;
 const ROUNDS: u64 = 1000;
@@ -63,23 +59,6 @@ fn query(name: &str, qtype: u16) -> Vec<u8> {
     // Class IN, then an OPT record.
     message.extend_from_slice(&[0, 1, 0, 0, 41, 4, 208, 0, 0, 0, 0, 0, 0]);
     message
-}
-
-/// Answers every question with 192.0.2.7, for five minutes.
-fn upstream() -> SocketAddr {
-    let socket = UdpSocket::bind("127.0.0.1:0").unwrap();
-    let address = socket.local_addr().unwrap();
-    std::thread::spawn(move || {
-        let mut buffer = [0; 2048];
-        while let Ok((length, from)) = socket.recv_from(&mut buffer) {
-            let name = 12 + buffer[12..].iter().position(|byte| *byte == 0).unwrap() + 1;
-            let mut response = buffer[..length.min(name + 4)].to_vec();
-            response[2..12].copy_from_slice(&[0x81, 0x80, 0, 1, 0, 1, 0, 0, 0, 0]);
-            response.extend_from_slice(&[0xc0, 12, 0, 1, 0, 1, 0, 0, 1, 44, 0, 4, 192, 0, 2, 7]);
-            socket.send_to(&response, from).unwrap();
-        }
-    });
-    address
 }
 
 fn table() -> Arc<edgemesh_agent::model::ServiceTable> {
@@ -111,35 +90,9 @@ fn table() -> Arc<edgemesh_agent::model::ServiceTable> {
 
 #[test]
 fn names_of_the_cluster_and_of_the_cache_cost_no_allocation() {
-    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
-    let tasks = Tasks::default();
-    let (_publish, tables) = watch::channel(table());
-    let settings = Settings {
-        listen: vec!["127.0.0.1:0".parse().unwrap()],
-        zone: Some(ZoneSettings::default()),
-        forward: forward::Settings {
-            upstreams: Upstreams::ClusterDns { auto_detect: false, servers: vec![upstream()] },
-            stub_domains: Vec::new(),
-            own: Vec::new(),
-            cache: CacheSettings::default(),
-        },
-        limits: Limits { queries: NonZeroU32::new(1_000_000), forwarded: NonZeroU32::new(1_000_000), waiting: 100 },
-        closed_to: None,
-    };
-    let dns = runtime.block_on(async { Dns::start(settings, tables, &Conditions::default(), &tasks) }).unwrap();
-    let end = Instant::now() + PATIENCE;
-    let server = loop {
-        let status = dns.status();
-        let udp = status.listeners.iter().find(|listener| listener.listening && listener.transport == "UDP");
-        if let Some(listener) = udp.filter(|_| !status.forwarder.upstreams.is_empty()) {
-            break listener.address;
-        }
-        assert!(Instant::now() < end, "{status:?}");
-        std::thread::sleep(Duration::from_millis(5));
-    };
-    let socket = UdpSocket::bind("127.0.0.1:0").unwrap();
-    socket.connect(server).unwrap();
-    socket.set_read_timeout(Some(PATIENCE)).unwrap();
+    let limits = Limits { queries: NonZeroU32::new(1_000_000), forwarded: NonZeroU32::new(1_000_000), waiting: 100 };
+    let served = Served::start(table(), limits);
+    let socket = &served.socket;
     let mut buffer = [0; 2048];
     for (name, qtype) in [
         ("web.shop.svc.cluster.local", rtype::A),
@@ -168,5 +121,7 @@ fn names_of_the_cluster_and_of_the_cache_cost_no_allocation() {
         let allocations = ALLOCATIONS.load(Ordering::Relaxed) - before;
         assert!(allocations < OTHERS, "{name} {qtype}: {allocations} allocations for {ROUNDS} queries");
     }
-    assert!(runtime.block_on(tasks.drain(PATIENCE)));
+    let counted: u64 = served.dns.stats().queries.iter().map(|(_, count)| *count).sum();
+    assert!(counted > 10 * ROUNDS, "{counted} queries counted");
+    served.stop();
 }

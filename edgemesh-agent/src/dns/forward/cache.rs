@@ -127,7 +127,7 @@ impl Cache {
         }
         entry.hits = entry.hits.saturating_add(1);
         let hit = entry.hit(stale, refresh);
-        self.entries.touch(place, self.bounds.entries * 4 / 5);
+        self.entries.touch(place, self.most_again());
         Some(hit)
     }
 
@@ -196,6 +196,11 @@ impl Cache {
         self.counts
     }
 
+    /// How many of those that were asked for again are kept before all others.
+    fn most_again(&self) -> usize {
+        self.bounds.entries * 4 / 5
+    }
+
     fn entry(&self, question: &Question) -> Option<&Entry> {
         self.entries.get(*self.index.get(question.key())?)
     }
@@ -230,8 +235,12 @@ impl Cache {
             return known.into_iter().for_each(|place| self.remove(place));
         }
         self.bytes += size;
-        match known.and_then(|place| self.entries.get_mut(place)) {
-            Some(old) => self.bytes -= std::mem::replace(old, entry).size(),
+        match known.and_then(|place| Some((place, self.entries.get_mut(place)?))) {
+            Some((place, old)) => {
+                self.bytes -= std::mem::replace(old, entry).size();
+                // It was asked for again; and as the oldest it might be what has to go for its own sake.
+                self.entries.touch(place, self.most_again());
+            }
             None => {
                 let key = Arc::clone(&entry.key);
                 self.index.insert(key, self.entries.push(entry));
