@@ -48,7 +48,10 @@ use tokio::sync::{mpsc, watch};
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
 use tracing::{error, warn};
 
-use self::driver::{Command, Core, Ended};
+use self::{
+    book::Refused,
+    driver::{Command, Core, Ended},
+};
 pub use self::{
     counters::{Counter, Counters, PathCounters},
     identity::{AllowList, NodeName, ParseNodeNameError, PskError, Psks, peer_id},
@@ -167,11 +170,7 @@ impl Tunnel {
     }
 
     /// [`Self::start`] with another idea of what is never dialled; tests have their pods on loopback.
-    fn start_refusing(
-        settings: Settings,
-        policy: Arc<dyn DialPolicy>,
-        refused: fn(IpAddr) -> Option<&'static str>,
-    ) -> Result<Self, StartError> {
+    fn start_refusing(settings: Settings, policy: Arc<dyn DialPolicy>, refused: Refused) -> Result<Self, StartError> {
         let (node, port) = (settings.node.clone(), settings.port);
         let counters = Arc::new(Counters::default());
         let (stop, tasks) = (CancellationToken::new(), TaskTracker::new());
@@ -196,6 +195,7 @@ impl Tunnel {
             addresses: addresses_sender,
             counters: Arc::clone(&counters),
             server,
+            refused,
             stop: stop.clone(),
         };
         let first = core.listen().map_err(|why| StartError { port, why })?;

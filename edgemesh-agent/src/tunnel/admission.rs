@@ -28,6 +28,10 @@ const MAX_JOINING_PER_SOURCE: usize = 64;
 /// Failures that a source may make at once, before it is slowed down to [`FAILURES_PER_SECOND`].
 const FAILURES_AT_ONCE: f64 = 50.0;
 
+/// What a source may fail beyond that which members have come from: each member of a large site tries several addresses at
+/// once, of which all but one come to nothing.
+const FAILURES_OF_KNOWN: f64 = 1000.0;
+
 /// Not zero, so that members that share an address with a stranger still get in.
 const FAILURES_PER_SECOND: f64 = 10.0;
 
@@ -94,7 +98,7 @@ impl<Id: Eq + Hash> Admission<Id> {
                 return Err(Denied::TooManyFromSource);
             }
             // Each connection under way may still fail.
-            if source.tokens < 1.0 {
+            if source.tokens < if known { 1.0 - FAILURES_OF_KNOWN } else { 1.0 } {
                 return Err(Denied::Failing);
             }
             source.joining += 1;
@@ -132,10 +136,11 @@ impl<Id: Eq + Hash> Admission<Id> {
             *count -= 1;
         }
         let Some(key) = from.map(|from| (transport, from)) else { return };
+        let least = if self.known.contains_key(&key.1) { -FAILURES_OF_KNOWN } else { 0.0 };
         let Some(source) = self.sources.get_mut(&key) else { return };
         source.refill(now);
         source.joining -= 1;
-        source.tokens = (source.tokens - cost).max(0.0);
+        source.tokens = (source.tokens - cost).max(least);
         if source.joining == 0 && source.tokens >= FAILURES_AT_ONCE {
             self.sources.remove(&key);
         }
@@ -235,8 +240,12 @@ mod tests {
             taken += usize::from(admission.admit(id, Tcp, Some(from), now).is_ok());
         }
         assert_eq!(taken, MAX_JOINING - FOR_KNOWN);
-        assert_eq!(admission.admit(1000, Tcp, Some(B), now), Err(Denied::TooMany));
-        assert_eq!(admission.admit(1000, Tcp, Some(A), now), Ok(()));
+        for id in 1000..1000 + FAILURES_OF_KNOWN as u32 {
+            assert_eq!(admission.admit(id, Tcp, Some(A), now), Ok(()), "a site of many fails often");
+            admission.failed(&id, now);
+        }
+        assert_eq!(admission.admit(9000, Tcp, Some(B), now), Err(Denied::TooMany));
+        assert_eq!(admission.admit(9000, Tcp, Some(A), now), Ok(()));
     }
 
     #[test]

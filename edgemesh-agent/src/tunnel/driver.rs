@@ -34,7 +34,7 @@ use self::wanted::Want;
 use super::{
     AllowList, NodeName, Peers, Psks, RelayNode, Settings, Transport,
     admission::Quiet,
-    book::Book,
+    book::{Book, Refused},
     counters::Counters,
     gate::{Gate, ip, is_relayed},
     identity::Membership,
@@ -106,6 +106,7 @@ pub(super) struct Core {
     pub(super) addresses: watch::Sender<Vec<SocketAddr>>,
     pub(super) counters: Arc<Counters>,
     pub(super) server: Arc<Server>,
+    pub(super) refused: Refused,
     pub(super) stop: CancellationToken,
 }
 
@@ -250,11 +251,12 @@ impl<'a> Driver<'a> {
     fn new(core: &'a mut Core, listening: Listening) -> Self {
         let mut relays = Relays::new(core.settings.node.clone());
         relays.set(&core.settings.relays, Instant::now());
+        let book = Book::new(core.refused);
         let mut driver = Self {
             core,
             swarm: listening.swarm,
             peers: Peers::default(),
-            book: Book::default(),
+            book,
             relays,
             listeners: listening.listeners,
             circuits: HashMap::new(),

@@ -2,7 +2,7 @@
 
 use std::{
     io,
-    net::{IpAddr, SocketAddr},
+    net::SocketAddr,
     sync::Arc,
     time::{Duration, Instant},
 };
@@ -17,6 +17,7 @@ use tracing::debug;
 
 use super::{
     Decision, DialPolicy, NodeName, Protocol, Target,
+    book::Refused,
     counters::Counters,
     paths::{Path, Serving},
     splice::{UdpIdle, splice, splice_udp},
@@ -41,7 +42,7 @@ enum Place {
 pub(super) struct Server {
     node: NodeName,
     policy: Arc<dyn DialPolicy>,
-    refused: fn(IpAddr) -> Option<&'static str>,
+    refused: Refused,
     deadline: Duration,
     idle: UdpIdle,
     /// Places for flows, so that memory is bounded.
@@ -58,7 +59,7 @@ pub(super) struct NewServer {
     pub(super) node: NodeName,
     pub(super) policy: Arc<dyn DialPolicy>,
     /// Rules that come before and after the policy.
-    pub(super) refused: fn(IpAddr) -> Option<&'static str>,
+    pub(super) refused: Refused,
     pub(super) deadline: Duration,
     pub(super) idle: UdpIdle,
     pub(super) most: usize,

@@ -119,8 +119,9 @@ impl Driver<'_> {
             MeshEvent::Identify(identify::Event::Received { connection_id, peer_id, info }) => {
                 self.book.identified(peer_id, info.listen_addrs);
                 let path = self.swarm.behaviour().inner.streams.path(connection_id);
-                let outside = path.filter(|path| path.is_direct() && !path.on_link);
-                if outside.and_then(|path| path.node.get()).is_some_and(|node| self.relays.contains(node)) {
+                let direct = path.filter(|path| path.is_direct());
+                // Others see what is of use to their own LAN only.
+                if direct.and_then(|path| path.node.get()).is_some_and(|node| self.relays.contains(node)) {
                     // Identify itself believes that a NAT keeps the port, and puts that of a listener in the place of
                     // another. But all that this node dials leaves from there: the port is what the NAT has made of it.
                     self.swarm.behaviour_mut().seen_at(info.observed_addr);
@@ -285,7 +286,10 @@ impl Driver<'_> {
         }
         debug!(%node, path = path.kind().as_str(), "member connected");
         let (direct, is_relay) = (path.is_direct(), self.relays.contains(&node));
-        path.pinned.store(direct && (is_relay || path.on_link), Ordering::Relaxed);
+        // One of each transport is kept: a second one, such as a relay makes to find out whether it can, ends when idle.
+        let mut others = self.peers.paths(&node).iter();
+        let second = others.any(|other| other.transport == path.transport && other.pinned.load(Ordering::Relaxed));
+        path.pinned.store(direct && !second && (is_relay || path.on_link), Ordering::Relaxed);
         self.peers.put(&node, path);
         self.publish();
         self.found(&node);
@@ -310,6 +314,12 @@ impl Driver<'_> {
         debug!(%node, path = path.kind().as_str(), "connection to member ended: {why}");
         self.publish();
         let direct_left = self.peers.paths(&node).iter().any(|path| path.is_direct());
+        if path.pinned.load(Ordering::Relaxed) {
+            let mut others = self.peers.paths(&node).iter();
+            if let Some(heir) = others.find(|other| other.is_direct() && other.transport == path.transport) {
+                heir.pinned.store(true, Ordering::Relaxed);
+            }
+        }
         if path.is_direct() && !direct_left {
             if self.relays.contains(&node) {
                 self.relays.lost(&node, Instant::now(), random());
