@@ -1,6 +1,8 @@
 //! What the tunnel costs: beside a pair of proxies that do nothing but TLS over the same hops, and beside plain TCP.
 
+mod memory;
 mod sites;
+mod swarm;
 mod ways;
 
 use std::time::Duration;
@@ -30,12 +32,14 @@ const PLACE: &str = "From a pod of one node to a pod of another, both agents and
     connections. Plain TCP: between processes on the two nodes themselves. Over a relay: the tunnel goes through the \
     agent of a third node, the others through a process there that copies plain bytes.";
 
-/// Measures rates and times in one lab.
+/// Measures rates and times in one lab, then memory in others.
 pub(crate) fn measure(effort: Effort) -> Result<Vec<Table>> {
     let ways = Ways::raise()?;
-    let tables = vec![throughput(&ways, effort)?, connections(&ways, effort)?, latency(&ways, effort)?];
+    let mut tables = vec![throughput(&ways, effort)?, connections(&ways, effort)?, latency(&ways, effort)?];
     // Whatever was measured was what it is called.
     ways.check()?;
+    drop(ways);
+    tables.push(memory::measure(effort)?);
     Ok(tables)
 }
 
@@ -88,7 +92,7 @@ fn rates(samples: &Samples<'_, f64>, unit: fn(f64) -> String) -> Result<Vec<Vec<
 }
 
 fn throughput(ways: &Ways, effort: Effort) -> Result<Table> {
-    let repetitions = effort.pick(2, 7);
+    let repetitions = effort.pick(2, 5);
     let (warm_up, length) = effort.pick((100, 200), (300, 1000));
     let (warm_up, length) = (Duration::from_millis(warm_up), Duration::from_millis(length));
     let samples =
@@ -113,7 +117,7 @@ fn throughput(ways: &Ways, effort: Effort) -> Result<Table> {
 
 fn connections(ways: &Ways, effort: Effort) -> Result<Table> {
     let (repetitions, clients) = effort.pick((2, 16), (5, 64));
-    let length = Duration::from_millis(effort.pick(500, 2000));
+    let length = Duration::from_millis(effort.pick(500, 1500));
     let samples =
         Samples::take(ways, repetitions, |way| Ok(way.client.turnover(way.echo, clients, length)?.per_second()))?;
     let mut findings = Vec::new();
@@ -136,7 +140,7 @@ fn connections(ways: &Ways, effort: Effort) -> Result<Table> {
 }
 
 fn latency(ways: &Ways, effort: Effort) -> Result<Table> {
-    let (repetitions, rounds) = effort.pick((2, 100), (10, 1000));
+    let (repetitions, rounds) = effort.pick((2, 100), (7, 1000));
     // Half within, 99 of 100 within, in microseconds.
     let samples = Samples::take(ways, repetitions, |way| {
         let quantiles = way.client.measure(Measure::RoundTrip, &[vec![way.tcp]], rounds)?;

@@ -31,8 +31,8 @@ pub(super) enum Reach {
 /// The sites `plant` and `shop`; the relay, with its agent, is at home in a third and has an address in each.
 pub(super) struct Sites {
     pub(super) relay: Node,
-    /// The relay's address in `plant`.
-    pub(super) relay_ip: IpAddr,
+    /// The relay's addresses in `plant` and `shop`.
+    relay_ips: [IpAddr; 2],
     pub(super) agent: Agent,
     plant: Site,
     shop: Site,
@@ -51,9 +51,9 @@ impl Sites {
         let (in_plant, in_shop) = (relay.also_in(&plant)?, relay.also_in(&shop)?);
         let addresses = [relay.ips(), &in_plant, &in_shop].concat();
         let listed = json!([{ "nodeName": RELAY, "advertiseAddress": addresses }]);
-        let relay_ip = first(&in_plant)?;
+        let relay_ips = [first(&in_plant)?, first(&in_shop)?];
         let agent = start(&relay, &listed)?;
-        Ok(Self { relay, relay_ip, agent, plant, shop, listed, lab })
+        Ok(Self { relay, relay_ips, agent, plant, shop, listed, lab })
     }
 
     /// Adds a node that has this to go to reach those in `plant`; it has no agent yet.
@@ -64,12 +64,21 @@ impl Sites {
         }
     }
 
+    /// The relay's address for nodes that [`Sites::node`] makes for the same reach.
+    pub(super) fn relay_ip(&self, from_plant: Reach) -> IpAddr {
+        let [in_plant, in_shop] = self.relay_ips;
+        match from_plant {
+            Reach::Lan => in_plant,
+            Reach::Relayed => in_shop,
+        }
+    }
+
     /// Starts the agent of a node; does not wait until it is ready.
     pub(super) fn start(&self, node: &Node) -> Result<Agent> {
         start(node, &self.listed)
     }
 
-    /// Gives a pod a Service, of the node's name; returns its address, once the client of another node is answered there.
+    /// Makes a pod of a node the endpoint of a Service that has the node's name.
     pub(super) fn serve(&self, service: Service, node: &Node, server: &Pod) -> Result<()> {
         self.lab.manifests().write(node.name(), &service.yaml_with(&Endpoint::of(server, node.name()))?)
     }

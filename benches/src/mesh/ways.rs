@@ -144,7 +144,7 @@ impl Hops<'_> {
     fn plain(&self, far: SocketAddr) -> Result<SocketAddr> {
         match self.reach {
             Reach::Lan => Ok(far),
-            Reach::Relayed => self.sites.relay.host().proxy(SocketAddr::new(self.sites.relay_ip, 0), far),
+            Reach::Relayed => self.sites.relay.host().proxy(SocketAddr::new(self.sites.relay_ip(Reach::Lan), 0), far),
         }
     }
 }
