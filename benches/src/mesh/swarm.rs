@@ -20,7 +20,7 @@ use tokio::{
     time::{sleep, timeout},
 };
 
-use super::sites::{PSK, RELAY, Reach, first};
+use super::sites::{PSK, RELAY, first};
 
 /// The port of the first member; the others follow.
 const PORT: u16 = 21_000;
@@ -30,6 +30,8 @@ const PATIENCE: Duration = Duration::from_secs(30);
 const AT_ONCE: usize = 10;
 /// Between two tries.
 const PAUSE: Duration = Duration::from_millis(200);
+/// How the names of members begin.
+pub(super) const NAMED: &str = "peer-";
 const REQUEST: &[u8] = b"the quick brown fox";
 
 /// Tunnels that are connected to the relay; they end when this is dropped.
@@ -70,21 +72,11 @@ impl Swarm {
         Ok(swarm)
     }
 
-    /// Has each member reach a node by a stream to `target`, an [`edgemesh_tests::lab::App::Echo`], until new ones go there
-    /// by this way.
-    pub(super) fn connect(&self, node: &NodeName, target: SocketAddr, reach: Reach) -> Result<()> {
+    /// Has each member reach a node once, by a stream to `target`, an [`edgemesh_tests::lab::App::Echo`].
+    pub(super) fn connect(&self, node: &NodeName, target: SocketAddr) -> Result<()> {
         self.each(self.members.clone(), |member| {
             let node = node.clone();
-            async move {
-                let stream = persist(&member, &node, target).await?;
-                let mut peers = member.peers();
-                let there = peers.wait_for(|peers| peers.path(&node).is_some_and(|path| path.as_str() == reach.path()));
-                let waited = timeout(PATIENCE, there).await;
-                let path = member.peers().borrow().path(&node);
-                waited.with_context(|| format!("{} reaches {node} by {path:?}", member.node()))??;
-                drop(stream);
-                Ok(())
-            }
+            async move { persist(&member, &node, target).await.map(drop) }
         })?;
         Ok(())
     }
@@ -131,7 +123,7 @@ impl Swarm {
 
 /// The name of a member.
 pub(super) fn name(number: u32) -> Result<NodeName> {
-    Ok(format!("peer-{number:03}").parse()?)
+    Ok(format!("{NAMED}{number:03}").parse()?)
 }
 
 async fn join(settings: Settings) -> Result<Tunnel> {
