@@ -97,7 +97,8 @@ pub(super) fn measure(effort: Effort) -> Result<Table> {
             "{} nodes and an agent with {} connections through its tunnel, spread over all of them, each of which has carried \
              a few bytes and is open. The nodes are tunnels alone, in a process of their own, each with its name, identity \
              and port; the near agent is the one whose pod has connected to a Service with an endpoint on each, the far one \
-             that whose pod is connected to from all of them, the relay's agent passes those of the near one on. Once \
+             that whose pod is connected to from all of them, the relay's agent passes those of the near one on. \
+             Connections are opened once nineteen of twenty nodes are reached by the way named. Once \
              memory has been steady for {CALM:?}, or after {LONGEST:?}. Agents started anew ({repetitions}).",
             size.peers, size.streams
         ),
