@@ -206,7 +206,7 @@ impl ExampleService {
     pub(super) fn transport(&self) -> Transport {
         match self.app {
             App::Udp => Transport::Udp,
-            App::Tcp | App::Http | App::WebSocket | App::Count | App::Reset => Transport::Tcp,
+            App::Tcp | App::Http | App::WebSocket | App::Count | App::Reset | App::Echo | App::Source => Transport::Tcp,
         }
     }
 }

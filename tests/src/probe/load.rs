@@ -1,5 +1,7 @@
 //! Many connections: spreading, timing, and hammering while something else changes.
 
+use std::collections::HashMap;
+use std::collections::hash_map::Entry;
 use std::net::SocketAddr;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
@@ -48,7 +50,10 @@ pub(super) fn latency(
     deadline: Duration,
 ) -> Result<Vec<Quantiles>, Failure> {
     let first = groups.first().and_then(|group| group.first());
-    let sender = Unconnected::bind(*first.ok_or_else(|| Failure::other("nothing to time"))?)?;
+    let mut sockets = Sockets {
+        sender: Unconnected::bind(*first.ok_or_else(|| Failure::other("nothing to time"))?)?,
+        kept: HashMap::new(),
+    };
     if groups.iter().any(Vec::is_empty) {
         return Err(Failure::other("a group without targets cannot be timed"));
     }
@@ -60,9 +65,10 @@ pub(super) fn latency(
         for &index in &order {
             let group = &groups[index];
             let target = group[round % group.len()];
-            samples[index].push(time(measure, &sender, Dial { target, deadline, port: 0 })?);
+            samples[index].push(time(measure, &mut sockets, Dial { target, deadline, port: 0 })?);
         }
     }
+    sockets.kept.into_values().for_each(Connection::abort);
     Ok(samples.into_iter().map(quantiles).collect())
 }
 
@@ -76,15 +82,22 @@ fn shuffle(order: &mut [usize], state: &mut u64) {
     }
 }
 
+/// What serves for all rounds.
+struct Sockets {
+    sender: Unconnected,
+    /// Connections by their target.
+    kept: HashMap<SocketAddr, Connection>,
+}
+
 /// Times `measure` once. Nothing stays behind that the next round would meet: no port in TIME_WAIT, no answer unread.
-fn time(measure: Measure, sender: &Unconnected, dial: Dial) -> Result<Duration, Failure> {
+fn time(measure: Measure, sockets: &mut Sockets, dial: Dial) -> Result<Duration, Failure> {
     match measure {
         Measure::Connect(transport) => {
             let (socket, took) = connect_blocking(transport, dial)?;
             reset_on_close(&socket);
             Ok(took)
         }
-        Measure::Send => sender.send(dial),
+        Measure::Send => sockets.sender.send(dial),
         Measure::Exchange => {
             let begin = Instant::now();
             let mut connection = Connection::open(Transport::Tcp, dial)?;
@@ -92,6 +105,15 @@ fn time(measure: Measure, sender: &Unconnected, dial: Dial) -> Result<Duration, 
             let took = begin.elapsed();
             connection.abort();
             Ok(took)
+        }
+        Measure::RoundTrip => {
+            let connection = match sockets.kept.entry(dial.target) {
+                Entry::Occupied(kept) => kept.into_mut(),
+                Entry::Vacant(place) => place.insert(Connection::open(Transport::Tcp, dial)?),
+            };
+            let begin = Instant::now();
+            connection.exchange(false, dial.deadline)?;
+            Ok(begin.elapsed())
         }
     }
 }
