@@ -277,7 +277,7 @@ impl Driver<'_> {
         let mut left: BTreeMap<(PeerId, IpAddr), Vec<ConnectionId>> = BTreeMap::new();
         for path in self.peers.paths(node).iter().filter(|path| path.transport == Transport::Quic) {
             if let Some(remote) = path.remote {
-                left.entry((path.peer, remote)).or_default().push(path.connection);
+                left.entry((path.peer, remote.ip())).or_default().push(path.connection);
             }
         }
         for ((peer, remote), connections) in left {
