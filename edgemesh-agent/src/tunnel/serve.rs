@@ -127,14 +127,16 @@ impl Server {
             Err(_) => return self.failed(Some(&from), "the answer was not taken in time"),
         }
         let Some(dialled) = dialled else {
+            let was_question = answer.explanation.is_some();
+            if was_question {
+                self.counters.questions.add(1);
+            } else if answer.status() == Status::NotAllowed {
+                self.counters.not_allowed.add(1);
+            }
             // The end of the stream, so that the answer is not overtaken by a reset.
             let _ = timeout(self.deadline, futures::AsyncWriteExt::close(&mut stream)).await;
-            if answer.explanation.is_some() {
-                debug!(%from, status = ?answer.status(), "question of another node answered");
-                return self.counters.questions.add(1);
-            }
-            if answer.status() == Status::NotAllowed {
-                self.counters.not_allowed.add(1);
+            if was_question {
+                return debug!(%from, status = ?answer.status(), "question of another node answered");
             }
             return self.failed(Some(&from), &answer.detail);
         };
