@@ -43,10 +43,12 @@ fn brief(micros: u64) -> String {
 }
 
 fn no_path(far: &FarRow) -> String {
-    match far.outcome {
-        FarOutcome::NoTunnel => "NOT RUNNING on this node; see the conditions in `edgemesh-agent status`".to_owned(),
-        _ if far.detail.is_empty() => "NO PATH".to_owned(),
-        _ => format!("NO PATH: {}", far.detail),
+    if far.outcome == FarOutcome::NoTunnel {
+        "NOT RUNNING on this node; see the conditions in `edgemesh-agent status`".to_owned()
+    } else if far.detail.is_empty() {
+        "NO PATH".to_owned()
+    } else {
+        format!("NO PATH: {}", far.detail)
     }
 }
 
