@@ -71,6 +71,10 @@ impl Policy {
         usable().find(IpAddr::is_ipv4).or_else(|| usable().next())
     }
 
+    fn is_own(&self, ip: IpAddr) -> bool {
+        self.own.get().is_some_and(|own| own.borrow().iter().any(|address| address.ip().to_canonical() == ip))
+    }
+
     fn decide_address(&self, protocol: Protocol, address: SocketAddr) -> Decision {
         let ip = address.ip().to_canonical();
         let address = SocketAddr::new(ip, address.port());
@@ -78,7 +82,9 @@ impl Policy {
             return refuse("addresses that stand for pods of other nodes are never dialled for others");
         }
         let endpoints = self.endpoints.read().unwrap_or_else(PoisonError::into_inner);
-        let known = endpoints.ports.contains_key(&(protocol, address)) || endpoints.hosts.contains_key(&ip);
+        // A pod on the host network has the node's address, and with it all that listens on the node.
+        let host = endpoints.hosts.contains_key(&ip) && !self.is_own(ip);
+        let known = endpoints.ports.contains_key(&(protocol, address)) || host;
         if known || self.targets.iter().any(|target| target.covers(ip, address.port())) {
             Decision::Allowed(address)
         } else if endpoints.table.complete {
@@ -297,6 +303,10 @@ mod tests {
         policy.follow(builder.build().unwrap());
         assert_eq!(tcp(&policy, "10.244.1.3:5432"), None);
         assert!(tcp(&policy, "10.244.2.3:5432").is_some());
+        // Of a pod on the host network that would be any port of the node.
+        let (_tell, own) = watch::channel(vec!["10.244.1.3:20006".parse().unwrap()]);
+        policy.set_own(own);
+        assert!(tcp(&policy, "10.244.1.3:5432").is_some());
     }
 
     #[test]

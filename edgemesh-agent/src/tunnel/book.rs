@@ -12,6 +12,9 @@ use super::{
 /// Peers of which addresses are kept.
 const MAX_PEERS: usize = 8192;
 
+/// Peers of which there are only announcements on the LAN.
+const MAX_RUMOURS: usize = 512;
+
 /// Addresses kept of a peer, from each source of them.
 const MAX_ADDRESSES: usize = 16;
 
@@ -32,8 +35,8 @@ struct Entry {
 }
 
 impl Book {
-    /// What `peer` said of itself.
-    pub(super) fn told(&mut self, peer: PeerId, addresses: impl IntoIterator<Item = Multiaddr>) {
+    /// What the configuration says of `peer`.
+    pub(super) fn configured(&mut self, peer: PeerId, addresses: impl IntoIterator<Item = Multiaddr>) {
         let told: Vec<Multiaddr> = addresses.into_iter().filter_map(direct).take(MAX_ADDRESSES).collect();
         if !told.is_empty()
             && let Some(entry) = self.entry(peer)
@@ -42,18 +45,26 @@ impl Book {
         }
     }
 
+    /// What `peer` said of itself. No peer has this node dial its own inside.
+    pub(super) fn told(&mut self, peer: PeerId, addresses: impl IntoIterator<Item = Multiaddr>) {
+        self.configured(peer, addresses.into_iter().filter(elsewhere));
+    }
+
     /// What `peer` said of itself by identify. Its loopback is nobody else's.
     pub(super) fn identified(&mut self, peer: PeerId, addresses: impl IntoIterator<Item = Multiaddr>) {
-        let elsewhere = |address: &Multiaddr| ip(address).is_some_and(|ip| always_refused(ip).is_none());
         let identified = addresses.into_iter().filter_map(direct).filter(elsewhere).take(MAX_ADDRESSES).collect();
         if let Some(entry) = self.entry(peer) {
             entry.identified = identified;
         }
     }
 
-    /// `peer` was found on this LAN.
+    /// `peer` was found on this LAN, or somebody says so: those of whom nothing else is known take the room of nobody.
     pub(super) fn nearby(&mut self, peer: PeerId, address: Multiaddr) {
-        if let Some(address) = direct(address)
+        let rumours = || self.0.values().filter(|entry| entry.is_rumour()).count();
+        if !self.0.contains_key(&peer) && (self.0.len() >= MAX_PEERS || rumours() >= MAX_RUMOURS) {
+            return;
+        }
+        if let Some(address) = direct(address).filter(elsewhere)
             && let Some(entry) = self.entry(peer)
             && !entry.nearby.contains(&address)
         {
@@ -66,6 +77,9 @@ impl Book {
     pub(super) fn gone(&mut self, peer: &PeerId, address: Multiaddr) {
         if let (Some(address), Some(entry)) = (direct(address), self.0.get_mut(peer)) {
             entry.nearby.retain(|known| *known != address);
+            if entry.is_rumour() && entry.nearby.is_empty() {
+                self.0.remove(peer);
+            }
         }
     }
 
@@ -98,6 +112,18 @@ impl Book {
         }
         Some(self.0.entry(peer).or_default())
     }
+}
+
+impl Entry {
+    /// Whether nothing but announcements on the LAN is known, which anybody there can make.
+    fn is_rumour(&self) -> bool {
+        self.worked.is_none() && self.told.is_empty() && self.identified.is_empty()
+    }
+}
+
+/// Whether an address may be another node's.
+fn elsewhere(address: &Multiaddr) -> bool {
+    ip(address).is_some_and(|ip| always_refused(ip).is_none())
 }
 
 /// The address without the peer at its end, if it is one that can be dialled directly.
@@ -159,6 +185,18 @@ mod tests {
         }
         assert_eq!(book.0.len(), MAX_PEERS);
         let peer = PeerId::random();
+        book.nearby(peer, a("/ip4/10.0.0.1/tcp/1"));
+        assert!(book.addresses(&peer).is_empty(), "an announcement has taken a member's room");
+        let mut book = Book::default();
+        for _ in 0..2 * MAX_RUMOURS {
+            book.nearby(PeerId::random(), a("/ip4/10.0.0.1/tcp/1"));
+        }
+        assert_eq!(book.0.len(), MAX_RUMOURS);
+        book.told(peer, [a("/ip4/127.0.0.1/tcp/22"), a("/ip4/169.254.169.254/tcp/80"), a("/ip4/10.0.0.9/tcp/1")]);
+        assert_eq!(book.addresses(&peer), [a("/ip4/10.0.0.9/tcp/1")]);
+        book.configured(peer, [a("/ip4/127.0.0.1/tcp/1")]);
+        assert_eq!(book.addresses(&peer), [a("/ip4/127.0.0.1/tcp/1")]);
+        let mut book = Book::default();
         for port in 1..100 {
             book.nearby(peer, a(&format!("/ip4/10.0.0.1/tcp/{port}")));
         }

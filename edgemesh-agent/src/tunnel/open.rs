@@ -142,7 +142,7 @@ impl Tunnel {
         until: Instant,
     ) -> Result<Answered, OpenError> {
         let mut failed = Vec::new();
-        let mut looked = false;
+        let (mut looked, mut rounds, mut changes) = (false, 0, self.peers.clone());
         loop {
             if self.stop.is_cancelled() {
                 return Err(OpenError::Stopped);
@@ -159,13 +159,18 @@ impl Tunnel {
                 if any {
                     return Err(OpenError::Busy(format!("as many streams to {node} are open as one connection takes")));
                 }
+                let (listed, _) = (!paths.is_empty(), changes.borrow_and_update());
                 self.connect(node).await?;
-                if failed.len() > MAX_ATTEMPTS {
-                    let why = "its connections end as soon as they are used".to_owned();
-                    return Err(OpenError::NoPath { node: node.clone(), why });
+                if listed {
+                    // Paths that have just failed are still listed. Either the swarm will hear that they have ended, or
+                    // they are there and take no streams.
+                    rounds += 1;
+                    if rounds > MAX_ROUNDS {
+                        let why = "its connections take no streams".to_owned();
+                        return Err(OpenError::NoPath { node: node.clone(), why });
+                    }
+                    let _ = tokio::time::timeout(ROUND, changes.changed()).await;
                 }
-                // A path that has just failed may still be listed: the swarm will hear of it.
-                tokio::task::yield_now().await;
                 continue;
             };
             if path.is_doubtful() && !looked {
@@ -210,6 +215,10 @@ const RESTART: Duration = Duration::from_millis(100);
 
 /// How long another path is looked for where the only one is in doubt.
 const LOOK: Duration = Duration::from_millis(1500);
+
+/// How long the list of paths is given to change when all that are in it have failed, and how often.
+const ROUND: Duration = Duration::from_millis(50);
+const MAX_ROUNDS: u32 = 10;
 
 /// Paths that may fail under one request.
 const MAX_ATTEMPTS: usize = 4;

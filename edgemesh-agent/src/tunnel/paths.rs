@@ -87,10 +87,23 @@ pub(super) struct Path {
     pub(super) ended: CancellationToken,
     pub(super) since: Instant,
     rtt_nanos: AtomicU64,
+    /// When the peer last answered, in nanoseconds after `since`.
+    answered: AtomicU64,
     streams: AtomicU32,
+    /// Requests of the peer that are not streams yet.
+    serving: AtomicU32,
     sent: AtomicU64,
     received: AtomicU64,
     counters: Arc<Counters>,
+}
+
+/// A request that is being served on a path, until it is dropped.
+pub(super) struct Serving(Arc<Path>);
+
+impl Drop for Serving {
+    fn drop(&mut self) {
+        self.0.serving.fetch_sub(1, Ordering::Relaxed);
+    }
 }
 
 /// What a path is made from.
@@ -126,7 +139,9 @@ impl Path {
             ended: CancellationToken::new(),
             since: Instant::now(),
             rtt_nanos: AtomicU64::new(0),
+            answered: AtomicU64::new(0),
             streams: AtomicU32::new(0),
+            serving: AtomicU32::new(0),
             sent: AtomicU64::new(0),
             received: AtomicU64::new(0),
             counters,
@@ -172,6 +187,31 @@ impl Path {
 
     pub(super) fn set_rtt(&self, rtt: Duration) {
         self.rtt_nanos.store(u64::try_from(rtt.as_nanos()).unwrap_or(u64::MAX).max(1), Ordering::Relaxed);
+        let after = u64::try_from(self.since.elapsed().as_nanos()).unwrap_or(u64::MAX);
+        self.answered.store(after, Ordering::Relaxed);
+    }
+
+    /// How long the peer has not answered on this connection.
+    pub(super) fn silent(&self) -> Duration {
+        self.since.elapsed().saturating_sub(Duration::from_nanos(self.answered.load(Ordering::Relaxed)))
+    }
+
+    /// Payload so far: sent, received.
+    pub(super) fn moved(&self) -> (u64, u64) {
+        (self.sent.load(Ordering::Relaxed), self.received.load(Ordering::Relaxed))
+    }
+
+    /// Counts a request of the peer until it is a stream or came to nothing.
+    pub(super) fn serving(self: &Arc<Self>) -> Serving {
+        self.serving.fetch_add(1, Ordering::Relaxed);
+        Serving(Arc::clone(self))
+    }
+
+    /// Whether nothing runs on it, and nothing is being opened.
+    pub(super) fn is_idle(&self) -> bool {
+        self.streams() == 0
+            && self.serving.load(Ordering::Relaxed) == 0
+            && self.permits.available_permits() == STREAMS_PER_PATH
     }
 
     pub(super) fn stream_began(&self) {

@@ -18,7 +18,7 @@ use tracing::debug;
 use super::{
     Decision, DialPolicy, Grounds, NodeName, Protocol, Target,
     counters::Counters,
-    paths::Path,
+    paths::{Path, Serving},
     splice::{UdpIdle, splice, splice_udp},
     stream::{DatagramStream, Frames, Stream},
     substream::Substream,
@@ -93,17 +93,18 @@ impl Server {
                 Err(_) => return self.failed(path.node.get(), "too busy even to say so"),
             },
         };
+        let serving = path.serving();
         let stream = Substream::new(stream, path);
         let (server, path, stop) = (Arc::clone(self), Arc::clone(path), self.stop.clone());
         self.tasks.spawn(async move {
             tokio::select! {
                 () = stop.cancelled() => {}
-                () = server.serve(stream, path, place) => {}
+                () = server.serve(stream, path, place, serving) => {}
             }
         });
     }
 
-    async fn serve(&self, mut stream: Substream, path: Arc<Path>, place: Place) {
+    async fn serve(&self, mut stream: Substream, path: Arc<Path>, place: Place, serving: Serving) {
         let request = timeout(self.deadline, async {
             let from = path.node.wait().await.clone();
             Ok::<_, io::Error>((from, wire::read::<Request>(&mut stream).await?))
@@ -142,6 +143,7 @@ impl Server {
         };
         self.counters.served.add(1);
         let frames = Frames::new(stream, path, None);
+        drop(serving);
         let ended = match dialled {
             Dialled::Tcp(socket) => splice(socket, Stream::new(frames)).await,
             Dialled::Udp(socket) => splice_udp(&socket, &mut DatagramStream::new(frames), self.idle).await,
