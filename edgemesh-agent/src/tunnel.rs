@@ -8,12 +8,13 @@
 //!   upgraded (hole punching, or dialling what the peer says of itself), and new streams take the best path there is.
 //!   A node's `PeerId` follows from its name, so `relay/p2p-circuit` is an address of every node, and no DHT is needed.
 //! - Streams: request and typed answer, then frames; see [`Stream`] and [`DatagramStream`].
-//! - What this node dials for others: [`DialPolicy`].
+//! - What this node dials for others: [`DialPolicy`]; what a stream would come to, without one: [`Tunnel::ask`].
 //!
 //! The swarm is one task; each connection is one; openers talk to connections directly. [`Tunnel::start`] runs them on the
 //! runtime it is called on: give it one with several threads, since connections encrypt on it.
 
 mod admission;
+mod ask;
 mod book;
 mod counters;
 mod driver;
@@ -53,12 +54,13 @@ use self::{
     driver::{Command, Core, Ended},
 };
 pub use self::{
+    ask::{Answer, Fate},
     counters::{Counter, Counters, PathCounters},
     identity::{AllowList, NodeName, ParseNodeNameError, PskError, Psks, peer_id},
     mesh::Security,
     open::OpenError,
     paths::{PathKind, PeerView, Peers, Transport},
-    policy::{Decision, DialPolicy, Target, always_refused},
+    policy::{Decision, DialPolicy, Grounds, Target, always_refused},
     relays::{Host, ParseRelayAddressError, RelayAddress, RelayNode},
     splice::{UdpIdle, splice, splice_udp},
     stream::{DatagramStream, MAX_DATAGRAM, Stream},

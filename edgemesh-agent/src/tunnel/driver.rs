@@ -17,7 +17,6 @@ use futures::StreamExt as _;
 use libp2p::{
     Multiaddr, PeerId, Swarm,
     core::transport::ListenerId,
-    multiaddr::Protocol,
     swarm::{
         ConnectionId,
         dial_opts::{DialOpts, PeerCondition},
@@ -36,7 +35,7 @@ use super::{
     admission::Quiet,
     book::{Book, Refused},
     counters::Counters,
-    gate::{Gate, ip, is_relayed},
+    gate::{Gate, ip, is_relayed, socket_address},
     identity::Membership,
     interfaces::{Telling, listening_on},
     mesh::{self, Mesh, Parts},
@@ -596,15 +595,4 @@ fn in_use(address: SocketAddr, transport: Transport) -> Result<(), String> {
 fn random() -> f64 {
     // Each state is keyed anew; nobody needs to be kept from guessing these.
     RandomState::new().hash_one(0u8) as f64 / u64::MAX as f64
-}
-
-/// The address and port that a direct address begins with.
-fn socket_address(address: &Multiaddr) -> Option<SocketAddr> {
-    if is_relayed(address) {
-        return None;
-    }
-    if let Protocol::Tcp(port) | Protocol::Udp(port) = address.iter().nth(1)? {
-        return Some(SocketAddr::new(ip(address)?, port));
-    }
-    None
 }

@@ -21,7 +21,7 @@ mod handler;
 use std::{
     collections::{HashMap, VecDeque},
     hash::{BuildHasher as _, RandomState},
-    net::IpAddr,
+    net::{IpAddr, SocketAddr},
     sync::Arc,
     task::{Context, Poll},
     time::{Duration, Instant},
@@ -333,6 +333,17 @@ pub(super) fn with_sources(error: &dyn std::error::Error) -> String {
 /// Whether an address leads through a relay.
 pub(super) fn is_relayed(address: &Multiaddr) -> bool {
     address.iter().any(|part| part == Protocol::P2pCircuit)
+}
+
+/// The address and port that a direct address begins with.
+pub(super) fn socket_address(address: &Multiaddr) -> Option<SocketAddr> {
+    if is_relayed(address) {
+        return None;
+    }
+    if let Protocol::Tcp(port) | Protocol::Udp(port) = address.iter().nth(1)? {
+        return Some(SocketAddr::new(ip(address)?, port));
+    }
+    None
 }
 
 /// The IP address that an address begins with.

@@ -2,7 +2,7 @@
 
 use std::{
     collections::BTreeMap,
-    net::IpAddr,
+    net::{IpAddr, SocketAddr},
     sync::{
         Arc, OnceLock,
         atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering},
@@ -68,7 +68,7 @@ pub(super) struct Path {
     pub(super) connection: ConnectionId,
     pub(super) peer: PeerId,
     pub(super) transport: Transport,
-    pub(super) remote: Option<IpAddr>,
+    pub(super) remote: Option<SocketAddr>,
     pub(super) relay: Option<PeerId>,
     pub(super) on_link: bool,
     pub(super) open: mpsc::Sender<OpenRequest>,
@@ -111,7 +111,7 @@ pub(super) struct NewPath {
     pub(super) connection: ConnectionId,
     pub(super) peer: PeerId,
     pub(super) transport: Transport,
-    pub(super) remote: Option<IpAddr>,
+    pub(super) remote: Option<SocketAddr>,
     pub(super) relay: Option<PeerId>,
     pub(super) on_link: bool,
     pub(super) open: mpsc::Sender<OpenRequest>,
@@ -232,6 +232,22 @@ impl Path {
         self.counters.received_bytes.add(bytes as u64);
     }
 
+    /// As `peers` shows it.
+    pub(super) fn view(&self, node: &NodeName) -> PeerView {
+        PeerView {
+            node: node.clone(),
+            peer_id: self.peer.to_string(),
+            path: self.kind(),
+            transport: self.transport,
+            remote: self.remote,
+            rtt: self.rtt(),
+            streams: self.streams(),
+            sent_bytes: self.sent.load(Ordering::Relaxed),
+            received_bytes: self.received.load(Ordering::Relaxed),
+            up: self.since.elapsed(),
+        }
+    }
+
     fn rank(&self) -> (bool, PathKind, Transport, Instant) {
         let kind = match self.kind() {
             PathKind::Relayed { .. } => PathKind::Relayed { via: None },
@@ -252,8 +268,8 @@ pub struct PeerView {
     pub path: PathKind,
     /// What the connection runs on.
     pub transport: Transport,
-    /// Address of the other end; none through a relay.
-    pub remote: Option<IpAddr>,
+    /// Address and port of the other end; none through a relay.
+    pub remote: Option<SocketAddr>,
     /// Last measured round trip; none before the first.
     pub rtt: Option<Duration>,
     /// Streams open in both directions.
@@ -284,7 +300,7 @@ impl Peers {
     /// The addresses at which this node has direct connections with `node`.
     pub fn seen_at(&self, node: &NodeName) -> Vec<IpAddr> {
         let paths = self.0.get(node).into_iter().flatten();
-        let mut seen: Vec<IpAddr> = paths.filter_map(|path| path.remote).collect();
+        let mut seen: Vec<IpAddr> = paths.filter_map(|path| Some(path.remote?.ip())).collect();
         seen.sort_unstable();
         seen.dedup();
         seen
@@ -292,19 +308,12 @@ impl Peers {
 
     /// All paths, the best of each node first.
     pub fn views(&self) -> Vec<PeerView> {
-        let view = |node: &NodeName, path: &Path| PeerView {
-            node: node.clone(),
-            peer_id: path.peer.to_string(),
-            path: path.kind(),
-            transport: path.transport,
-            remote: path.remote,
-            rtt: path.rtt(),
-            streams: path.streams(),
-            sent_bytes: path.sent.load(Ordering::Relaxed),
-            received_bytes: path.received.load(Ordering::Relaxed),
-            up: path.since.elapsed(),
-        };
-        self.0.iter().flat_map(|(node, paths)| paths.iter().map(move |path| view(node, path))).collect()
+        self.all().map(|(node, path)| path.view(node)).collect()
+    }
+
+    /// The path that new streams to `node` take; `None` when it is not connected.
+    pub fn best(&self, node: &NodeName) -> Option<PeerView> {
+        Some(self.paths(node).first()?.view(node))
     }
 
     /// The paths to a node, best first.

@@ -34,6 +34,15 @@ pub enum Decision {
     },
 }
 
+/// Why a [`DialPolicy`] allows a target.
+#[derive(Clone, Debug, Default, Eq, PartialEq)]
+pub struct Grounds {
+    /// Few words that name the rule, such as `an endpoint of a Service on this node`; empty where there is none to name.
+    pub rule: String,
+    /// `NAMESPACE/NAME` of the Services that have the target as an endpoint on this node.
+    pub services: Vec<String>,
+}
+
 /// Decides what this node dials for other members.
 ///
 /// Asked for each stream, on a thread of the runtime: it must not block. Whatever it says, addresses that lead to the
@@ -41,6 +50,10 @@ pub enum Decision {
 pub trait DialPolicy: Send + Sync + 'static {
     /// Decides on `from`'s request for `target`.
     fn decide(&self, from: &NodeName, protocol: Protocol, target: Target) -> Decision;
+
+    /// Why a target is allowed that [`Self::decide`] has just allowed, for somebody who looks for a fault. May take
+    /// milliseconds, as it is asked seldom.
+    fn grounds(&self, protocol: Protocol, target: Target) -> Grounds;
 }
 
 impl<F> DialPolicy for F
@@ -49,6 +62,10 @@ where
 {
     fn decide(&self, from: &NodeName, protocol: Protocol, target: Target) -> Decision {
         self(from, protocol, target)
+    }
+
+    fn grounds(&self, _: Protocol, _: Target) -> Grounds {
+        Grounds::default()
     }
 }
 

@@ -223,9 +223,10 @@ impl Driver<'_> {
     /// would only find out later, and a relay would lead others to them until then.
     fn end_silent(&mut self, newest: &Path) {
         let Some(node) = newest.node.get() else { return };
-        let elsewhere = |path: &&Arc<Path>| {
-            path.is_direct() && path.connection != newest.connection && path.remote != newest.remote
-        };
+        // Ports differ by transport and by who has dialled.
+        let at = |path: &Path| path.remote.map(|remote| remote.ip());
+        let elsewhere =
+            |path: &&Arc<Path>| path.is_direct() && path.connection != newest.connection && at(path) != at(newest);
         let others = self.peers.paths(node).iter().filter(elsewhere);
         let silent: Vec<ConnectionId> =
             others.filter(|path| path.silent() >= SILENT).map(|path| path.connection).collect();
@@ -342,7 +343,7 @@ impl Driver<'_> {
         let mut left: BTreeMap<(PeerId, IpAddr), Vec<ConnectionId>> = BTreeMap::new();
         for path in self.peers.paths(node).iter().filter(|path| path.transport == Transport::Quic) {
             if let Some(remote) = path.remote {
-                left.entry((path.peer, remote)).or_default().push(path.connection);
+                left.entry((path.peer, remote.ip())).or_default().push(path.connection);
             }
         }
         for ((peer, remote), connections) in left {
