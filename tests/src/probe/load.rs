@@ -6,8 +6,10 @@ use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 use std::thread::{JoinHandle, Scope, ScopedJoinHandle};
 use std::time::{Duration, Instant};
 
-use super::client::{Connection, Unconnected, connect_blocking, reset_on_close};
-use super::message::{Dial, Failure, HammerReport, Measure, Quantiles, Seen, SpreadReport, Transport, monotonic};
+use tokio::runtime::Runtime;
+
+use super::client::{Connection, Unconnected, connect_blocking, http, reset_on_close, websocket};
+use super::message::{App, Dial, Failure, HammerReport, Measure, Quantiles, Seen, SpreadReport, Transport, monotonic};
 
 /// More threads than this only fight for the processor.
 const MOST_AT_ONCE: u32 = 64;
@@ -42,6 +44,7 @@ pub(super) fn spread(transport: Transport, dial: Dial, count: u32, concurrency: 
 /// The groups take turns, so that what disturbs one disturbs all; in an order that differs from round to round, so that
 /// none always follows the same other one and pays for what that leaves the processors to do.
 pub(super) fn latency(
+    runtime: &Runtime,
     measure: Measure,
     groups: &[Vec<SocketAddr>],
     rounds: u32,
@@ -60,7 +63,7 @@ pub(super) fn latency(
         for &index in &order {
             let group = &groups[index];
             let target = group[round % group.len()];
-            samples[index].push(time(measure, &sender, Dial { target, deadline, port: 0 })?);
+            samples[index].push(time(runtime, measure, &sender, Dial { target, deadline, port: 0 })?);
         }
     }
     Ok(samples.into_iter().map(quantiles).collect())
@@ -76,8 +79,9 @@ fn shuffle(order: &mut [usize], state: &mut u64) {
     }
 }
 
-/// Times `measure` once. Nothing stays behind that the next round would meet: no port in TIME_WAIT, no answer unread.
-fn time(measure: Measure, sender: &Unconnected, dial: Dial) -> Result<Duration, Failure> {
+/// Times `measure` once. Nothing stays behind that the next round would meet: no answer unread, and, but for HTTP and
+/// WebSocket, no port in TIME_WAIT.
+fn time(runtime: &Runtime, measure: Measure, sender: &Unconnected, dial: Dial) -> Result<Duration, Failure> {
     match measure {
         Measure::Connect(transport) => {
             let (socket, took) = connect_blocking(transport, dial)?;
@@ -85,15 +89,26 @@ fn time(measure: Measure, sender: &Unconnected, dial: Dial) -> Result<Duration, 
             Ok(took)
         }
         Measure::Send => sender.send(dial),
-        Measure::Exchange => {
-            let begin = Instant::now();
-            let mut connection = Connection::open(Transport::Tcp, dial)?;
-            connection.exchange(false, dial.deadline)?;
-            let took = begin.elapsed();
-            connection.abort();
-            Ok(took)
-        }
+        Measure::Exchange => exchange(Transport::Tcp, dial),
+        Measure::Visit(App::Http) => timed(|| runtime.block_on(http(dial, "/", 1))),
+        Measure::Visit(App::WebSocket) => timed(|| runtime.block_on(websocket(dial))),
+        Measure::Visit(app @ (App::Tcp | App::Udp | App::Count | App::Reset)) => exchange(app.transport(), dial),
     }
+}
+
+fn exchange(transport: Transport, dial: Dial) -> Result<Duration, Failure> {
+    let begin = Instant::now();
+    let mut connection = Connection::open(transport, dial)?;
+    connection.exchange(false, dial.deadline)?;
+    let took = begin.elapsed();
+    connection.abort();
+    Ok(took)
+}
+
+fn timed<T>(work: impl FnOnce() -> Result<T, Failure>) -> Result<Duration, Failure> {
+    let begin = Instant::now();
+    work()?;
+    Ok(begin.elapsed())
 }
 
 /// A load that runs until it is stopped.

@@ -245,6 +245,16 @@ pub enum App {
     Reset,
 }
 
+impl App {
+    /// What its protocol runs on.
+    pub fn transport(self) -> Transport {
+        match self {
+            Self::Udp => Transport::Udp,
+            Self::Tcp | Self::Http | Self::WebSocket | Self::Count | Self::Reset => Transport::Tcp,
+        }
+    }
+}
+
 /// What a latency is of.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
 pub enum Measure {
@@ -254,6 +264,9 @@ pub enum Measure {
     Send,
     /// A TCP connection to an [`App::Tcp`] server, a request of a few bytes and its answer, from the socket's making on.
     Exchange,
+    /// The same with a server of this kind, in its own protocol: a message on a connected UDP socket, a GET request, an
+    /// upgrade to WebSocket and a message each way.
+    Visit(App),
 }
 
 /// The transport protocol of a client.

@@ -131,7 +131,7 @@ impl Shell {
             }
             Request::Bulk { dial, bytes } => self.runtime.block_on(crowd::bulk(dial, bytes)).map(Response::Bulk),
             Request::Latency { measure, groups, rounds, deadline } => {
-                load::latency(measure, &groups, rounds, deadline).map(Response::Latency)
+                load::latency(&self.runtime, measure, &groups, rounds, deadline).map(Response::Latency)
             }
             Request::StartHammer { transport, dial, concurrency } => {
                 let hammer = Hammer::start(transport, dial, concurrency);
