@@ -163,8 +163,10 @@ fn every_measure_times_servers_that_answer_and_fails_where_none_does() -> Result
         }
     }
     let nobody = SocketAddr::new(tcp.ip(), 9);
-    for measure in [Measure::Connect(Transport::Tcp), Measure::Exchange, Measure::Visit(App::Http)] {
-        let error = client.measure(measure, &[vec![tcp], vec![nobody]], 2).unwrap_err();
+    for (measure, server) in
+        [(Measure::Connect(Transport::Tcp), tcp), (Measure::Exchange, tcp), (Measure::Visit(App::Http), http)]
+    {
+        let error = client.measure(measure, &[vec![server], vec![nobody]], 2).unwrap_err();
         assert_eq!(errno(&error), Some("ECONNREFUSED"), "{measure:?}");
     }
     Ok(())

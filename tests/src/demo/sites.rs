@@ -8,7 +8,7 @@ use std::collections::BTreeMap;
 use std::net::IpAddr;
 use std::time::Duration;
 
-use anyhow::{Context as _, Result};
+use anyhow::{Context as _, Result, anyhow};
 use serde_json::{Value, json};
 
 use super::example::Examples;
@@ -89,10 +89,15 @@ impl Sites<'_> {
 
         // Kept open: it stays where it began.
         let first = there.first(self.examples, REACHED);
+        let (carried, patience) = match &first {
+            Ok(_) => (there.in_use(), PUNCHED),
+            // Nobody punches a hole to where nobody goes.
+            Err(error) => (Err(anyhow!("{error:#}")), Duration::ZERO),
+        };
         let mut rows = vec![
-            there.row("the first connection goes", "relayed via cloud", there.in_use()),
-            there.row("new ones go", "hole-punched", there.becomes("hole-punched", PUNCHED)),
-            back.row("new ones go", "hole-punched", back.becomes("hole-punched", PUNCHED)),
+            there.row("the first connection goes", "relayed via cloud", carried),
+            there.row("new ones go", "hole-punched", there.becomes("hole-punched", patience)),
+            back.row("new ones go", "hole-punched", back.becomes("hole-punched", patience)),
         ];
         let before = there.relayed_bytes();
         for way in [&there, &back] {
@@ -101,11 +106,13 @@ impl Sites<'_> {
         rows.push(there.bulk(self.examples));
         let since = before.and_then(|before| Ok(there.relayed_bytes()?.saturating_sub(before)));
         rows.push(there.row("of all that, through cloud", "0 bytes", since.map(|bytes| format!("{bytes} bytes"))));
-        let goes_on = first.and_then(|first| Ok(first.exchange()?.name));
-        rows.push(there.row("the first connection goes on", "app-edge2", goes_on));
+        if let Ok(first) = first {
+            let answer = first.exchange().map(|reply| reply.name);
+            rows.push(there.row("the first connection goes on", "app-edge2", answer));
+        }
 
         // The cloud has no way of its own into a site: it takes the connection that edge1 has made.
-        rows.push(up.row("connections go", "direct", up.becomes("direct", PUNCHED)));
+        rows.push(up.row("connections go", "direct", up.becomes("direct", REACHED)));
         for way in [&up, &down] {
             rows.extend(way.by_name(self.examples));
         }
