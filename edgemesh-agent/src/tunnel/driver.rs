@@ -59,6 +59,10 @@ const RETIRE: Duration = Duration::from_secs(30);
 /// How long listeners may take to tell their addresses before anything is dialled.
 const LISTENING: Duration = Duration::from_secs(1);
 
+/// How long changes of connections are gathered before all is told of them: a relay that has lost its uplink and got it back
+/// meets thousands of nodes at once, and each telling copies the list of all.
+const GATHER: Duration = Duration::from_millis(20);
+
 /// How long the ends of connections may take when a swarm ends.
 const PARTING: Duration = Duration::from_millis(500);
 
@@ -222,6 +226,8 @@ struct Driver<'a> {
     external: Vec<Multiaddr>,
     /// Whether others have confirmed that this node can be reached from outside.
     public: bool,
+    /// When what has changed in `peers` is to be told.
+    telling: Option<Instant>,
 }
 
 impl<'a> Driver<'a> {
@@ -248,6 +254,7 @@ impl<'a> Driver<'a> {
             quiet: Quiet::default(),
             external: Vec::new(),
             public: false,
+            telling: None,
         };
         driver.update_relay_role();
         driver
@@ -261,7 +268,7 @@ impl<'a> Driver<'a> {
         }
         loop {
             self.run_due(Instant::now());
-            let next = [self.schedule.keys().next().map(|(at, _)| *at), self.relays.next()];
+            let next = [self.schedule.keys().next().map(|(at, _)| *at), self.relays.next(), self.telling];
             let next = next.into_iter().flatten().min().unwrap_or_else(|| Instant::now() + Duration::from_secs(60));
             tokio::select! {
                 () = stop.cancelled() => return Ended::Stopped,
@@ -332,6 +339,9 @@ impl<'a> Driver<'a> {
             }
             let task = entry.remove();
             self.run_task(task);
+        }
+        if self.telling.is_some_and(|at| at <= now) {
+            self.publish_now();
         }
         for action in self.relays.due(now, random) {
             match action {
@@ -420,8 +430,16 @@ impl<'a> Driver<'a> {
         });
     }
 
-    fn publish(&self) {
-        self.core.peers.send_replace(Arc::new(self.peers.clone()));
+    /// Has the others told of changed peers in a moment.
+    fn publish(&mut self) {
+        self.telling.get_or_insert_with(|| Instant::now() + GATHER);
+    }
+
+    /// Tells of changed peers, if there is anything that has not been told.
+    fn publish_now(&mut self) {
+        if self.telling.take().is_some() {
+            self.core.peers.send_replace(Arc::new(self.peers.clone()));
+        }
     }
 
     /// A socket address with each transport that is in use.

@@ -47,6 +47,13 @@ use super::{
     wire::Hello,
 };
 
+/// How long a handshake from where this node has just dialled to may come to nothing without a word: when a hole is punched,
+/// both sides begin, and one of the two connections is given up.
+const CROSSING: Duration = Duration::from_secs(10);
+
+/// Addresses dialled that are remembered for that.
+const MAX_DIALLED: usize = 256;
+
 /// What the gate tells the swarm's owner.
 #[derive(Debug)]
 pub(super) enum Event<E> {
@@ -68,6 +75,8 @@ pub(super) struct Gate<B: NetworkBehaviour> {
     unknown: HashMap<ConnectionId, Multiaddr>,
     /// Connections that are a member's.
     members: HashMap<ConnectionId, PeerId>,
+    /// Where this node has dialled to lately.
+    dialled: VecDeque<(Instant, IpAddr)>,
     counters: Arc<Counters>,
     actions: VecDeque<ToSwarm<Event<B::ToSwarm>, THandlerInEvent<B>>>,
 }
@@ -90,6 +99,7 @@ impl<B: NetworkBehaviour> Gate<B> {
             quiet: Quiet::default(),
             unknown: HashMap::new(),
             members: HashMap::new(),
+            dialled: VecDeque::new(),
             counters,
             actions: VecDeque::new(),
         }
@@ -129,6 +139,23 @@ impl<B: NetworkBehaviour> Gate<B> {
         Handler::new(inner, Arc::clone(&self.shared), peer, first, is_relayed(remote))
     }
 
+    /// Whether a connection from `remote` may have crossed with one of this node's own.
+    fn crosses(&self, remote: &Multiaddr, now: Instant) -> bool {
+        let recent = self.dialled.iter().filter(|(at, _)| now.saturating_duration_since(*at) < CROSSING);
+        ip(remote).is_some_and(|remote| recent.map(|(_, ip)| *ip).any(|ip| ip == remote))
+    }
+
+    fn dials(&mut self, addresses: &[Multiaddr], now: Instant) {
+        while self.dialled.front().is_some_and(|(at, _)| now.saturating_duration_since(*at) >= CROSSING) {
+            self.dialled.pop_front();
+        }
+        for ip in addresses.iter().filter(|address| !is_relayed(address)).filter_map(ip) {
+            if self.dialled.len() < MAX_DIALLED {
+                self.dialled.push_back((now, ip));
+            }
+        }
+    }
+
     /// Writes one line a minute for each kind of trouble, at most.
     fn log_refusal(&mut self, kind: &'static str, remote: &Multiaddr, claimed: Option<&NodeName>, why: &str) {
         self.counters.refused_peers.add(1);
@@ -156,6 +183,8 @@ impl<B: NetworkBehaviour> Gate<B> {
                         Some(left_out) => warn!(%remote, left_out, "connection not taken: {why}"),
                         None => debug!(%remote, "connection not taken: {why}"),
                     }
+                } else if self.crosses(remote, now) {
+                    debug!(%remote, "a connection that crossed with one of this node's was given up: {why}");
                 } else {
                     self.log_refusal("handshake", remote, None, &format!("no handshake: {why}"));
                 }
@@ -217,6 +246,7 @@ impl<B: NetworkBehaviour> NetworkBehaviour for Gate<B> {
         addresses: &[Multiaddr],
         role: Endpoint,
     ) -> Result<Vec<Multiaddr>, ConnectionDenied> {
+        self.dials(addresses, Instant::now());
         self.inner.handle_pending_outbound_connection(connection, peer, addresses, role)
     }
 
@@ -299,5 +329,35 @@ pub(super) fn ip(address: &Multiaddr) -> Option<IpAddr> {
         Some(Protocol::Ip4(ip)) => Some(ip.into()),
         Some(Protocol::Ip6(ip)) => Some(ip.into()),
         _ => None,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use libp2p::swarm::dummy;
+
+    use super::*;
+    use crate::tunnel::{AllowList, Psks};
+
+    #[test]
+    fn only_who_was_dialled_a_moment_ago_may_have_crossed_with_us() {
+        let psks = Psks::parse("0123456789abcdef").unwrap();
+        let membership = Arc::new(Membership { psks, allow: AllowList::default() });
+        let (node, counters) = ("edge1".parse().unwrap(), Arc::default());
+        let mut gate = Gate::new(dummy::Behaviour, &node, membership, Duration::from_secs(5), counters);
+        let at = |text: &str| text.parse::<Multiaddr>().unwrap();
+        let begin = Instant::now();
+        gate.dials(&[at("/ip4/203.0.113.1/udp/20006/quic-v1"), at("/ip4/203.0.113.9/tcp/20006/p2p-circuit")], begin);
+        // A NAT may have made another port of it.
+        let crossing = at("/ip4/203.0.113.1/udp/40001/quic-v1");
+        assert!(gate.crosses(&crossing, begin + CROSSING / 2));
+        assert!(!gate.crosses(&crossing, begin + CROSSING));
+        for stranger in ["/ip4/203.0.113.2/udp/20006/quic-v1", "/ip4/203.0.113.9/tcp/20006"] {
+            assert!(!gate.crosses(&at(stranger), begin), "{stranger}");
+        }
+        for _ in 0..2 * MAX_DIALLED {
+            gate.dials(&[at("/ip4/203.0.113.3/tcp/20006")], begin + CROSSING);
+        }
+        assert_eq!(gate.dialled.len(), MAX_DIALLED);
     }
 }

@@ -71,7 +71,8 @@ pub(super) struct Mesh {
     pub(super) relay: relay::Behaviour,
     pub(super) dcutr: Toggle<dcutr::Behaviour>,
     pub(super) autonat: autonat::v2::client::Behaviour,
-    pub(super) autonat_server: autonat::v2::server::Behaviour,
+    /// Only of relays: what a neighbour on the LAN can reach is no address for other sites.
+    pub(super) autonat_server: Toggle<autonat::v2::server::Behaviour>,
     pub(super) mdns: Toggle<mdns::tokio::Behaviour>,
 }
 
@@ -179,7 +180,7 @@ fn behaviour(keypair: &Keypair, relay_client: relay::client::Behaviour, parts: P
         relay: relay::Behaviour::new(me, relay_config),
         dcutr: hole_punching.then(|| dcutr::Behaviour::new(me)).into(),
         autonat: autonat::v2::client::Behaviour::default(),
-        autonat_server: autonat::v2::server::Behaviour::default(),
+        autonat_server: None.into(),
         mdns: mdns.into(),
     };
     Ok(Gate::new(mesh, &node, membership, deadline, counters))

@@ -147,8 +147,14 @@ async fn open(tunnel: &Tunnel, node: &str, target: SocketAddr) -> Stream {
 
 /// Says something through a stream to an echo, and hears it again.
 async fn say(stream: &mut Stream, text: &[u8]) {
-    stream.write_all(text).await.unwrap();
+    exchange(stream, text).await.unwrap();
+}
+
+/// [`say`], through a stream that may end.
+async fn exchange(stream: &mut Stream, text: &[u8]) -> io::Result<()> {
+    stream.write_all(text).await?;
     let mut heard = vec![0; text.len()];
-    timeout(LONG, stream.read_exact(&mut heard)).await.unwrap().unwrap();
+    timeout(LONG, stream.read_exact(&mut heard)).await??;
     assert_eq!(heard, text);
+    Ok(())
 }

@@ -7,7 +7,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use libp2p::{Multiaddr, core::transport::ListenerId, multiaddr::Protocol, relay};
+use libp2p::{Multiaddr, autonat, core::transport::ListenerId, multiaddr::Protocol, relay};
 use tracing::{debug, warn};
 
 use super::{Driver, Purpose, Task, random};
@@ -87,7 +87,12 @@ impl Driver<'_> {
         }
         self.external = external;
         let status = if serves { relay::Status::Enable } else { relay::Status::Disable };
-        self.swarm.behaviour_mut().inner.relay.set_status(Some(status));
+        let mesh = &mut self.swarm.behaviour_mut().inner;
+        mesh.relay.set_status(Some(status));
+        if mesh.autonat_server.is_enabled() != serves {
+            // New connections are asked; what runs on others goes on as it is.
+            mesh.autonat_server = serves.then(autonat::v2::server::Behaviour::default).into();
+        }
         self.tell_addresses();
     }
 

@@ -50,6 +50,7 @@ pub(super) struct Want {
 impl Driver<'_> {
     pub(super) fn connect(&mut self, node: NodeName, reply: oneshot::Sender<Result<(), String>>) {
         if self.peers.paths(&node).iter().any(|path| !path.is_doubtful()) {
+            self.publish_now();
             let _ = reply.send(Ok(()));
             return;
         }
@@ -199,7 +200,13 @@ impl Driver<'_> {
 
     /// There is a path to `node`.
     pub(super) fn found(&mut self, node: &NodeName) {
-        for waiter in self.wanted.remove(node).into_iter().flat_map(|want| want.waiters) {
+        let waiters = self.wanted.remove(node).map(|want| want.waiters).unwrap_or_default();
+        if waiters.is_empty() {
+            return;
+        }
+        // They look for it where it is told.
+        self.publish_now();
+        for waiter in waiters {
             let _ = waiter.send(Ok(()));
         }
     }

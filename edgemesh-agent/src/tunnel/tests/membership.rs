@@ -254,8 +254,13 @@ async fn keys_are_rotated_while_everything_runs() {
     let works = async |what: &str| {
         let begin = std::time::Instant::now();
         loop {
-            match near.open_tcp(&name("far"), target, LONG).await {
-                Ok(mut stream) => return say(&mut stream, b"hello").await,
+            // A new identity ends the connections of the old one, and streams that were opened just before with them.
+            let answered = match near.open_tcp(&name("far"), target, LONG).await {
+                Ok(mut stream) => exchange(&mut stream, b"hello").await.map_err(|error| error.to_string()),
+                Err(error) => Err(error.to_string()),
+            };
+            match answered {
+                Ok(()) => return,
                 Err(error) if begin.elapsed() > LONG => {
                     panic!("{what}: {error}; near {:?}", near.peers().borrow().views())
                 }
