@@ -49,10 +49,6 @@ use tokio::sync::{mpsc, watch};
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
 use tracing::{error, warn};
 
-use self::{
-    book::Refused,
-    driver::{Command, Core, Ended},
-};
 pub use self::{
     ask::{Answer, Fate},
     counters::{Counter, Counters, PathCounters},
@@ -65,6 +61,10 @@ pub use self::{
     splice::{UdpIdle, splice, splice_udp},
     stream::{DatagramStream, MAX_DATAGRAM, Stream},
     wire::Protocol,
+};
+use self::{
+    book::Refused,
+    driver::{Command, Core, Ended},
 };
 
 /// Commands that may wait for the swarm.

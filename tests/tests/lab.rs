@@ -142,6 +142,7 @@ fn every_measure_times_servers_that_answer_and_fails_where_none_does() -> Result
     let (edge1, edge2) = two_nodes(&lab)?;
     let (client, server) = (edge1.pod("client")?, edge2.pod("server")?);
     let (tcp, udp) = (server.serve(App::Tcp, 7000)?[0], server.serve(App::Udp, 7000)?[0]);
+    let (http, websocket) = (server.serve(App::Http, 8080)?[0], server.serve(App::WebSocket, 8081)?[0]);
     let proxy = edge1.host().proxy(SocketAddr::new(edge1.ips()[0], 0), tcp)?;
     assert_eq!(client.tcp(proxy)?.name, "server", "a proxy carries the connection to its backend");
     assert_eq!(client.tcp(proxy)?.client.ip(), edge1.ips()[0], "which sees the proxy as its client");
@@ -151,6 +152,10 @@ fn every_measure_times_servers_that_answer_and_fails_where_none_does() -> Result
         (Measure::Send, [vec![udp], vec![udp]]),
         (Measure::Exchange, [vec![tcp], vec![proxy]]),
         (Measure::RoundTrip, [vec![tcp], vec![proxy]]),
+        (Measure::Visit(App::Tcp), [vec![tcp], vec![proxy]]),
+        (Measure::Visit(App::Udp), [vec![udp], vec![udp]]),
+        (Measure::Visit(App::Http), [vec![http], vec![http]]),
+        (Measure::Visit(App::WebSocket), [vec![websocket], vec![websocket]]),
     ] {
         let quantiles = client.measure(measure, &groups, 20)?;
         assert_eq!(quantiles.len(), 2, "{measure:?}");
@@ -159,8 +164,13 @@ fn every_measure_times_servers_that_answer_and_fails_where_none_does() -> Result
         }
     }
     let nobody = SocketAddr::new(tcp.ip(), 9);
-    for measure in [Measure::Connect(Transport::Tcp), Measure::Exchange, Measure::RoundTrip] {
-        let error = client.measure(measure, &[vec![tcp], vec![nobody]], 2).unwrap_err();
+    for (measure, server) in [
+        (Measure::Connect(Transport::Tcp), tcp),
+        (Measure::Exchange, tcp),
+        (Measure::RoundTrip, tcp),
+        (Measure::Visit(App::Http), http),
+    ] {
+        let error = client.measure(measure, &[vec![server], vec![nobody]], 2).unwrap_err();
         assert_eq!(errno(&error), Some("ECONNREFUSED"), "{measure:?}");
     }
     Ok(())

@@ -284,6 +284,18 @@ pub enum Tls {
     Dialled,
 }
 
+impl App {
+    /// What its protocol runs on.
+    pub fn transport(self) -> Transport {
+        match self {
+            Self::Udp => Transport::Udp,
+            Self::Tcp | Self::Http | Self::WebSocket | Self::Count | Self::Reset | Self::Echo | Self::Source => {
+                Transport::Tcp
+            }
+        }
+    }
+}
+
 /// What a latency is of.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
 pub enum Measure {
@@ -295,6 +307,9 @@ pub enum Measure {
     Exchange,
     /// A request of a few bytes and its answer, on one TCP connection to each [`App::Tcp`] server for all rounds.
     RoundTrip,
+    /// The same as [`Measure::Exchange`] with a server of this kind, in its own protocol: a message on a connected UDP socket,
+    /// a GET request, an upgrade to WebSocket and a message each way.
+    Visit(App),
 }
 
 /// The transport protocol of a client.

@@ -137,6 +137,8 @@ async fn serve_http(stream: TcpStream, client: SocketAddr, name: &str) {
 }
 
 async fn serve_websocket(stream: TcpStream, client: SocketAddr, name: &str) {
+    // The greeting follows the upgrade at once, and would wait for the client's kernel to acknowledge that.
+    let _ = stream.set_nodelay(true);
     let Ok(mut socket) = tokio_tungstenite::accept_async(stream).await else { return };
     if socket.send(Message::text(format!("{name} {client}"))).await.is_err() {
         return;

@@ -138,7 +138,7 @@ impl Shell {
                 self.runtime.block_on(rate::turnover(dial, clients, length)).map(Response::Rate)
             }
             Request::Latency { measure, groups, rounds, deadline } => {
-                load::latency(measure, &groups, rounds, deadline).map(Response::Latency)
+                load::latency(&self.runtime, measure, &groups, rounds, deadline).map(Response::Latency)
             }
             Request::StartHammer { transport, dial, concurrency } => {
                 let hammer = Hammer::start(transport, dial, concurrency);
