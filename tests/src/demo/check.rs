@@ -48,7 +48,7 @@ pub(super) fn rows(service: &ExampleService, kind: &str, client: &Pod) -> Vec<Ro
             row(&format!("HTTP to {frontend}"), &all, http_spread(client, frontend)),
             row("3 requests on one connection", "1 replica, 3 answers", keep_alive(client, frontend)),
         ],
-        App::Tcp | App::Count | App::Reset => vec![row(
+        App::Tcp | App::Count | App::Reset | App::Echo | App::Source => vec![row(
             &format!("TCP to {frontend}"),
             &seen(&all, frontend),
             client.tcp(frontend).and_then(|reply| describe(&reply, client)),

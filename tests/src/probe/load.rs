@@ -1,5 +1,7 @@
 //! Many connections: spreading, timing, and hammering while something else changes.
 
+use std::collections::HashMap;
+use std::collections::hash_map::Entry;
 use std::net::SocketAddr;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
@@ -51,7 +53,10 @@ pub(super) fn latency(
     deadline: Duration,
 ) -> Result<Vec<Quantiles>, Failure> {
     let first = groups.first().and_then(|group| group.first());
-    let sender = Unconnected::bind(*first.ok_or_else(|| Failure::other("nothing to time"))?)?;
+    let mut sockets = Sockets {
+        sender: Unconnected::bind(*first.ok_or_else(|| Failure::other("nothing to time"))?)?,
+        kept: HashMap::new(),
+    };
     if groups.iter().any(Vec::is_empty) {
         return Err(Failure::other("a group without targets cannot be timed"));
     }
@@ -63,9 +68,10 @@ pub(super) fn latency(
         for &index in &order {
             let group = &groups[index];
             let target = group[round % group.len()];
-            samples[index].push(time(runtime, measure, &sender, Dial { target, deadline, port: 0 })?);
+            samples[index].push(time(runtime, measure, &mut sockets, Dial { target, deadline, port: 0 })?);
         }
     }
+    sockets.kept.into_values().for_each(Connection::abort);
     Ok(samples.into_iter().map(quantiles).collect())
 }
 
@@ -79,20 +85,38 @@ fn shuffle(order: &mut [usize], state: &mut u64) {
     }
 }
 
+/// What serves for all rounds.
+struct Sockets {
+    sender: Unconnected,
+    /// Connections by their target.
+    kept: HashMap<SocketAddr, Connection>,
+}
+
 /// Times `measure` once. Nothing stays behind that the next round would meet: no answer unread, and, but for HTTP and
 /// WebSocket, no port in TIME_WAIT.
-fn time(runtime: &Runtime, measure: Measure, sender: &Unconnected, dial: Dial) -> Result<Duration, Failure> {
+fn time(runtime: &Runtime, measure: Measure, sockets: &mut Sockets, dial: Dial) -> Result<Duration, Failure> {
     match measure {
         Measure::Connect(transport) => {
             let (socket, took) = connect_blocking(transport, dial)?;
             reset_on_close(&socket);
             Ok(took)
         }
-        Measure::Send => sender.send(dial),
+        Measure::Send => sockets.sender.send(dial),
         Measure::Exchange => exchange(Transport::Tcp, dial),
+        Measure::RoundTrip => {
+            let connection = match sockets.kept.entry(dial.target) {
+                Entry::Occupied(kept) => kept.into_mut(),
+                Entry::Vacant(place) => place.insert(Connection::open(Transport::Tcp, dial)?),
+            };
+            let begin = Instant::now();
+            connection.exchange(false, dial.deadline)?;
+            Ok(begin.elapsed())
+        }
         Measure::Visit(App::Http) => timed(|| runtime.block_on(http(dial, "/", 1))),
         Measure::Visit(App::WebSocket) => timed(|| runtime.block_on(websocket(dial))),
-        Measure::Visit(app @ (App::Tcp | App::Udp | App::Count | App::Reset)) => exchange(app.transport(), dial),
+        Measure::Visit(app @ (App::Tcp | App::Udp | App::Count | App::Reset | App::Echo | App::Source)) => {
+            exchange(app.transport(), dial)
+        }
     }
 }
 
