@@ -129,7 +129,7 @@ impl<'a> Way<'a> {
             App::Http => check::http_names(client, target, 1)?.pop().context("nobody answered"),
             App::WebSocket => Ok(client.websocket(target)?.name),
             App::Udp => Ok(client.udp(target)?.name),
-            App::Tcp | App::Count | App::Reset => Ok(client.tcp(target)?.name),
+            App::Tcp | App::Count | App::Reset | App::Echo | App::Source => Ok(client.tcp(target)?.name),
         };
         let (got, target) = match target {
             Ok(target) => (answered(target), Some(target)),
@@ -183,6 +183,6 @@ fn word(app: App) -> &'static str {
         App::Http => "HTTP",
         App::WebSocket => "WebSocket",
         App::Udp => "UDP",
-        App::Tcp | App::Count | App::Reset => "TCP",
+        App::Tcp | App::Count | App::Reset | App::Echo | App::Source => "TCP",
     }
 }
