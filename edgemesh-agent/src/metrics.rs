@@ -186,6 +186,11 @@ fn add_aliases(registry: &mut Registry, aliases: &AliasStatus) {
     for (name, help, count) in [
         ("alias_connections", "Connections carried to other sites", proxy.connections),
         ("alias_flows", "Clients of UDP carried to other sites", proxy.flows),
+        (
+            "alias_evicted_flows",
+            "Clients of UDP that were forgotten early, for others to have room",
+            proxy.evicted_flows,
+        ),
         ("alias_sent_bytes", "Bytes of connections to pods of other sites", proxy.bytes_out),
         ("alias_received_bytes", "Bytes of connections from pods of other sites", proxy.bytes_in),
         ("alias_sent_datagrams", "Datagrams to pods of other sites", proxy.datagrams_out),

@@ -5,6 +5,7 @@ pub mod client;
 pub mod datagrams;
 mod device;
 pub mod holder;
+mod keepalive;
 pub mod picture;
 pub mod route;
 pub mod sock_diag;
@@ -13,3 +14,4 @@ pub mod uplinks;
 
 pub use client::netns_cookie;
 pub use device::{Device, DeviceError, DeviceKind, ensure_device, remove_device};
+pub use keepalive::keep_alive;

@@ -5,7 +5,7 @@
 //! ([`crate::alias::Aliases`]); [`Dial`] gets there; and bytes or datagrams are passed on both ways until both ends are
 //! done. What does not get there is reset at once, so that the client hears of it as if the pod itself had refused.
 
-mod copy;
+mod buffers;
 mod counters;
 mod dial;
 mod sockets;
@@ -18,7 +18,7 @@ use std::{net::IpAddr, sync::Arc, time::Duration};
 use tokio::sync::{Semaphore, watch};
 
 pub use counters::{Counters, ProxyStatus, RefusalCount, Sight};
-pub use dial::{Dial, ReceiveDatagram, Refusal, SendDatagram};
+pub use dial::{Carry, Dial, ReceiveDatagram, Refusal, SendDatagram};
 pub use sockets::Sockets;
 pub use through::{Receiver, Sender, Through};
 
@@ -28,7 +28,7 @@ use crate::{alias::Target, conditions::Conditions, lifecycle::Tasks, model::Serv
 const DIAL_DEADLINE: Duration = Duration::from_secs(5);
 /// How many connections are carried at a time; those beyond are reset.
 const MAX_CONNECTIONS: usize = 16_384;
-/// How many clients of UDP are; datagrams of those beyond are dropped.
+/// How many clients of UDP are remembered; for those beyond, others are forgotten.
 const MAX_FLOWS: usize = 8192;
 
 /// Everything it takes to carry.
@@ -56,18 +56,13 @@ impl<D: Dial> Proxy<D> {
     /// Carries what comes to the sockets until the agent stops; connections end with it.
     pub fn start(self, sockets: Sockets, tasks: &Tasks) {
         let room = Arc::new(Semaphore::new(MAX_CONNECTIONS));
-        let buffers = copy::Buffers::new(copy::BUFFER);
+        let crowd = Arc::new(udp::Crowd::new(MAX_FLOWS, Arc::clone(&self.counters)));
         for listener in sockets.tcp {
-            let accepting = tcp::Accepting {
-                proxy: self.clone(),
-                room: Arc::clone(&room),
-                buffers: buffers.clone(),
-                tasks: tasks.clone(),
-            };
+            let accepting = tcp::Accepting { proxy: self.clone(), room: Arc::clone(&room), tasks: tasks.clone() };
             tasks.spawn(accepting.run(listener));
         }
         for socket in sockets.udp {
-            tasks.spawn(udp::Flows::new(self.clone(), tasks.clone()).run(socket));
+            tasks.spawn(udp::Flows::new(self.clone(), Arc::clone(&crowd), tasks.clone()).run(socket));
         }
     }
 

@@ -133,6 +133,9 @@ fn aliases(aliases: &Value) -> Option<String> {
         word(&proxy["open_connections"]),
         word(&proxy["open_flows"])
     );
+    if proxy["evicted_flows"].as_u64().is_some_and(|evicted| evicted > 0) {
+        let _ = write!(line, "; {} UDP flows ended early for others", word(&proxy["evicted_flows"]));
+    }
     let refusals = proxy["refusals"].as_array().into_iter().flatten();
     let refusals: Vec<String> =
         refusals.map(|refusal| format!("{} {}", word(&refusal["count"]), word(&refusal["kind"]))).collect();

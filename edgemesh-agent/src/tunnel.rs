@@ -58,7 +58,7 @@ pub use self::{
     paths::{PathKind, PeerView, Peers, Transport},
     policy::{Decision, DialPolicy, Grounds, Target, always_refused},
     relays::{Host, ParseRelayAddressError, RelayAddress, RelayNode},
-    splice::{UdpIdle, splice, splice_udp},
+    splice::{Cut, Passed, UdpIdle, splice, splice_udp},
     stream::{DatagramStream, MAX_DATAGRAM, Stream},
     wire::Protocol,
 };

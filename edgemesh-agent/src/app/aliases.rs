@@ -249,13 +249,14 @@ async fn next<T: Clone>(receiver: &mut watch::Receiver<T>) -> T {
 struct Keeper {
     file: AliasFile,
     conditions: Conditions,
-    /// What is in the file, or on its way there.
+    /// What is in the file.
     written: u64,
     /// When to write next, if there is anything.
     due: Option<tokio::time::Instant>,
     /// Not before.
     earliest: tokio::time::Instant,
-    writing: Option<JoinHandle<()>>,
+    /// What is on its way into the file, and whether it got there.
+    writing: Option<(u64, JoinHandle<bool>)>,
 }
 
 impl Keeper {
@@ -263,11 +264,25 @@ impl Keeper {
         Self { file, conditions, written, due: None, earliest: tokio::time::Instant::now(), writing: None }
     }
 
+    /// When there is something to do for [`Self::follow`]. Can be dropped at any time.
     async fn due(keeper: &mut Option<Self>) {
-        match keeper.as_ref().and_then(|keeper| keeper.due) {
+        let Some(keeper) = keeper else { return pending().await };
+        if keeper.writing.is_some() {
+            return keeper.wait().await;
+        }
+        match keeper.due {
             Some(due) => tokio::time::sleep_until(due).await,
             None => pending().await,
         }
+    }
+
+    /// Waits for what is being written.
+    async fn wait(&mut self) {
+        let Some((revision, writing)) = &mut self.writing else { return };
+        if matches!(writing.await, Ok(true)) {
+            self.written = *revision;
+        }
+        self.writing = None;
     }
 
     fn follow(&mut self, builder: &Builder) {
@@ -278,11 +293,8 @@ impl Keeper {
             return;
         }
         let due = *self.due.get_or_insert_with(|| (now + SETTLE).max(self.earliest));
-        if due > now {
-            return;
-        }
-        if self.writing.as_ref().is_some_and(|writing| !writing.is_finished()) {
-            self.due = Some(now + SETTLE);
+        // What is being written is waited for first: it may be that it has to be written again.
+        if due > now || self.writing.is_some() {
             return;
         }
         let entries = entries.collect();
@@ -291,34 +303,34 @@ impl Keeper {
     }
 
     fn write(&mut self, revision: u64, entries: Vec<(IpAddr, Target)>) {
-        self.written = revision;
         let (file, conditions) = (self.file.clone(), self.conditions.clone());
-        self.writing = Some(spawn_blocking(move || {
+        let writing = spawn_blocking(move || {
             let path = file.path().display().to_string();
             match file.write(&entries) {
-                Ok(()) => conditions.clear(NOT_KEPT, &path),
+                Ok(()) => {
+                    conditions.clear(NOT_KEPT, &path);
+                    true
+                }
                 Err(error) => {
                     let message = format!(
                         "cannot write the aliases of other sites' pods: {error}; some may be others after a restart of the \
                          agent; see commonConfig.aliasFile"
                     );
                     conditions.raise(NOT_KEPT, path, message, SystemTime::now());
+                    false
                 }
             }
-        }));
+        });
+        self.writing = Some((revision, writing));
     }
 
     async fn finish(mut self, builder: &Builder) {
-        if let Some(writing) = self.writing.take() {
-            let _ = writing.await;
-        }
+        self.wait().await;
         let Some((revision, entries)) = builder.kept_aliases() else { return };
         if revision != self.written {
             let entries = entries.collect();
             self.write(revision, entries);
-            if let Some(writing) = self.writing.take() {
-                let _ = writing.await;
-            }
+            self.wait().await;
         }
     }
 }
@@ -389,5 +401,58 @@ async fn restore(file: AliasFile, conditions: &Conditions) -> Vec<(IpAddr, Targe
             Vec::new()
         }
         Err(_) => Vec::new(),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::{alias::Overrides, config::ServiceFilter};
+
+    const LONG: Duration = Duration::from_secs(20);
+
+    /// Does what the builder's task does, until there is nothing left to do or for as long.
+    async fn keep(keeper: &mut Option<Keeper>, builder: &Builder, long: Duration) {
+        let work = async {
+            loop {
+                keeper.as_mut().unwrap().follow(builder);
+                Keeper::due(keeper).await;
+            }
+        };
+        let _ = timeout(long, work).await;
+    }
+
+    #[tokio::test]
+    async fn what_could_not_be_written_is_written_once_it_can_be_though_nothing_changes() {
+        let directory = tempfile::tempdir().unwrap();
+        let place = directory.path().join("agent");
+        // In the way of the directory that the file is to be in.
+        std::fs::write(&place, "").unwrap();
+        let file = AliasFile::new(place.join("aliases"));
+        let ranges = AliasRanges { v4: "198.18.0.0/16".parse().unwrap(), v6: "fd00:a11a::/64".parse().unwrap() };
+        let mut book = Book::new(ranges, Instant::now());
+        let alias = book.acquire("edge2", "10.244.1.7".parse().unwrap()).unwrap();
+        let reach = Reach::new("edge1", ranges, Overrides::default());
+        let builder = Builder::new(ServiceFilter::UnlabelledOnly, "edge1").with_detours(reach, book);
+        let conditions = Conditions::default();
+        let mut keeper = Some(Keeper::new(file.clone(), 0, conditions.clone()));
+        let failing = async {
+            while conditions.list().is_empty() {
+                keep(&mut keeper, &builder, SETTLE).await;
+            }
+        };
+        timeout(LONG, failing).await.unwrap();
+        std::fs::remove_file(&place).unwrap();
+        std::fs::create_dir(&place).unwrap();
+        let written = async {
+            while !file.read().is_ok_and(|kept| kept.iter().any(|(kept, _)| *kept == alias)) {
+                keep(&mut keeper, &builder, SETTLE).await;
+            }
+        };
+        timeout(LONG, written).await.unwrap();
+        keep(&mut keeper, &builder, 2 * SETTLE).await;
+        assert!(conditions.list().is_empty());
+        let keeper = keeper.unwrap();
+        assert!(keeper.due.is_none() && keeper.writing.is_none(), "and then there is nothing to do");
     }
 }

@@ -18,6 +18,7 @@ pub struct Counters {
     pub(super) open_connections: AtomicU64,
     pub(super) flows: AtomicU64,
     pub(super) open_flows: AtomicU64,
+    pub(super) evicted_flows: AtomicU64,
     pub(super) bytes_out: AtomicU64,
     pub(super) bytes_in: AtomicU64,
     pub(super) datagrams_out: AtomicU64,
@@ -56,6 +57,8 @@ pub struct ProxyStatus {
     /// Clients of UDP whose datagrams were carried.
     pub flows: u64,
     pub open_flows: u64,
+    /// Clients of UDP that were forgotten early, for others to have room; not counted among the refusals.
+    pub evicted_flows: u64,
     pub bytes_out: u64,
     pub bytes_in: u64,
     pub datagrams_out: u64,
@@ -83,6 +86,7 @@ impl Counters {
             open_connections: get(&self.open_connections),
             flows: get(&self.flows),
             open_flows: get(&self.open_flows),
+            evicted_flows: get(&self.evicted_flows),
             bytes_out: get(&self.bytes_out),
             bytes_in: get(&self.bytes_in),
             datagrams_out: get(&self.datagrams_out),

@@ -3,17 +3,13 @@
 use std::{future::Future, io, net::SocketAddr};
 
 use bytes::Bytes;
-use tokio::{
-    io::{AsyncRead, AsyncWrite},
-    time::Instant,
-};
+use tokio::{net::TcpStream, time::Instant};
+
+use crate::tunnel::{Cut, Passed};
 
 /// Gets to pods of other nodes.
 pub trait Dial: Send + Sync + 'static {
-    /// A connection. Shutting its writing side down is the end of what this side sends (FIN) and leaves the other
-    /// direction open; dropping it before both directions have ended is a reset, for the pod to see as one. The pod's
-    /// reset is an error of reading and writing.
-    type Stream: AsyncRead + AsyncWrite + Unpin + Send + 'static;
+    type Stream: Carry;
     type Sender: SendDatagram;
     type Receiver: ReceiveDatagram;
 
@@ -32,6 +28,17 @@ pub trait Dial: Send + Sync + 'static {
         addr: SocketAddr,
         deadline: Instant,
     ) -> impl Future<Output = Result<(Self::Sender, Self::Receiver), Refusal>> + Send;
+}
+
+/// A connection to a pod.
+pub trait Carry: Send + 'static {
+    /// Passes bytes on between a client and the pod until both directions have ended. Each direction ends by itself, so
+    /// a side that has sent all it has (FIN) may still listen. Dropped before, both sides are reset.
+    ///
+    /// # Errors
+    ///
+    /// One side was reset; both then are.
+    fn carry(self, client: &mut TcpStream, passed: Passed<'_>) -> impl Future<Output = Result<(), Cut>> + Send;
 }
 
 /// Takes datagrams of one client to a pod.

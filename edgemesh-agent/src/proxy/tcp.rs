@@ -15,11 +15,14 @@ use tokio::{
 use tracing::debug;
 
 use super::{
-    DIAL_DEADLINE, Dial, Proxy, Refusal,
-    copy::{Broken, Buffers, both_ways},
+    Carry, DIAL_DEADLINE, Dial, Proxy, Refusal,
     counters::{Open, add},
 };
-use crate::lifecycle::Tasks;
+use crate::{
+    lifecycle::Tasks,
+    net::keep_alive,
+    tunnel::{Cut, Passed},
+};
 
 /// How long until the next attempt where no connection can be accepted, for lack of file descriptors most likely.
 const PAUSE: Duration = Duration::from_millis(100);
@@ -30,7 +33,6 @@ pub(super) struct Accepting<D> {
     pub(super) proxy: Proxy<D>,
     /// For connections of all listeners.
     pub(super) room: Arc<Semaphore>,
-    pub(super) buffers: Buffers,
     pub(super) tasks: Tasks,
 }
 
@@ -73,7 +75,7 @@ impl<D: Dial> Accepting<D> {
             self.proxy.counters.refuse(&Refusal::Overloaded);
             return reset(&stream);
         };
-        let (proxy, buffers, stop) = (self.proxy.clone(), self.buffers.clone(), self.tasks.stopping());
+        let (proxy, stop) = (self.proxy.clone(), self.tasks.stopping());
         self.tasks.spawn(async move {
             let _room = room;
             let mut stream = stream;
@@ -82,7 +84,7 @@ impl<D: Dial> Accepting<D> {
                     reset(&stream);
                     return;
                 }
-                carried = carry(&proxy, &mut stream, client, &buffers) => carried,
+                carried = carry(&proxy, &mut stream, client) => carried,
             };
             if let Err(refusal) = carried {
                 debug!(%client, alias = ?stream.local_addr(), "a connection to another site is reset: {refusal}");
@@ -94,35 +96,26 @@ impl<D: Dial> Accepting<D> {
 }
 
 /// Carries one connection to its end.
-async fn carry<D: Dial>(
-    proxy: &Proxy<D>,
-    near: &mut TcpStream,
-    client: SocketAddr,
-    buffers: &Buffers,
-) -> Result<(), Refusal> {
+async fn carry<D: Dial>(proxy: &Proxy<D>, near: &mut TcpStream, client: SocketAddr) -> Result<(), Refusal> {
     let alias = near.local_addr().map_err(|error| Refusal::Failed(error.to_string()))?;
     let target = proxy.target(alias.ip().to_canonical()).ok_or(Refusal::NoSuchAlias)?;
     let (addr, deadline) = (SocketAddr::new(target.addr, alias.port()), Instant::now() + DIAL_DEADLINE);
     let dialled = timeout_at(deadline, proxy.dial.dial_tcp(&target.node, addr, deadline)).await;
-    let mut far = dialled.unwrap_or(Err(Refusal::TimedOut))?;
+    let far = dialled.unwrap_or(Err(Refusal::TimedOut))?;
     let counters = &*proxy.counters;
     add(&counters.connections, 1);
     let _open = Open::new(&counters.open_connections);
     debug!(%client, %alias, node = &*target.node, %addr, "connected to another site");
     // What comes from the tunnel is in pieces already; waiting for more would only delay it.
     let _ = near.set_nodelay(true);
-    match both_ways(near, &mut far, buffers, (&counters.bytes_out, &counters.bytes_in)).await {
-        Ok(()) => debug!(%client, %alias, "closed"),
-        Err(Broken::Near(error)) => {
-            debug!(%client, %alias, "the client has gone: {error}");
-            reset(near);
-        }
-        Err(Broken::Far(error)) => {
-            debug!(%client, %alias, "the pod has gone: {error}");
-            reset(near);
-        }
+    if let Err(error) = keep_alive(near) {
+        debug!(%client, %alias, "a client that vanishes will not be missed: {error}");
     }
-    // Dropping `far` tells the pod the same.
+    match far.carry(near, Passed { up: &counters.bytes_out, down: &counters.bytes_in }).await {
+        Ok(()) => debug!(%client, %alias, "closed"),
+        Err(Cut::Socket(error)) => debug!(%client, %alias, "the client has gone: {error}"),
+        Err(Cut::Stream(error)) => debug!(%client, %alias, "the pod has gone: {error}"),
+    }
     Ok(())
 }
 

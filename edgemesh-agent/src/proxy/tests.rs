@@ -3,9 +3,7 @@
 use std::{
     io,
     net::{IpAddr, SocketAddr},
-    pin::Pin,
     sync::{Arc, Mutex},
-    task::{Context, Poll},
     thread,
     time::Duration,
 };
@@ -16,40 +14,50 @@ use nix::{
     sched::{CloneFlags, unshare},
 };
 use tokio::{
-    io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt, ReadBuf},
+    io::{AsyncReadExt, AsyncWriteExt},
     net::{TcpListener, TcpStream, UdpSocket},
-    sync::watch,
+    sync::{OwnedSemaphorePermit, watch},
     task::JoinSet,
     time::{Instant, timeout},
 };
 
-use super::*;
+use super::{counters::add, *};
 use crate::{
     alias::{AliasRanges, Book},
     config::EbpfConfig,
     dataplane::ebpf::divert_aliases,
     net::route::ensure_local,
+    tunnel::{Cut, Passed},
 };
 
 const DEADLINE: Duration = Duration::from_secs(10);
 
+/// How many flows there may be at a time to the node `narrow`.
+const NARROW: usize = 16;
+
 /// Connects to the address itself, as a tunnel's far end does.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 struct Direct {
     dialled: Mutex<Vec<(String, SocketAddr)>>,
+    narrow: Arc<Semaphore>,
 }
 
-/// Keeps the promise of [`Dial::Stream`]: dropped before both directions have ended it is reset.
-struct Far {
-    stream: TcpStream,
-    read: bool,
-    shut: bool,
+impl Default for Direct {
+    fn default() -> Self {
+        Self { dialled: Mutex::default(), narrow: Arc::new(Semaphore::new(NARROW)) }
+    }
 }
+
+struct Far(TcpStream);
+
+/// A socket, with its place where there are few.
+#[derive(Clone)]
+struct FarFlow(Arc<UdpSocket>, #[expect(dead_code, reason = "held, not read")] Option<Arc<OwnedSemaphorePermit>>);
 
 impl Dial for Direct {
     type Stream = Far;
-    type Sender = Arc<UdpSocket>;
-    type Receiver = Arc<UdpSocket>;
+    type Sender = FarFlow;
+    type Receiver = FarFlow;
 
     async fn dial_tcp(&self, node: &str, addr: SocketAddr, _: Instant) -> Result<Far, Refusal> {
         self.dialled.lock().unwrap().push((node.to_owned(), addr));
@@ -60,66 +68,52 @@ impl Dial for Direct {
             let refused = error.kind() == io::ErrorKind::ConnectionRefused;
             if refused { Refusal::Refused } else { Refusal::Failed(error.to_string()) }
         })?;
-        Ok(Far { stream, read: false, shut: false })
+        Ok(Far(stream))
     }
 
-    async fn open_udp(
-        &self,
-        node: &str,
-        addr: SocketAddr,
-        _: Instant,
-    ) -> Result<(Arc<UdpSocket>, Arc<UdpSocket>), Refusal> {
+    async fn open_udp(&self, node: &str, addr: SocketAddr, _: Instant) -> Result<(FarFlow, FarFlow), Refusal> {
         self.dialled.lock().unwrap().push((node.to_owned(), addr));
         if node == "gone" {
             return Err(Refusal::NoPath);
         }
+        let place = || Arc::clone(&self.narrow).try_acquire_owned().map_err(|_| Refusal::Overloaded);
+        let place = (node == "narrow").then(place).transpose()?.map(Arc::new);
         let any = if addr.is_ipv4() { "0.0.0.0:0" } else { "[::]:0" };
         let socket = Arc::new(UdpSocket::bind(any).await.unwrap());
         socket.connect(addr).await.unwrap();
-        Ok((Arc::clone(&socket), socket))
+        let flow = FarFlow(socket, place);
+        Ok((flow.clone(), flow))
     }
 }
 
-impl AsyncRead for Far {
-    fn poll_read(mut self: Pin<&mut Self>, cx: &mut Context<'_>, into: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
-        let before = into.filled().len();
-        let polled = Pin::new(&mut self.stream).poll_read(cx, into);
-        self.read |= matches!(polled, Poll::Ready(Ok(())) if into.filled().len() == before);
-        polled
-    }
-}
-
-impl AsyncWrite for Far {
-    fn poll_write(mut self: Pin<&mut Self>, cx: &mut Context<'_>, bytes: &[u8]) -> Poll<io::Result<usize>> {
-        Pin::new(&mut self.stream).poll_write(cx, bytes)
-    }
-    fn poll_flush(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
-        Pin::new(&mut self.stream).poll_flush(cx)
-    }
-    fn poll_shutdown(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
-        self.shut = true;
-        Pin::new(&mut self.stream).poll_shutdown(cx)
-    }
-}
-
-impl Drop for Far {
-    fn drop(&mut self) {
-        if !(self.read && self.shut) {
-            self.stream.set_zero_linger().unwrap();
+impl Carry for Far {
+    async fn carry(mut self, client: &mut TcpStream, passed: Passed<'_>) -> Result<(), Cut> {
+        match tokio::io::copy_bidirectional(client, &mut self.0).await {
+            Ok((up, down)) => {
+                add(passed.up, up);
+                add(passed.down, down);
+                Ok(())
+            }
+            Err(error) => {
+                for socket in [&*client, &self.0] {
+                    socket.set_zero_linger().unwrap();
+                }
+                Err(Cut::Socket(error))
+            }
         }
     }
 }
 
-impl SendDatagram for Arc<UdpSocket> {
+impl SendDatagram for FarFlow {
     async fn send(&mut self, datagram: &[u8]) -> io::Result<()> {
-        UdpSocket::send(self, datagram).await.map(drop)
+        self.0.send(datagram).await.map(drop)
     }
 }
 
-impl ReceiveDatagram for Arc<UdpSocket> {
+impl ReceiveDatagram for FarFlow {
     async fn receive(&mut self) -> io::Result<Bytes> {
         let mut buffer = vec![0; 65_535];
-        let length = UdpSocket::recv(self, &mut buffer).await?;
+        let length = self.0.recv(&mut buffer).await?;
         Ok(buffer[..length].to_vec().into())
     }
 }
@@ -318,6 +312,27 @@ fn a_reset_on_one_side_is_a_reset_on_the_other() {
 }
 
 #[test]
+fn a_client_that_vanishes_is_missed() {
+    on_a_node(async |bench| {
+        let pod = listen("127.0.0.7").await;
+        let alias = bench.alias("edge2", pod.local_addr().unwrap());
+        let mut client = connect(alias).await.unwrap();
+        let (mut served, _) = pod.accept().await.unwrap();
+        client.write_all(b"x").await.unwrap();
+        assert_eq!(served.read_u8().await.unwrap(), b'x');
+        // As the kernel lists the accepted socket: address and port, then a timer, where 2 is for asking a silent peer.
+        let IpAddr::V4(ip) = alias.ip() else { panic!("{alias}") };
+        let own = format!("{:08X}:{:04X}", u32::from_ne_bytes(ip.octets()), alias.port());
+        until("the client to be asked", || {
+            let table = std::fs::read_to_string("/proc/thread-self/net/tcp").unwrap();
+            let mut sockets = table.lines().map(|line| line.split_whitespace().collect::<Vec<_>>());
+            sockets.any(|fields| fields[1] == own && fields[3] == "01" && fields[5].starts_with("02:"))
+        })
+        .await;
+    });
+}
+
+#[test]
 fn no_other_socket_of_the_node_gets_what_is_for_an_alias_whether_an_agent_runs_or_not() {
     on_a_node(async |bench| {
         let host = TcpListener::bind("0.0.0.0:0").await.unwrap();
@@ -426,6 +441,32 @@ fn many_clients_of_one_alias_each_get_their_own_answers() {
         }
         let counted = bench.counters.read();
         assert_eq!((counted.flows, counted.datagrams_out, counted.datagrams_in), (200, 1000, 1000));
+    });
+}
+
+#[test]
+fn new_clients_find_room_where_others_are_done_and_who_goes_on_is_left_alone() {
+    on_a_node(async |bench| {
+        const CLIENTS: usize = 20 * NARROW;
+        let pod = UdpSocket::bind("127.0.0.7:0").await.unwrap();
+        let alias = bench.alias("narrow", pod.local_addr().unwrap());
+        let mut pods = JoinSet::new();
+        pods.spawn(echo(pod));
+        let ask = async |client: &UdpSocket| {
+            let mut buffer = [0; 8];
+            client.send_to(b"question", alias).await.unwrap();
+            let (length, from) = timeout(DEADLINE, client.recv_from(&mut buffer)).await.unwrap().unwrap();
+            assert_eq!((length, from), (8, alias));
+        };
+        let goes_on = UdpSocket::bind("0.0.0.0:0").await.unwrap();
+        for _ in 0..CLIENTS {
+            ask(&UdpSocket::bind("0.0.0.0:0").await.unwrap()).await;
+            ask(&goes_on).await;
+        }
+        let counted = bench.counters.read();
+        assert_eq!((counted.flows, counted.open_flows), (CLIENTS as u64 + 1, NARROW as u64), "{counted:?}");
+        assert_eq!((counted.evicted_flows, counted.datagrams_dropped), (counted.flows - counted.open_flows, 0));
+        assert_eq!(counted.refusals, []);
     });
 }
 

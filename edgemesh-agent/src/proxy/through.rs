@@ -8,10 +8,10 @@ use std::{
 };
 
 use bytes::Bytes;
-use tokio::time::Instant;
+use tokio::{net::TcpStream, time::Instant};
 
-use super::{Dial, ReceiveDatagram, Refusal, SendDatagram};
-use crate::tunnel::{DatagramStream, MAX_DATAGRAM, NodeName, OpenError, Stream, Tunnel};
+use super::{Carry, Dial, ReceiveDatagram, Refusal, SendDatagram};
+use crate::tunnel::{Cut, DatagramStream, MAX_DATAGRAM, NodeName, OpenError, Passed, Stream, Tunnel, splice};
 
 /// Dials by the tunnel, from the moment that there is one. Cheap to clone; all clones see the same.
 #[derive(Clone, Default)]
@@ -57,6 +57,12 @@ impl Dial for Through {
         let patience = deadline.saturating_duration_since(Instant::now());
         let flow = Flow(Arc::new(Mutex::new(tunnel.open_udp(&node, addr, patience).await?)));
         Ok((Sender(flow.clone()), Receiver(flow)))
+    }
+}
+
+impl Carry for Stream {
+    async fn carry(self, client: &mut TcpStream, passed: Passed<'_>) -> Result<(), Cut> {
+        splice(client, self, passed).await
     }
 }
 

@@ -3,15 +3,12 @@
 //! A client's first datagram comes to the one socket for all. It makes a flow, with a socket of its own that is the alias
 //! to this client: what the client sends after that comes there, and the pod's answers go out from there. A flow ends when
 //! it has been silent for as long as the kernel remembers one by default (`nf_conntrack_udp_timeout`), so that a pod sees
-//! the same client behind the same port for as long as it would without a tunnel.
+//! the same client behind the same port for as long as it would without a tunnel; or earlier, where there is no room for
+//! another client ([`Crowd`]).
 
-use std::{
-    collections::HashMap,
-    io,
-    net::SocketAddr,
-    sync::atomic::{AtomicU64, Ordering},
-    time::Duration,
-};
+mod crowd;
+
+use std::{collections::HashMap, io, net::SocketAddr, sync::Arc, time::Duration};
 
 use tokio::{
     net::UdpSocket,
@@ -20,9 +17,11 @@ use tokio::{
 };
 use tracing::debug;
 
+pub(super) use self::crowd::Crowd;
+use self::crowd::{Activity, Seat};
 use super::{
     DIAL_DEADLINE, Dial, MAX_FLOWS, Proxy, ReceiveDatagram, Refusal, SendDatagram,
-    copy::Buffers,
+    buffers::Buffers,
     counters::{Open, add},
     sockets::{answering, receive},
 };
@@ -43,7 +42,8 @@ const QUEUE: usize = 32;
 const LARGEST: usize = 65_535;
 /// How many datagrams are taken until others have their turn.
 const TURN: usize = 64;
-
+/// How often another flow makes room for one that found none on the way to its node: others may be quicker to take it.
+const ATTEMPTS: usize = 4;
 /// How many datagrams may wait that came to the socket of another client.
 const STRAYS: usize = 256;
 
@@ -61,8 +61,8 @@ struct Flow {
 pub(super) struct Flows<D> {
     proxy: Proxy<D>,
     tasks: Tasks,
+    crowd: Arc<Crowd>,
     flows: HashMap<Key, Flow>,
-    last_flow: u64,
     ended: mpsc::Receiver<(Key, u64)>,
     /// A flow sends one message and there are no more flows than fit.
     end: mpsc::Sender<(Key, u64)>,
@@ -96,11 +96,11 @@ impl Near {
 }
 
 impl<D: Dial> Flows<D> {
-    pub(super) fn new(proxy: Proxy<D>, tasks: Tasks) -> Self {
+    pub(super) fn new(proxy: Proxy<D>, crowd: Arc<Crowd>, tasks: Tasks) -> Self {
         let (end, ended) = mpsc::channel(MAX_FLOWS);
         let (stray, strays) = mpsc::channel(STRAYS);
         let buffers = Buffers::new(LARGEST);
-        Self { proxy, tasks, flows: HashMap::new(), last_flow: 0, ended, end, strays, stray, buffers }
+        Self { proxy, tasks, crowd, flows: HashMap::new(), ended, end, strays, stray, buffers }
     }
 
     pub(super) async fn run(mut self, socket: UdpSocket) {
@@ -110,8 +110,10 @@ impl<D: Dial> Flows<D> {
             tokio::select! {
                 () = stop.cancelled() => return,
                 Some((key, number)) = self.ended.recv() => {
-                    if self.flows.get(&key).is_some_and(|flow| flow.number == number) {
-                        self.flows.remove(&key);
+                    self.forget(key, number);
+                    // With many new clients, as many end: not one for each turn of datagrams.
+                    while let Ok((key, number)) = self.ended.try_recv() {
+                        self.forget(key, number);
                     }
                 }
                 Some(((client, alias), datagram)) = self.strays.recv() => self.take(client, alias, &datagram),
@@ -140,6 +142,12 @@ impl<D: Dial> Flows<D> {
         }
     }
 
+    fn forget(&mut self, key: Key, number: u64) {
+        if self.flows.get(&key).is_some_and(|flow| flow.number == number) {
+            self.flows.remove(&key);
+        }
+    }
+
     /// Gives a datagram to its flow, which is made if need be.
     fn take(&mut self, client: SocketAddr, alias: SocketAddr, datagram: &[u8]) {
         let key = (client, alias);
@@ -147,7 +155,6 @@ impl<D: Dial> Flows<D> {
         let known = self.flows.get(&key).filter(|flow| !flow.queue.is_closed()).map(|flow| flow.queue.clone());
         let queue = match known {
             Some(queue) => Ok(queue),
-            None if self.flows.len() >= MAX_FLOWS => Err(Refusal::Overloaded),
             None => self.begin(client, alias),
         };
         let counters = &self.proxy.counters;
@@ -169,18 +176,28 @@ impl<D: Dial> Flows<D> {
         let target = self.proxy.target(alias.ip()).ok_or(Refusal::NoSuchAlias)?;
         let socket = answering(alias, client).map_err(|error| Refusal::Failed(error.to_string()))?;
         let near = Near { socket, client, alias, stray: self.stray.clone() };
+        let (seat, mut give_way) = self.crowd.enter(&target.node, Instant::now()).ok_or(Refusal::Overloaded)?;
         let (queue, mut queued) = mpsc::channel(QUEUE);
-        self.last_flow += 1;
-        let number = self.last_flow;
+        let number = seat.number;
         self.flows.insert((client, alias), Flow { number, queue: queue.clone() });
         let (proxy, buffers) = (self.proxy.clone(), self.buffers.clone());
         let (stop, end) = (self.tasks.stopping(), self.end.clone());
         let addr = SocketAddr::new(target.addr, alias.port());
         self.tasks.spawn(async move {
+            let mut gone = None;
             let carried = tokio::select! {
                 () = stop.cancelled() => return,
-                carried = carry(&proxy, &target.node, addr, &near, &mut queued, &buffers) => carried,
+                Ok(tell) = &mut give_way => {
+                    debug!(%client, %alias, "a flow gives way to another");
+                    gone = tell;
+                    Ok(())
+                }
+                carried = carry(&proxy, &target.node, addr, &near, &mut queued, &buffers, &seat) => carried,
             };
+            // What it held on the way is free.
+            if let Some(gone) = gone {
+                let _ = gone.send(());
+            }
             if let Err(refusal) = carried {
                 debug!(%client, %alias, node = &*target.node, "datagrams to another site are dropped: {refusal}");
                 proxy.counters.refuse(&refusal);
@@ -189,10 +206,11 @@ impl<D: Dial> Flows<D> {
                 // Its socket and its queue stay until then, and take what the client sends meanwhile.
                 tokio::select! {
                     () = stop.cancelled() => return,
+                    _ = &mut give_way => {}
                     () = tokio::time::sleep(REFUSED) => {}
                 }
             }
-            drop((near, queued));
+            drop((near, queued, seat, give_way));
             // Nobody listens any more when the agent stops.
             let _ = end.send(((client, alias), number)).await;
         });
@@ -208,14 +226,15 @@ async fn carry<D: Dial>(
     near: &Near,
     queued: &mut mpsc::Receiver<Box<[u8]>>,
     buffers: &Buffers,
+    seat: &Seat,
 ) -> Result<(), Refusal> {
-    let deadline = Instant::now() + DIAL_DEADLINE;
-    let opened = timeout_at(deadline, proxy.dial.open_udp(node, addr, deadline)).await;
-    let (mut sender, mut receiver) = opened.unwrap_or(Err(Refusal::TimedOut))?;
+    let (mut sender, mut receiver) = open(&*proxy.dial, node, addr, seat).await?;
+    seat.carried();
     let counters = &*proxy.counters;
     add(&counters.flows, 1);
     let _open = Open::new(&counters.open_flows);
-    let activity = Activity::new(Instant::now());
+    let activity = &*seat.activity;
+    activity.opened(Instant::now());
     let there = async {
         loop {
             let sent = tokio::select! {
@@ -256,16 +275,39 @@ async fn carry<D: Dial>(
                 }
                 Err(error) => return error,
             }
-            activity.note(Instant::now(), true);
+            if activity.note(Instant::now(), true) {
+                seat.answered();
+            }
             add(&counters.datagrams_in, 1);
         }
     };
     tokio::select! {
         error = there => debug!(%addr, node, "a flow has ended: {error}"),
         error = back => debug!(%addr, node, "a flow has ended: {error}"),
-        () = activity.silence() => {}
+        () = silence(activity) => {}
     }
     Ok(())
+}
+
+/// Opens a way, for which another flow to that node may have to go.
+async fn open<D: Dial>(
+    dial: &D,
+    node: &str,
+    addr: SocketAddr,
+    seat: &Seat,
+) -> Result<(D::Sender, D::Receiver), Refusal> {
+    let deadline = Instant::now() + DIAL_DEADLINE;
+    for _ in 0..ATTEMPTS {
+        let opened = timeout_at(deadline, dial.open_udp(node, addr, deadline)).await;
+        match opened.unwrap_or(Err(Refusal::TimedOut)) {
+            Err(Refusal::Overloaded) => {}
+            opened => return opened,
+        }
+        let Some(gone) = seat.make_room(Instant::now()) else { break };
+        // Whether it was told to go or went by itself, its place is free.
+        let _ = timeout_at(deadline, gone).await;
+    }
+    Err(Refusal::Overloaded)
 }
 
 /// Whether it is of one datagram and not of the flow: nobody took the one before, it is too large, or there is no room.
@@ -273,40 +315,17 @@ fn is_passing(error: &io::Error) -> bool {
     matches!(error.raw_os_error(), Some(libc::ECONNREFUSED | libc::EMSGSIZE | libc::ENOBUFS | libc::EPERM))
 }
 
-/// When something last passed, in milliseconds since the beginning, and whether anything came back.
-struct Activity {
-    begun: Instant,
-    last: AtomicU64,
-    answered: AtomicU64,
+/// When a flow has been silent for long enough, if nothing passes until then.
+fn ends(activity: &Activity) -> Instant {
+    let stream = activity.both_ways_for().is_some_and(|lasted| lasted >= STREAM_AFTER);
+    activity.last() + if stream { IDLE_STREAM } else { IDLE }
 }
 
-impl Activity {
-    fn new(now: Instant) -> Self {
-        Self { begun: now, last: AtomicU64::new(0), answered: AtomicU64::new(0) }
-    }
-
-    fn note(&self, now: Instant, answer: bool) {
-        let since = u64::try_from((now - self.begun).as_millis()).unwrap_or(u64::MAX);
-        self.last.store(since, Ordering::Relaxed);
-        if answer {
-            self.answered.store(1, Ordering::Relaxed);
-        }
-    }
-
-    /// When the flow has been silent for long enough, if nothing passes until then.
-    fn ends(&self) -> Instant {
-        let last = Duration::from_millis(self.last.load(Ordering::Relaxed));
-        let stream = self.answered.load(Ordering::Relaxed) != 0 && last >= STREAM_AFTER;
-        self.begun + last + if stream { IDLE_STREAM } else { IDLE }
-    }
-
-    async fn silence(&self) {
-        loop {
-            let end = self.ends();
-            sleep_until(end).await;
-            if self.ends() <= Instant::now() {
-                return;
-            }
+async fn silence(activity: &Activity) {
+    loop {
+        sleep_until(ends(activity)).await;
+        if ends(activity) <= Instant::now() {
+            return;
         }
     }
 }
@@ -320,17 +339,21 @@ mod tests {
         let begun = Instant::now();
         let activity = Activity::new(begun);
         let seconds = |seconds| begun + Duration::from_secs(seconds);
-        assert_eq!(activity.ends(), seconds(30));
+        assert_eq!(ends(&activity), seconds(30));
         activity.note(seconds(1), false);
         activity.note(seconds(1), true);
-        assert_eq!(activity.ends(), seconds(31), "a question and its answer");
+        assert_eq!(ends(&activity), seconds(31), "a question and its answer");
         activity.note(seconds(5), false);
-        assert_eq!(activity.ends(), seconds(125));
-        activity.silence().await;
+        assert_eq!(ends(&activity), seconds(125));
+        silence(&activity).await;
         assert_eq!(Instant::now(), seconds(125));
+        let late = Activity::new(begun);
+        late.opened(seconds(4));
+        late.note(seconds(5), true);
+        assert_eq!(ends(&late), seconds(35), "what came before there was a way is no part of it");
         let unanswered = Activity::new(begun);
         unanswered.note(seconds(50), false);
-        assert_eq!(unanswered.ends(), seconds(80));
+        assert_eq!(ends(&unanswered), seconds(80));
     }
 
     #[tokio::test]

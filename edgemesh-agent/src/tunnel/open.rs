@@ -7,15 +7,12 @@ use std::{
     time::{Duration, Instant},
 };
 
-use tokio::{
-    sync::{OwnedSemaphorePermit, oneshot},
-    time::timeout_at,
-};
+use tokio::{sync::oneshot, time::timeout_at};
 
 use super::{
     NodeName, Protocol, Target, Tunnel,
     driver::Command,
-    paths::Path,
+    paths::{Path, Permit},
     stream::{DatagramStream, Frames, Stream},
     substream::Substream,
     wire::{self, Request, Response, Status},
@@ -153,7 +150,7 @@ impl Tunnel {
             let mut any = false;
             let chosen = paths.iter().filter(usable).find_map(|path| {
                 any = true;
-                Some((Arc::clone(path), Arc::clone(&path.permits).try_acquire_owned().ok()?))
+                Some((Arc::clone(path), path.permit(protocol)?))
             });
             let Some((path, permit)) = chosen else {
                 if any {
@@ -227,7 +224,7 @@ const MAX_ATTEMPTS: usize = 4;
 async fn request(
     node: &NodeName,
     path: Arc<Path>,
-    permit: OwnedSemaphorePermit,
+    permit: Permit,
     wanted: Wanted,
     until: Instant,
 ) -> Result<Answered, String> {

@@ -11,16 +11,27 @@ use std::{
 };
 
 use libp2p::{PeerId, swarm::ConnectionId};
-use tokio::sync::{Semaphore, SetOnce, mpsc, oneshot};
+use tokio::sync::{OwnedSemaphorePermit, Semaphore, SetOnce, mpsc, oneshot};
 use tokio_util::sync::CancellationToken;
 
-use super::{NodeName, counters::Counters};
+use super::{NodeName, Protocol, counters::Counters};
 
 /// Streams that this node opens on one connection at most.
 ///
 /// yamux ends the whole connection when it has more than its limit ([`super::swarm::MAX_STREAMS`]), so both sides together
 /// must stay well below it, those included that one side has closed and the other has not noticed.
-pub(super) const STREAMS_PER_PATH: usize = 1536;
+const STREAMS_PER_PATH: usize = 1536;
+
+/// Those of them that may carry UDP: its clients come from ever new ports and are remembered for a while, and must leave
+/// room for TCP.
+const FLOWS_PER_PATH: usize = STREAMS_PER_PATH / 2;
+
+/// A place among the streams of a connection.
+#[derive(Debug)]
+pub(super) struct Permit {
+    _stream: OwnedSemaphorePermit,
+    _flow: Option<OwnedSemaphorePermit>,
+}
 
 /// How a connection reaches its node; in order of preference.
 #[derive(Clone, Debug, Eq, Ord, PartialEq, PartialOrd)]
@@ -72,7 +83,8 @@ pub(super) struct Path {
     pub(super) relay: Option<PeerId>,
     pub(super) on_link: bool,
     pub(super) open: mpsc::Sender<OpenRequest>,
-    pub(super) permits: Arc<Semaphore>,
+    permits: Arc<Semaphore>,
+    flow_permits: Arc<Semaphore>,
     /// Whether the connection is kept though nothing runs on it.
     pub(super) pinned: AtomicBool,
     /// Known once the peer has passed the gate.
@@ -130,6 +142,7 @@ impl Path {
             on_link,
             open,
             permits: Arc::new(Semaphore::new(STREAMS_PER_PATH)),
+            flow_permits: Arc::new(Semaphore::new(FLOWS_PER_PATH)),
             pinned: AtomicBool::new(false),
             node: SetOnce::new(),
             via: OnceLock::new(),
@@ -158,6 +171,16 @@ impl Path {
         } else {
             PathKind::Direct
         }
+    }
+
+    /// A place for one more stream, if there is room.
+    pub(super) fn permit(&self, protocol: Protocol) -> Option<Permit> {
+        let one = |permits: &Arc<Semaphore>| Arc::clone(permits).try_acquire_owned().ok();
+        let flow = match protocol {
+            Protocol::Tcp => None,
+            Protocol::Udp => Some(one(&self.flow_permits)?),
+        };
+        Some(Permit { _stream: one(&self.permits)?, _flow: flow })
     }
 
     pub(super) fn is_direct(&self) -> bool {
@@ -399,6 +422,17 @@ mod tests {
             peers.put(&node, Arc::clone(&lan));
             assert_eq!(peers.path(&node).unwrap().as_str(), best);
         }
+    }
+
+    #[test]
+    fn udp_leaves_room_for_tcp() {
+        let path = path(1, false, false, Transport::Tcp);
+        let mut held: Vec<Permit> = std::iter::from_fn(|| path.permit(Protocol::Udp)).collect();
+        assert_eq!(held.len(), FLOWS_PER_PATH);
+        held.extend(std::iter::from_fn(|| path.permit(Protocol::Tcp)));
+        assert_eq!(held.len(), STREAMS_PER_PATH);
+        drop(held.swap_remove(0));
+        assert!(path.permit(Protocol::Udp).is_some());
     }
 
     #[test]

@@ -3,7 +3,7 @@
 use std::{
     io,
     net::SocketAddr,
-    sync::Arc,
+    sync::{Arc, atomic::AtomicU64},
     time::{Duration, Instant},
 };
 
@@ -20,11 +20,12 @@ use super::{
     book::Refused,
     counters::Counters,
     paths::{Path, Serving},
-    splice::{UdpIdle, splice, splice_udp},
+    splice::{Passed, UdpIdle, splice, splice_udp},
     stream::{DatagramStream, Frames, Stream},
     substream::Substream,
     wire::{self, Explanation, Request, Response, Status},
 };
+use crate::net::keep_alive;
 
 /// What an open flow is answered with.
 enum Dialled {
@@ -146,7 +147,10 @@ impl Server {
         let frames = Frames::new(stream, path, None);
         drop(serving);
         let ended = match dialled {
-            Dialled::Tcp(socket) => splice(socket, Stream::new(frames)).await,
+            Dialled::Tcp(mut socket) => {
+                let passed = Passed { up: &AtomicU64::new(0), down: &AtomicU64::new(0) };
+                splice(&mut socket, Stream::new(frames), passed).await.map_err(io::Error::other)
+            }
             Dialled::Udp(socket) => splice_udp(&socket, &mut DatagramStream::new(frames), self.idle).await,
         };
         debug!(%from, ?ended, "flow for another node ended");
@@ -263,6 +267,7 @@ async fn connect(protocol: Protocol, address: SocketAddr) -> io::Result<Dialled>
             let socket = TcpStream::connect(address).await?;
             // Whoever is in front of the tunnel has gathered what belongs together.
             socket.set_nodelay(true)?;
+            keep_alive(&socket)?;
             Ok(Dialled::Tcp(socket))
         }
         Protocol::Udp => {
@@ -306,6 +311,18 @@ mod tests {
         ] {
             assert_eq!(status_of(&io::Error::from_raw_os_error(errno)), status, "{errno}");
         }
+    }
+
+    #[tokio::test]
+    async fn a_pod_that_vanishes_is_missed() {
+        use nix::sys::socket::{getsockopt, sockopt};
+        let pod = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let dialled = connect(Protocol::Tcp, pod.local_addr().unwrap()).await.unwrap();
+        let Dialled::Tcp(socket) = dialled else { panic!("it was not UDP that was asked for") };
+        assert!(getsockopt(&socket, sockopt::KeepAlive).unwrap());
+        assert_eq!(getsockopt(&socket, sockopt::TcpKeepIdle).unwrap(), 60);
+        assert_eq!(getsockopt(&socket, sockopt::TcpKeepInterval).unwrap(), 10);
+        assert_eq!(getsockopt(&socket, sockopt::TcpKeepCount).unwrap(), 3);
     }
 
     #[test]

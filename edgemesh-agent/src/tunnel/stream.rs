@@ -15,13 +15,10 @@ use std::{
 };
 
 use futures::{AsyncRead as _, AsyncWrite as _};
-use tokio::{
-    io::{AsyncRead, AsyncWrite, ReadBuf},
-    sync::OwnedSemaphorePermit,
-};
+use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 
 use super::{
-    paths::{Path, PathKind},
+    paths::{Path, PathKind, Permit},
     substream::Substream,
 };
 
@@ -30,6 +27,10 @@ pub(super) const HEADER: usize = 2;
 
 /// Longest frame with its header; one thread reads and writes through one such buffer.
 pub(super) const MAX_FRAME: usize = HEADER + u16::MAX as usize;
+
+/// A frame of TCP that is full, with its header: what yamux sends in pieces of 16 KiB (`DEFAULT_SPLIT_SEND_SIZE`) fills four
+/// of them to the last byte.
+pub(super) const FULL_FRAME: usize = 4 * (16 << 10);
 
 /// Largest payload of a datagram over IPv4 and IPv6, without jumbograms.
 pub const MAX_DATAGRAM: usize = 65_507;
@@ -53,7 +54,7 @@ pub(super) struct Frames {
     inner: Substream,
     path: Arc<Path>,
     /// Its place among the streams that may be open; `None` on the side that serves, which counts elsewhere.
-    _permit: Option<OwnedSemaphorePermit>,
+    _permit: Option<Permit>,
     /// A frame that is not wholly written, and how far it is.
     unsent: Vec<u8>,
     sent: usize,
@@ -64,7 +65,7 @@ pub(super) struct Frames {
 }
 
 impl Frames {
-    pub(super) fn new(inner: Substream, path: Arc<Path>, permit: Option<OwnedSemaphorePermit>) -> Self {
+    pub(super) fn new(inner: Substream, path: Arc<Path>, permit: Option<Permit>) -> Self {
         path.stream_began();
         Self {
             inner,
@@ -178,6 +179,27 @@ impl Stream {
         self.frames.poll_drain(cx)
     }
 
+    /// Whether it waits for the far side to take a frame.
+    pub(super) fn is_full(&self) -> bool {
+        !self.frames.unsent.is_empty()
+    }
+
+    /// How much of that frame has gone.
+    pub(super) fn drained(&self) -> usize {
+        self.frames.sent
+    }
+
+    /// Looks whether the far side has given the connection up, without reading what it sent before. As long as this side
+    /// has not ended its direction the far side cannot be done, and its stream ends by a reset alone; afterwards one
+    /// cannot tell.
+    ///
+    /// # Errors
+    ///
+    /// It has, or the tunnel was lost.
+    pub(super) fn check(&mut self, cx: &mut Context<'_>) -> io::Result<()> {
+        if self.finished { Ok(()) } else { self.frames.inner.check(cx) }
+    }
+
     /// Sends a frame whose payload stands after [`HEADER`] bytes of room; not an empty one.
     pub(super) fn put(&mut self, cx: &mut Context<'_>, frame: &mut [u8]) -> io::Result<()> {
         self.frames.put(cx, frame)
@@ -185,8 +207,11 @@ impl Stream {
 
     /// Reads into `buffer`; 0 is the end that the far side meant.
     pub(super) fn poll_get(&mut self, cx: &mut Context<'_>, buffer: &mut [u8]) -> Poll<io::Result<usize>> {
-        if self.ended || buffer.is_empty() {
+        if buffer.is_empty() {
             return Poll::Ready(Ok(0));
+        }
+        if self.ended {
+            return self.poll_done(cx).map(|()| Ok(0));
         }
         if self.frames.remaining == 0 {
             if !ready!(self.frames.poll_header(cx))? {
@@ -194,10 +219,21 @@ impl Stream {
             }
             if self.frames.remaining == 0 {
                 self.ended = true;
-                return Poll::Ready(Ok(0));
+                return self.poll_done(cx).map(|()| Ok(0));
             }
         }
         self.frames.poll_payload(cx, buffer)
+    }
+
+    /// Closes the stream below once both directions have ended, so that dropping it resets nothing. Not before: yamux tells
+    /// the peer nothing of a stream that is dropped when it is closed already, and a peer that waits for room would wait
+    /// for ever.
+    fn poll_done(&mut self, cx: &mut Context<'_>) -> Poll<()> {
+        if self.finished && self.ended {
+            // Nothing is left that could be lost.
+            let _ = ready!(Pin::new(&mut self.frames.inner).poll_close(cx));
+        }
+        Poll::Ready(())
     }
 }
 
@@ -219,7 +255,7 @@ impl AsyncWrite for Stream {
         }
         ready!(self.frames.poll_drain(cx))?;
         with_scratch(|scratch| {
-            let count = data.len().min(scratch.len() - HEADER);
+            let count = data.len().min(FULL_FRAME - HEADER);
             scratch[HEADER..HEADER + count].copy_from_slice(&data[..count]);
             self.frames.put(cx, &mut scratch[..HEADER + count])?;
             Poll::Ready(Ok(count))
@@ -236,9 +272,8 @@ impl AsyncWrite for Stream {
             self.frames.put(cx, &mut [0; HEADER])?;
             self.finished = true;
         }
-        ready!(self.frames.poll_drain(cx))?;
-        // Only so that dropping the stream does not reset it: what counts is the empty frame.
-        Pin::new(&mut self.frames.inner).poll_close(cx)
+        ready!(self.frames.poll_flush(cx))?;
+        self.poll_done(cx).map(Ok)
     }
 }
 

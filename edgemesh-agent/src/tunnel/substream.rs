@@ -26,6 +26,28 @@ impl Substream {
         Self { inner, ended: Box::pin(path.ended.clone().cancelled_owned()) }
     }
 
+    /// Looks whether the peer, or the connection, has ended the stream; what was sent before may still be unread.
+    ///
+    /// # Errors
+    ///
+    /// It has.
+    pub(super) fn check(&mut self, cx: &mut Context<'_>) -> io::Result<()> {
+        let gone = || io::Error::from(io::ErrorKind::ConnectionReset);
+        if self.ended.as_mut().poll(cx).is_ready() {
+            return Err(gone());
+        }
+        // Reading nothing: yamux waits while the peer has neither ended nor reset the stream, and then says 0; QUIC says
+        // 0 in any case.
+        if Pin::new(&mut self.inner).poll_read(cx, &mut []).is_pending() {
+            return Ok(());
+        }
+        // Writing nothing: fails on a stream that was reset, or that the peer of a QUIC connection has stopped reading.
+        match Pin::new(&mut self.inner).poll_write(cx, &[]) {
+            Poll::Ready(Err(_)) => Err(gone()),
+            Poll::Ready(Ok(_)) | Poll::Pending => Ok(()),
+        }
+    }
+
     /// What to say where the stream has nothing to say.
     fn or_ended<T>(&mut self, polled: Poll<io::Result<T>>, cx: &mut Context<'_>) -> Poll<io::Result<T>> {
         if polled.is_ready() {

@@ -9,7 +9,7 @@ mod streams;
 use std::{
     io,
     net::{IpAddr, Ipv4Addr, SocketAddr},
-    sync::Arc,
+    sync::{Arc, atomic::AtomicU64},
     time::Duration,
 };
 
@@ -140,6 +140,21 @@ async fn silence(ip: IpAddr) -> (SocketAddr, (TcpListener, Vec<TcpStream>)) {
         full.push(socket);
     }
     (address, (listener, full))
+}
+
+/// A near node's listener whose connections go to `target` through the tunnel.
+async fn through_tunnel(near: &Tunnel, target: SocketAddr) -> SocketAddr {
+    let near = near.clone();
+    pod(move |mut socket| {
+        let near = near.clone();
+        async move {
+            socket.set_nodelay(true)?;
+            let stream = near.open_tcp(&name("far"), target, LONG).await.map_err(io::Error::other)?;
+            let passed = Passed { up: &AtomicU64::new(0), down: &AtomicU64::new(0) };
+            splice(&mut socket, stream, passed).await.map_err(io::Error::other)
+        }
+    })
+    .await
 }
 
 async fn open(tunnel: &Tunnel, node: &str, target: SocketAddr) -> Stream {

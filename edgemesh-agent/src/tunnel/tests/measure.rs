@@ -36,21 +36,7 @@ async fn source() -> SocketAddr {
     .await
 }
 
-/// A near node's listener whose connections go to `target` through the tunnel.
-async fn through_tunnel(near: &Tunnel, target: SocketAddr) -> SocketAddr {
-    let near = near.clone();
-    pod(move |socket| {
-        let near = near.clone();
-        async move {
-            socket.set_nodelay(true)?;
-            let stream = near.open_tcp(&name("far"), target, LONG).await.map_err(io::Error::other)?;
-            splice(socket, stream).await
-        }
-    })
-    .await
-}
-
-/// The same with a TLS connection for each, and tokio's copy.
+/// As [`through_tunnel`], with a TLS connection for each, and tokio's copy.
 async fn through_tls(target: SocketAddr) -> SocketAddr {
     let server = libp2p::tls::make_server_config(&Keypair::generate_ed25519()).unwrap();
     let acceptor = TlsAcceptor::from(Arc::new(server));

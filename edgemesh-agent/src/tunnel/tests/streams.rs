@@ -1,7 +1,4 @@
-use std::{
-    sync::atomic::{AtomicU64, Ordering},
-    time::Instant,
-};
+use std::{sync::atomic::Ordering, time::Instant};
 
 use tokio::net::UdpSocket;
 
@@ -381,10 +378,12 @@ async fn sockets_are_spliced_at_both_ends() {
     let target = echo().await;
     let front = TcpListener::bind((PODS, 0)).await.unwrap();
     let address = front.local_addr().unwrap();
+    let passed = Arc::new([AtomicU64::new(0), AtomicU64::new(0)]);
+    let counters = Arc::clone(&passed);
     let ended = TaskTracker::new().spawn(async move {
-        let (socket, _) = front.accept().await?;
+        let (mut socket, _) = front.accept().await.unwrap();
         let stream = open(&near, "far", target).await;
-        splice(socket, stream).await
+        splice(&mut socket, stream, Passed { up: &counters[0], down: &counters[1] }).await
     });
     let mut client = TcpStream::connect(address).await.unwrap();
     let mut said = vec![0; 1 << 20];
@@ -399,6 +398,130 @@ async fn sockets_are_spliced_at_both_ends() {
     tokio::join!(send, receive);
     assert!(heard == said);
     timeout(LONG, ended).await.unwrap().unwrap().unwrap();
+    assert!(passed.iter().all(|passed| passed.load(Ordering::Relaxed) == 1 << 20), "{passed:?}");
+}
+
+/// Writes until nothing more is taken.
+async fn fill(socket: &mut TcpStream) {
+    while timeout(Duration::from_millis(500), socket.write_all(&[0; 65_536])).await.is_ok_and(|wrote| wrote.is_ok()) {}
+}
+
+/// Waits until a socket that is not read is reset.
+async fn reset(socket: &TcpStream) {
+    timeout(LONG, socket.ready(tokio::io::Interest::ERROR)).await.expect("a reset").unwrap();
+}
+
+async fn without_streams(tunnels: [&Tunnel; 2]) {
+    let wait = async {
+        while tunnels.iter().any(|tunnel| tunnel.peers().borrow().views().iter().any(|view| view.streams > 0)) {
+            tokio::time::sleep(Duration::from_millis(10)).await;
+        }
+    };
+    timeout(LONG, wait).await.expect("streams end with their connections");
+}
+
+/// For what is looked at every 2 s, at each end in turn.
+const SOON: Duration = Duration::from_secs(9);
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_client_that_resets_is_missed_by_a_pod_that_does_not_read() {
+    for transport in [Transport::Tcp, Transport::Quic] {
+        let (near, far) = pair(transport).await;
+        let (tell, mut told) = mpsc::unbounded_channel();
+        let target = pod(move |socket| {
+            let tell = tell.clone();
+            async move {
+                reset(&socket).await;
+                tell.send(()).unwrap();
+                Ok(())
+            }
+        })
+        .await;
+        let mut client = TcpStream::connect(through_tunnel(&near, target).await).await.unwrap();
+        fill(&mut client).await;
+        assert!(told.try_recv().is_err());
+        client.set_zero_linger().unwrap();
+        drop(client);
+        timeout(SOON, told.recv()).await.unwrap_or_else(|_| panic!("{transport:?}")).unwrap();
+        without_streams([&near, &far]).await;
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_pod_that_resets_is_missed_by_a_client_that_does_not_read() {
+    for transport in [Transport::Tcp, Transport::Quic] {
+        let (near, far) = pair(transport).await;
+        let (tell, mut told) = mpsc::unbounded_channel();
+        let target = pod(move |mut socket| {
+            let tell = tell.clone();
+            async move {
+                fill(&mut socket).await;
+                socket.set_zero_linger()?;
+                drop(socket);
+                tell.send(()).unwrap();
+                Ok(())
+            }
+        })
+        .await;
+        let client = TcpStream::connect(through_tunnel(&near, target).await).await.unwrap();
+        timeout(LONG, told.recv()).await.unwrap().unwrap();
+        timeout(SOON, reset(&client)).await.unwrap_or_else(|_| panic!("{transport:?}"));
+        without_streams([&near, &far]).await;
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_client_that_resets_after_its_end_is_missed_by_a_pod_that_waits_for_room() {
+    for transport in [Transport::Tcp, Transport::Quic] {
+        let (near, far) = pair(transport).await;
+        let (tell, mut told) = mpsc::unbounded_channel();
+        let target = pod(move |mut socket| {
+            let tell = tell.clone();
+            async move {
+                socket.read_to_end(&mut Vec::new()).await?;
+                fill(&mut socket).await;
+                tell.send("full").unwrap();
+                reset(&socket).await;
+                tell.send("reset").unwrap();
+                Ok(())
+            }
+        })
+        .await;
+        let mut client = TcpStream::connect(through_tunnel(&near, target).await).await.unwrap();
+        client.shutdown().await.unwrap();
+        assert_eq!(timeout(LONG, told.recv()).await.unwrap(), Some("full"));
+        client.set_zero_linger().unwrap();
+        drop(client);
+        let seen = timeout(SOON, told.recv()).await.unwrap_or_else(|_| panic!("{transport:?}"));
+        assert_eq!(seen, Some("reset"));
+        without_streams([&near, &far]).await;
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn what_was_sent_to_its_end_arrives_however_late_it_is_read() {
+    const BYTES: usize = 8 << 20;
+    for transport in [Transport::Tcp, Transport::Quic] {
+        let (near, far) = pair(transport).await;
+        let target = pod(|mut socket| async move {
+            socket.shutdown().await?;
+            // Longer than what is not read is looked at, after which the client has gone.
+            tokio::time::sleep(Duration::from_secs(5)).await;
+            let mut heard = Vec::new();
+            socket.read_to_end(&mut heard).await?;
+            assert_eq!(heard.len(), BYTES);
+            Ok(())
+        })
+        .await;
+        let mut client = TcpStream::connect(through_tunnel(&near, target).await).await.unwrap();
+        let mut end = Vec::new();
+        timeout(LONG, client.read_to_end(&mut end)).await.unwrap().unwrap();
+        client.write_all(&vec![7; BYTES]).await.unwrap();
+        client.shutdown().await.unwrap();
+        drop(client);
+        without_streams([&near, &far]).await;
+        assert_eq!(far.counters().received_bytes.get(), BYTES as u64, "{transport:?}");
+    }
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
