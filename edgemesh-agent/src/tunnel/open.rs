@@ -74,7 +74,7 @@ pub(super) struct Answered {
     pub(super) response: Response,
     pub(super) path: Arc<Path>,
     stream: Substream,
-    permit: OwnedSemaphorePermit,
+    permit: Permit,
 }
 
 impl Tunnel {
@@ -150,7 +150,7 @@ impl Tunnel {
             let mut any = false;
             let chosen = paths.iter().filter(usable).find_map(|path| {
                 any = true;
-                Some((Arc::clone(path), path.permit(protocol)?))
+                Some((Arc::clone(path), path.permit(wanted.protocol)?))
             });
             let Some((path, permit)) = chosen else {
                 if any {
