@@ -27,7 +27,6 @@ use self::{
 };
 use crate::{
     admin::{self, DataplaneSight, Sight},
-    alias::Meetings,
     conditions::Conditions,
     config::{AgentConfig, DataplaneMode, SourceKind},
     dataplane::{
@@ -38,7 +37,7 @@ use crate::{
     health::{self, Canary, CanaryState, Watch},
     kube,
     lifecycle::{Readiness, Tasks},
-    mesh::{self, Threads},
+    mesh::{self, MeetingsFile, Threads},
     model::Builder,
     net::{self, Device},
     snapshot::{self, Snapshot},
@@ -109,8 +108,10 @@ async fn build_on(
     let builder = Builder::new(config.proxy.filter, node);
     let device = ensure_device(&config, &conditions).await;
     let threads = config.tunnel.enable.then(Threads::start).transpose().map_err(StartError::Thread)?;
-    // Whom the tunnel has met, it tells; until it runs, nobody.
-    let (meet, meetings) = watch::channel(Arc::<Meetings>::default());
+    // Whom the tunnel has met, it tells; until it runs, those whom the agent before had met.
+    let met = config.common.alias_file.as_deref().filter(|_| config.tunnel.enable).map(MeetingsFile::beside);
+    let met = tokio::task::spawn_blocking(move || met.map(|file| file.read()).unwrap_or_default()).await;
+    let (meet, meetings) = watch::channel(Arc::new(met.unwrap_or_default()));
     let detour = Detour::prepare(&config, device.as_ref(), threads.as_ref(), &conditions).await;
     let (builder, ways, carrying) = match detour {
         Some(detour) => {

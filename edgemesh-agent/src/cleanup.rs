@@ -2,7 +2,7 @@
 
 use std::{io, net::IpAddr, path::Path};
 
-use crate::{admin, alias::AliasFile, config::AgentConfig, dataplane::ebpf, net, snapshot};
+use crate::{admin, alias::AliasFile, config::AgentConfig, dataplane::ebpf, mesh::MeetingsFile, net, snapshot};
 
 /// What stands in the way, one line each.
 #[derive(Debug, thiserror::Error)]
@@ -103,8 +103,9 @@ fn remove_snapshot(path: &Path) -> io::Result<Vec<String>> {
 }
 
 fn remove_aliases(path: &Path) -> io::Result<Vec<String>> {
-    let removed = AliasFile::new(path.to_owned()).remove()?.iter().map(|path| path.display().to_string()).collect();
-    Ok(with_directories(path, removed))
+    let mut removed = AliasFile::new(path.to_owned()).remove()?;
+    removed.extend(MeetingsFile::beside(path).remove()?);
+    Ok(with_directories(path, removed.iter().map(|path| path.display().to_string()).collect()))
 }
 
 /// Removes the directories around a file of ours, where they are ours and empty.

@@ -5,6 +5,7 @@
 
 mod ask;
 mod follow;
+mod meetings;
 mod policy;
 
 use std::{
@@ -29,6 +30,8 @@ use crate::{
     status::{PeerRow, RelayRow, TunnelCounts, TunnelStatus},
     tunnel::{Counters, NodeName, PathKind, PeerView, Peers, Transport},
 };
+
+pub use meetings::MeetingsFile;
 
 /// More would only cost memory: a node of this size has other work for its cores.
 const MOST_THREADS: usize = 4;

@@ -2,6 +2,7 @@
 
 use std::{
     fs,
+    net::IpAddr,
     os::unix::fs::MetadataExt,
     path::{Path, PathBuf},
     sync::Arc,
@@ -14,9 +15,9 @@ use tokio::{
     time::{MissedTickBehavior, interval},
 };
 use tokio_util::sync::CancellationToken;
-use tracing::info;
+use tracing::{debug, info};
 
-use super::{Sight, policy::Policy};
+use super::{MeetingsFile, Sight, meetings::Met, policy::Policy};
 use crate::{
     alias::Meetings,
     conditions::Conditions,
@@ -48,6 +49,10 @@ pub(super) struct Follower {
     file: Option<PathBuf>,
     policy: Arc<Policy>,
     meet: watch::Sender<Arc<Meetings>>,
+    met: Met,
+    remembered: Option<MeetingsFile>,
+    /// Whether what is in the file is not what is believed.
+    forgotten: bool,
     through: Through,
     sight: Sight,
     conditions: Conditions,
@@ -92,7 +97,10 @@ impl Follower {
             file: config.file.clone(),
             config: tunnel,
             policy: Arc::new(policy),
+            met: Met::new(&meet.borrow(), Instant::now()),
             meet,
+            remembered: config.common.alias_file.as_deref().map(MeetingsFile::beside),
+            forgotten: false,
             through,
             sight,
             conditions,
@@ -237,6 +245,9 @@ impl Follower {
             self.file_seen = Some(stamp);
             self.follow_relays(&file, node, tunnel).await;
         }
+        let peers = Arc::clone(&tunnel.peers().borrow());
+        self.tell_meetings(&peers);
+        self.remember().await;
         let now = Instant::now();
         self.judge_relays(node, &Arc::clone(&tunnel.peers().borrow()), now);
         self.judge_strangers(tunnel.counters().wrong_identities.get(), now);
@@ -298,18 +309,29 @@ impl Follower {
         }
     }
 
-    fn tell_meetings(&self, peers: &Peers) {
-        let met = peers.nodes().flat_map(|node| {
-            peers.seen_at(node).into_iter().map(move |ip| (Box::from(node.as_str()), ip.to_canonical()))
-        });
-        let met: Meetings = met.collect();
-        self.meet.send_if_modified(|known| {
+    fn tell_meetings(&mut self, peers: &Peers) {
+        let at = |node| peers.seen_at(node).iter().map(IpAddr::to_canonical).collect();
+        let connected = peers.nodes().map(|node| (node.as_str().into(), at(node))).collect();
+        self.met.follow(&connected, Instant::now());
+        let met = self.met.all();
+        self.forgotten |= self.meet.send_if_modified(|known| {
             let news = **known != met;
             if news {
                 *known = Arc::new(met);
             }
             news
         });
+    }
+
+    /// Writes what has changed for the next agent. If it cannot be, that agent meets everybody anew.
+    async fn remember(&mut self) {
+        let Some(file) = self.remembered.clone().filter(|_| self.forgotten) else { return };
+        let meetings = Arc::clone(&self.meet.borrow());
+        match spawn_blocking(move || file.write(&meetings)).await {
+            Ok(Ok(())) => self.forgotten = false,
+            Ok(Err(error)) => debug!("meetings cannot be written: {error}"),
+            Err(_) => {}
+        }
     }
 
     fn raise(&self, reason: &'static str, message: String) {

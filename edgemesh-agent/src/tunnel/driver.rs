@@ -533,7 +533,8 @@ impl<'a> Driver<'a> {
             // Holes are punched when a circuit begins, with the addresses that are known then, and not later.
             self.dial(peer, self.circuit_addresses(node), Purpose::Other);
         }
-        let pause = Duration::from_secs(15).saturating_mul(1 << attempt.min(8)).min(LONGEST_UPGRADE_PAUSE);
+        let pause =
+            Duration::from_secs(15).saturating_mul(1 << attempt.saturating_sub(1).min(8)).min(LONGEST_UPGRADE_PAUSE);
         self.after(pause.mul_f64(1.0 + random() / 2.0), Task::Upgrade(node.clone(), attempt + 1));
     }
 

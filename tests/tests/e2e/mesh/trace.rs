@@ -96,8 +96,7 @@ fn a_far_pod_that_refuses_is_told_from_one_that_answers_for_people_too() -> Resu
     let target = at(super::CLUSTER_IPS[0], 80)?;
     eventually(START, "the server to answer", || Ok(world.client.tcp(target).is_ok()))?;
     let text = shown(&world.edge1, &target.to_string())?;
-    for part in ["on edge2\n  tunnel: lan, tcp, ", "\n  edge2: allowed, endpoint of default/web; its pod answered in "]
-    {
+    for part in ["on edge2\n  tunnel: lan, ", "\n  edge2: allowed, endpoint of default/web; its pod answered in "] {
         assert!(text.contains(part), "{part} in\n{text}");
     }
     // A pod's own address leads nowhere from here, and it is said where it would.
