@@ -3,6 +3,7 @@
 //! [`crate::tunnel`] knows nothing of Services, files and conditions; this module does. The tunnel and what it carries run
 //! on [`Threads`] of their own, so that a bulk transfer keeps neither the builder nor the admin doors waiting.
 
+mod ask;
 mod follow;
 mod policy;
 
@@ -26,7 +27,7 @@ use crate::{
     model::ServiceTable,
     proxy::Through,
     status::{PeerRow, RelayRow, TunnelCounts, TunnelStatus},
-    tunnel::{Counters, NodeName, PathKind, Peers, Transport},
+    tunnel::{Counters, NodeName, PathKind, PeerView, Peers, Transport},
 };
 
 /// More would only cost memory: a node of this size has other work for its cores.
@@ -119,28 +120,7 @@ impl Sight {
     /// For `peers`: all connections, the best of each node first.
     pub fn peers(&self) -> Vec<PeerRow> {
         let Some(tunnel) = self.through.tunnel() else { return Vec::new() };
-        let views = tunnel.peers().borrow().views();
-        let row = |view: crate::tunnel::PeerView| PeerRow {
-            node: view.node.to_string(),
-            peer_id: view.peer_id,
-            path: view.path.as_str().to_owned(),
-            via: match view.path {
-                PathKind::Relayed { via } => via.map(|via| via.to_string()),
-                PathKind::Lan | PathKind::Direct | PathKind::HolePunched => None,
-            },
-            transport: match view.transport {
-                Transport::Tcp => "tcp",
-                Transport::Quic => "quic",
-            }
-            .to_owned(),
-            address: view.remote,
-            rtt_micros: view.rtt.map(|rtt| u64::try_from(rtt.as_micros()).unwrap_or(u64::MAX)),
-            streams: view.streams,
-            sent_bytes: view.sent_bytes,
-            received_bytes: view.received_bytes,
-            up_seconds: view.up.as_secs(),
-        };
-        views.into_iter().map(row).collect()
+        tunnel.peers().borrow().views().into_iter().map(peer_row).collect()
     }
 
     fn set_relays(&self, relays: Vec<NodeName>) {
@@ -153,6 +133,29 @@ impl Sight {
     }
 }
 
+fn peer_row(view: PeerView) -> PeerRow {
+    PeerRow {
+        node: view.node.to_string(),
+        peer_id: view.peer_id,
+        path: view.path.as_str().to_owned(),
+        via: match view.path {
+            PathKind::Relayed { via } => via.map(|via| via.to_string()),
+            PathKind::Lan | PathKind::Direct | PathKind::HolePunched => None,
+        },
+        transport: match view.transport {
+            Transport::Tcp => "tcp",
+            Transport::Quic => "quic",
+        }
+        .to_owned(),
+        address: view.remote,
+        rtt_micros: view.rtt.map(|rtt| u64::try_from(rtt.as_micros()).unwrap_or(u64::MAX)),
+        streams: view.streams,
+        sent_bytes: view.sent_bytes,
+        received_bytes: view.received_bytes,
+        up_seconds: view.up.as_secs(),
+    }
+}
+
 fn counts(counters: &Counters) -> TunnelCounts {
     TunnelCounts {
         opened: counters.opened.get(),
@@ -160,6 +163,7 @@ fn counts(counters: &Counters) -> TunnelCounts {
         served: counters.served.get(),
         serve_failures: counters.serve_failures.get(),
         not_allowed: counters.not_allowed.get(),
+        questions: counters.questions.get(),
         sent_bytes: counters.sent_bytes.get(),
         received_bytes: counters.received_bytes.get(),
         connected: [

@@ -1,5 +1,6 @@
 //! How answers look on a terminal.
 
+mod crossing;
 mod dns;
 mod events;
 mod trace;

@@ -15,8 +15,8 @@ use serde::{Deserialize, Serialize};
 
 pub use events::{EventLine, EventRow, Services};
 pub use trace::{
-    ClientRow, Facts, KernelRow, KernelState, Outcome, ParseTargetError, PolicyRow, PortRef, Target, TraceReport,
-    TracedEndpoint, TracedFrontend, Unresolved, trace,
+    ClientRow, Crossing, Facts, FarOutcome, FarRow, KernelRow, KernelState, Outcome, ParseTargetError, PolicyRow,
+    PortRef, Target, TraceReport, TracedEndpoint, TracedFrontend, Unresolved, trace,
 };
 
 pub use tunnel::{PeerRow, RelayRow, TunnelCounts, TunnelStatus};

@@ -8,12 +8,13 @@
 //!   upgraded (hole punching, or dialling what the peer says of itself), and new streams take the best path there is.
 //!   A node's `PeerId` follows from its name, so `relay/p2p-circuit` is an address of every node, and no DHT is needed.
 //! - Streams: request and typed answer, then frames; see [`Stream`] and [`DatagramStream`].
-//! - What this node dials for others: [`DialPolicy`].
+//! - What this node dials for others: [`DialPolicy`]; what a stream would come to, without one: [`Tunnel::ask`].
 //!
 //! The swarm is one task; each connection is one; openers talk to connections directly. [`Tunnel::start`] runs them on the
 //! runtime it is called on: give it one with several threads, since connections encrypt on it.
 
 mod admission;
+mod ask;
 mod book;
 mod counters;
 mod driver;
@@ -48,18 +49,22 @@ use tokio::sync::{mpsc, watch};
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
 use tracing::{error, warn};
 
-use self::driver::{Command, Core, Ended};
 pub use self::{
+    ask::{Answer, Fate},
     counters::{Counter, Counters, PathCounters},
     identity::{AllowList, NodeName, ParseNodeNameError, PskError, Psks, peer_id},
     mesh::Security,
     open::OpenError,
     paths::{PathKind, PeerView, Peers, Transport},
-    policy::{Decision, DialPolicy, Target, always_refused},
+    policy::{Decision, DialPolicy, Grounds, Target, always_refused},
     relays::{Host, ParseRelayAddressError, RelayAddress, RelayNode},
     splice::{Cut, Passed, UdpIdle, splice, splice_udp},
     stream::{DatagramStream, MAX_DATAGRAM, Stream},
     wire::Protocol,
+};
+use self::{
+    book::Refused,
+    driver::{Command, Core, Ended},
 };
 
 /// Commands that may wait for the swarm.
@@ -167,11 +172,7 @@ impl Tunnel {
     }
 
     /// [`Self::start`] with another idea of what is never dialled; tests have their pods on loopback.
-    fn start_refusing(
-        settings: Settings,
-        policy: Arc<dyn DialPolicy>,
-        refused: fn(IpAddr) -> Option<&'static str>,
-    ) -> Result<Self, StartError> {
+    fn start_refusing(settings: Settings, policy: Arc<dyn DialPolicy>, refused: Refused) -> Result<Self, StartError> {
         let (node, port) = (settings.node.clone(), settings.port);
         let counters = Arc::new(Counters::default());
         let (stop, tasks) = (CancellationToken::new(), TaskTracker::new());
@@ -196,6 +197,7 @@ impl Tunnel {
             addresses: addresses_sender,
             counters: Arc::clone(&counters),
             server,
+            refused,
             stop: stop.clone(),
         };
         let first = core.listen().map_err(|why| StartError { port, why })?;

@@ -61,8 +61,8 @@ use std::time::{Duration, Instant};
 use anyhow::{Context as _, Result, bail, ensure};
 
 pub use crate::probe::message::{
-    App, BulkReport, Ending, Failure, FanReply, HammerReport, HttpReport, Measure, Quantiles, Reply, Seen,
-    SpreadReport, Transport, monotonic, v4_mapped,
+    App, BulkReport, Ending, Failure, FanReply, HammerReport, HttpReport, Measure, Quantiles, Rate, Reply, Seen,
+    SpreadReport, Tls, Transport, monotonic, v4_mapped,
 };
 pub use manifest::Manifests;
 pub use nat::Nat;

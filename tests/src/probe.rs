@@ -6,6 +6,8 @@ mod keep;
 mod load;
 pub mod message;
 mod pause;
+mod proxy;
+mod rate;
 mod serve;
 mod shell;
 

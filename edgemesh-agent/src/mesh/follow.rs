@@ -324,6 +324,8 @@ struct Stamp {
     inode: u64,
     size: u64,
     modified: (i64, i64),
+    /// Of owner and mode too: who could not read it may be able to now.
+    changed: (i64, i64),
 }
 
 impl Stamp {
@@ -335,6 +337,7 @@ impl Stamp {
             inode: metadata.ino(),
             size: metadata.size(),
             modified: (metadata.mtime(), metadata.mtime_nsec()),
+            changed: (metadata.ctime(), metadata.ctime_nsec()),
         })
     }
 }

@@ -12,7 +12,7 @@ use crate::{
     alias::AliasRanges,
     config::AllowedTarget,
     model::{self, Change, Place, ServiceEntry, ServiceTable, changes},
-    tunnel::{Decision, DialPolicy, NodeName, Protocol, Target},
+    tunnel::{Decision, DialPolicy, Grounds, NodeName, Protocol, Target},
 };
 
 /// The rules. What leads to the inside of a node is refused by the tunnel itself, whatever they say.
@@ -71,6 +71,10 @@ impl Policy {
         usable().find(IpAddr::is_ipv4).or_else(|| usable().next())
     }
 
+    fn is_own(&self, ip: IpAddr) -> bool {
+        self.own.get().is_some_and(|own| own.borrow().iter().any(|address| address.ip().to_canonical() == ip))
+    }
+
     fn decide_address(&self, protocol: Protocol, address: SocketAddr) -> Decision {
         let ip = address.ip().to_canonical();
         let address = SocketAddr::new(ip, address.port());
@@ -78,7 +82,9 @@ impl Policy {
             return refuse("addresses that stand for pods of other nodes are never dialled for others");
         }
         let endpoints = self.endpoints.read().unwrap_or_else(PoisonError::into_inner);
-        let known = endpoints.ports.contains_key(&(protocol, address)) || endpoints.hosts.contains_key(&ip);
+        // A pod on the host network has the node's address, and with it all that listens on the node.
+        let host = endpoints.hosts.contains_key(&ip) && !self.is_own(ip);
+        let known = endpoints.ports.contains_key(&(protocol, address)) || host;
         if known || self.targets.iter().any(|target| target.covers(ip, address.port())) {
             Decision::Allowed(address)
         } else if endpoints.table.complete {
@@ -105,6 +111,33 @@ impl DialPolicy for Policy {
             }
             Target::Node { .. } => refuse("the node's port is not in its edgeTunnel.allowedTargets"),
         }
+    }
+
+    fn grounds(&self, protocol: Protocol, target: Target) -> Grounds {
+        let configured = |covers: &dyn Fn(&AllowedTarget) -> bool| {
+            let target = self.targets.iter().find(|target| covers(target));
+            target.map_or_else(String::new, |target| format!("{target} in its edgeTunnel.allowedTargets"))
+        };
+        let address = match target {
+            Target::Node { port } => {
+                return Grounds { rule: configured(&|target| target.covers_node(port)), services: Vec::new() };
+            }
+            Target::Address(address) => SocketAddr::new(address.ip().to_canonical(), address.port()),
+        };
+        // Whoever writes the next table must not wait for the search.
+        let table = Arc::clone(&self.endpoints.read().unwrap_or_else(PoisonError::into_inner).table);
+        let leads_there = |entry: &&Arc<ServiceEntry>| {
+            ports_of(entry, &self.node).any(|key| key == (protocol, address))
+                || hosts_of(entry, &self.node).any(|ip| ip == address.ip())
+        };
+        let services: Vec<String> =
+            table.services.iter().filter(leads_there).map(|entry| entry.service.name.to_string()).collect();
+        let rule = if services.is_empty() {
+            configured(&|target| target.covers(address.ip(), address.port()))
+        } else {
+            "an endpoint of a Service on this node".to_owned()
+        };
+        Grounds { rule, services }
     }
 }
 
@@ -240,6 +273,29 @@ mod tests {
     }
 
     #[test]
+    fn what_allows_a_target_is_named() {
+        let (policy, mut builder) =
+            (policy(&["node:22", "10.244.1.0/24:*"]), Builder::new(ServiceFilter::UnlabelledOnly, "edge1"));
+        let web = service("web", false, &[("10.244.1.2", "edge1"), ("10.244.2.2", "edge2")]);
+        let also = service("also", false, &[("10.244.1.2", "edge1")]);
+        let db = service("db", true, &[("10.244.1.3", "edge1")]);
+        web.into_iter().chain(also).chain(db).chain([Event::Synced]).for_each(|event| builder.apply(event));
+        policy.follow(builder.build().unwrap());
+        let grounds = |target: &str| {
+            let target: SocketAddr = target.parse().unwrap();
+            let Grounds { rule, services } = policy.grounds(Protocol::Tcp, target.into());
+            (rule, services.join(" "))
+        };
+        let (endpoint, configured) = ("an endpoint of a Service on this node", "in its edgeTunnel.allowedTargets");
+        assert_eq!(grounds("10.244.1.2:8080"), (endpoint.to_owned(), "default/also default/web".to_owned()));
+        assert_eq!(grounds("[::ffff:10.244.1.3]:5432"), (endpoint.to_owned(), "default/db".to_owned()));
+        assert_eq!(grounds("10.244.1.2:9999"), (format!("10.244.1.0/24:* {configured}"), String::new()));
+        let node = policy.grounds(Protocol::Tcp, Target::Node { port: 22 });
+        assert_eq!(node, Grounds { rule: format!("node:22 {configured}"), services: Vec::new() });
+        assert_eq!(grounds("10.244.2.2:8080"), (String::new(), String::new()), "on another node");
+    }
+
+    #[test]
     fn any_port_of_a_pod_of_a_headless_service_without_ports_is_dialled() {
         let (policy, mut builder) = (policy(&[]), Builder::new(ServiceFilter::UnlabelledOnly, "edge1"));
         let events = service("db", true, &[("10.244.1.3", "edge1"), ("10.244.2.3", "edge2")]);
@@ -247,6 +303,10 @@ mod tests {
         policy.follow(builder.build().unwrap());
         assert_eq!(tcp(&policy, "10.244.1.3:5432"), None);
         assert!(tcp(&policy, "10.244.2.3:5432").is_some());
+        // Of a pod on the host network that would be any port of the node.
+        let (_tell, own) = watch::channel(vec!["10.244.1.3:20006".parse().unwrap()]);
+        policy.set_own(own);
+        assert!(tcp(&policy, "10.244.1.3:5432").is_some());
     }
 
     #[test]

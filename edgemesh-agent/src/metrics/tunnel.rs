@@ -38,6 +38,7 @@ pub(super) fn add(registry: &mut Registry, status: &TunnelStatus) {
         ("tunnel_streams_served", "Streams that this node connected for others", counts.served),
         ("tunnel_serve_failures", "Requests of others that came to nothing", counts.serve_failures),
         ("tunnel_not_allowed", "Requests of others that this node does not allow", counts.not_allowed),
+        ("tunnel_questions", "Questions of others, as of `trace`, that this node answered", counts.questions),
         ("tunnel_sent_bytes", "Bytes of payload sent to other nodes", counts.sent_bytes),
         ("tunnel_received_bytes", "Bytes of payload received from other nodes", counts.received_bytes),
         ("tunnel_refused_peers", "Peers cut off because they were no members", counts.refused_peers),

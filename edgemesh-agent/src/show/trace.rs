@@ -27,6 +27,7 @@ pub fn trace(report: &TraceReport) -> String {
     for note in &report.notes {
         line(&mut text, "note", note);
     }
+    text.push_str(&super::crossing::crossings(report));
     if !report.endpoints.is_empty() {
         text.push('\n');
         text.push_str(&endpoints(&report.endpoints));

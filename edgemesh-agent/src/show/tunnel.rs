@@ -60,7 +60,8 @@ pub(super) fn status(tunnel: &Value) -> Option<String> {
     Some(line)
 }
 
-fn rtt(micros: u64) -> String {
+/// `12.3 ms`.
+pub(super) fn rtt(micros: u64) -> String {
     format!("{}.{} ms", micros / 1000, micros % 1000 / 100)
 }
 

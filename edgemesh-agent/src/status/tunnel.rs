@@ -1,6 +1,6 @@
 //! What the agent says of its tunnel.
 
-use std::{collections::BTreeMap, net::IpAddr};
+use std::{collections::BTreeMap, net::SocketAddr};
 
 use serde::{Deserialize, Serialize};
 
@@ -35,6 +35,7 @@ pub struct TunnelCounts {
     pub served: u64,
     pub serve_failures: u64,
     pub not_allowed: u64,
+    pub questions: u64,
     pub sent_bytes: u64,
     pub received_bytes: u64,
     /// By path.
@@ -60,7 +61,7 @@ pub struct PeerRow {
     /// `tcp` or `quic`.
     pub transport: String,
     /// None through a relay.
-    pub address: Option<IpAddr>,
+    pub address: Option<SocketAddr>,
     /// None before the first measurement.
     pub rtt_micros: Option<u64>,
     pub streams: u32,

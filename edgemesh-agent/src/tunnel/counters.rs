@@ -34,6 +34,8 @@ pub struct Counters {
     pub sent_bytes: Counter,
     /// Bytes of payload received from other nodes.
     pub received_bytes: Counter,
+    /// Questions of others, what would become of a stream, that were answered.
+    pub questions: Counter,
     /// Connections to other nodes that came up, by path.
     pub connected: PathCounters,
     /// Peers cut off because they were no members.

@@ -6,7 +6,7 @@ mod relaying;
 mod wanted;
 
 use std::{
-    collections::{BTreeMap, HashMap, HashSet},
+    collections::{BTreeMap, HashMap, HashSet, VecDeque},
     hash::{BuildHasher as _, RandomState},
     net::{IpAddr, SocketAddr},
     sync::Arc,
@@ -17,7 +17,6 @@ use futures::StreamExt as _;
 use libp2p::{
     Multiaddr, PeerId, Swarm,
     core::transport::ListenerId,
-    multiaddr::Protocol,
     swarm::{
         ConnectionId,
         dial_opts::{DialOpts, PeerCondition},
@@ -34,12 +33,13 @@ use self::wanted::Want;
 use super::{
     AllowList, NodeName, Peers, Psks, RelayNode, Settings, Transport,
     admission::Quiet,
-    book::Book,
+    book::{Book, Refused},
     counters::Counters,
-    gate::{Gate, ip, is_relayed},
+    gate::{Gate, ip, is_relayed, socket_address},
     identity::Membership,
-    interfaces::{listening_on, worth_telling},
+    interfaces::{Telling, listening_on},
     mesh::{self, Mesh, Parts},
+    paths::{Path, PathKind},
     relays::{Action, Relays},
     serve::Server,
 };
@@ -55,6 +55,15 @@ const MAX_STRANGERS: usize = 1024;
 
 /// How long an idle relayed connection is kept beside another.
 const RETIRE: Duration = Duration::from_secs(30);
+
+/// How long the addresses of interfaces must have stayed the same before others are told.
+const SETTLED: Duration = Duration::from_secs(1);
+
+/// Direct paths that were not to be had for hours will not be had for a while.
+const LONGEST_UPGRADE_PAUSE: Duration = Duration::from_secs(3600);
+
+/// Addresses that others have confirmed and that are kept: the newest.
+const MAX_CONFIRMED: usize = 4;
 
 /// How long listeners may take to tell their addresses before anything is dialled.
 const LISTENING: Duration = Duration::from_secs(1);
@@ -96,6 +105,7 @@ pub(super) struct Core {
     pub(super) addresses: watch::Sender<Vec<SocketAddr>>,
     pub(super) counters: Arc<Counters>,
     pub(super) server: Arc<Server>,
+    pub(super) refused: Refused,
     pub(super) stop: CancellationToken,
 }
 
@@ -173,6 +183,8 @@ enum Task {
     Transports(NodeName),
     /// Close relayed paths that a direct one, or another relayed one, has made needless.
     Retire(NodeName),
+    /// Tell of changed addresses of this node, and try again for direct paths.
+    Moved,
     /// Connect to a neighbour; the number of attempts so far.
     Neighbour(PeerId, u32),
     /// Listen again where a listener has failed.
@@ -220,12 +232,16 @@ struct Driver<'a> {
     scheduled: u64,
     resolving: JoinSet<(RelayNode, Vec<SocketAddr>)>,
     ping_failures: HashMap<ConnectionId, u32>,
+    /// The payload that each connection had moved when a round trip was last tried on it.
+    payload: HashMap<ConnectionId, (u64, u64)>,
     strangers: HashMap<PeerId, Instant>,
     quiet: Quiet,
     /// What this node says on its own authority that it is reached at.
     external: Vec<Multiaddr>,
     /// Whether others have confirmed that this node can be reached from outside.
     public: bool,
+    /// Where, the newest last.
+    confirmed: VecDeque<Multiaddr>,
     /// When what has changed in `peers` is to be told.
     telling: Option<Instant>,
 }
@@ -234,11 +250,12 @@ impl<'a> Driver<'a> {
     fn new(core: &'a mut Core, listening: Listening) -> Self {
         let mut relays = Relays::new(core.settings.node.clone());
         relays.set(&core.settings.relays, Instant::now());
+        let book = Book::new(core.refused);
         let mut driver = Self {
             core,
             swarm: listening.swarm,
             peers: Peers::default(),
-            book: Book::default(),
+            book,
             relays,
             listeners: listening.listeners,
             circuits: HashMap::new(),
@@ -250,10 +267,12 @@ impl<'a> Driver<'a> {
             scheduled: 0,
             resolving: JoinSet::new(),
             ping_failures: HashMap::new(),
+            payload: HashMap::new(),
             strangers: HashMap::new(),
             quiet: Quiet::default(),
             external: Vec::new(),
             public: false,
+            confirmed: VecDeque::new(),
             telling: None,
         };
         driver.update_relay_role();
@@ -264,7 +283,7 @@ impl<'a> Driver<'a> {
         let stop = self.core.stop.clone();
         tokio::select! {
             () = stop.cancelled() => return Ended::Stopped,
-            () = self.await_listeners() => {}
+            () = self.await_listeners() => self.update_relay_role(),
         }
         loop {
             self.run_due(Instant::now());
@@ -359,6 +378,7 @@ impl<'a> Driver<'a> {
             Task::Upgrade(node, attempt) => self.upgrade(&node, attempt),
             Task::Transports(node) => self.complete_transports(&node),
             Task::Retire(node) => self.retire(&node),
+            Task::Moved => self.on_moved(),
             Task::Neighbour(peer, attempt) => self.dial_neighbour(peer, attempt),
             Task::Listen(address) => match self.swarm.listen_on(address.clone()) {
                 Ok(id) => {
@@ -401,6 +421,7 @@ impl<'a> Driver<'a> {
 
     fn set_membership(&mut self) {
         let membership = self.core.membership();
+        self.strangers.clear();
         self.swarm.behaviour_mut().set_membership(Arc::clone(&membership));
         let gone = self.peers.all().filter(|(node, path)| membership.check(node, &path.peer).is_err());
         let gone: Vec<ConnectionId> = gone.map(|(_, path)| path.connection).collect();
@@ -410,16 +431,23 @@ impl<'a> Driver<'a> {
     }
 
     fn own_addresses(&self) -> Vec<Multiaddr> {
-        let direct = self.swarm.listeners().filter(|address| !is_relayed(address));
-        direct.filter(|address| ip(address).is_some_and(worth_telling)).cloned().collect()
+        let (direct, telling) = (self.swarm.listeners().filter(|address| !is_relayed(address)), Telling::read());
+        direct.filter(|address| ip(address).is_some_and(|ip| telling.is_worth(ip))).cloned().collect()
     }
 
     fn tell_addresses(&mut self) {
-        let mut told = self.own_addresses();
-        told.extend(self.swarm.external_addresses().filter(|address| !is_relayed(address)).cloned());
+        // Those that lead in from outside come first, for there is room for some only.
+        let external = self.swarm.external_addresses().filter(|address| !is_relayed(address));
+        let mut told: Vec<Multiaddr> = external.cloned().collect();
+        told.extend(self.own_addresses());
         let mut seen = HashSet::new();
         told.retain(|address| seen.insert(address.clone()));
         self.swarm.behaviour_mut().set_addresses(told.iter());
+        self.tell_sockets();
+    }
+
+    /// Tells this node where it listens.
+    fn tell_sockets(&mut self) {
         let mut sockets: Vec<SocketAddr> = self.swarm.listeners().filter_map(socket_address).collect();
         sockets.sort_unstable();
         sockets.dedup();
@@ -476,10 +504,23 @@ impl<'a> Driver<'a> {
         }
     }
 
-    /// Begins to try for a direct path to a node after `wait`, whatever has been tried before.
-    fn upgrade_anew(&mut self, node: &NodeName, wait: Duration) {
+    /// Begins to try for a direct path to a node after `wait`, whatever has been tried before. A circuit punches a hole when
+    /// it begins: `again` is for those that have begun.
+    fn upgrade_anew(&mut self, node: &NodeName, wait: Duration, again: bool) {
         self.schedule.retain(|_, task| !matches!(task, Task::Upgrade(other, _) if other == node));
-        self.after(wait, Task::Upgrade(node.clone(), 0));
+        self.after(wait, Task::Upgrade(node.clone(), u32::from(again)));
+    }
+
+    /// The network has changed: what was out of reach may be near.
+    fn on_moved(&mut self) {
+        self.update_relay_role();
+        let members: HashSet<PeerId> = self.peers.all().map(|(_, path)| path.peer).collect();
+        self.swarm.behaviour_mut().inner.identify.push(members);
+        let is_relayed = |node: &&NodeName| matches!(self.peers.path(node), Some(PathKind::Relayed { .. }));
+        let relayed: Vec<NodeName> = self.peers.nodes().filter(is_relayed).cloned().collect();
+        for node in relayed {
+            self.upgrade_anew(&node, Duration::from_secs_f64(random()), true);
+        }
     }
 
     fn upgrade(&mut self, node: &NodeName, attempt: u32) {
@@ -492,17 +533,19 @@ impl<'a> Driver<'a> {
             // Holes are punched when a circuit begins, with the addresses that are known then, and not later.
             self.dial(peer, self.circuit_addresses(node), Purpose::Other);
         }
-        let pause = Duration::from_secs(15).saturating_mul(1 << attempt.min(5)).min(Duration::from_secs(300));
+        let pause = Duration::from_secs(15).saturating_mul(1 << attempt.min(8)).min(LONGEST_UPGRADE_PAUSE);
         self.after(pause.mul_f64(1.0 + random() / 2.0), Task::Upgrade(node.clone(), attempt + 1));
     }
 
     fn retire(&mut self, node: &NodeName) {
         let paths = self.peers.paths(node);
-        let needed = usize::from(!paths.iter().any(|path| path.is_direct()));
+        // A hole may close as soon as it has been punched.
+        let proven = |path: &&Arc<Path>| path.is_direct() && !path.is_doubtful() && path.rtt().is_some();
+        let needed = usize::from(!paths.iter().any(|path| proven(&path)));
         let relayed: Vec<_> = paths.iter().filter(|path| !path.is_direct()).skip(needed).cloned().collect();
-        let mut busy = false;
+        let mut busy = needed > 0 && paths.iter().any(|path| path.is_direct());
         for path in relayed {
-            if path.streams() == 0 {
+            if path.is_idle() {
                 self.swarm.close_connection(path.connection);
             } else {
                 busy = true;
@@ -552,15 +595,4 @@ fn in_use(address: SocketAddr, transport: Transport) -> Result<(), String> {
 fn random() -> f64 {
     // Each state is keyed anew; nobody needs to be kept from guessing these.
     RandomState::new().hash_one(0u8) as f64 / u64::MAX as f64
-}
-
-/// The address and port that a direct address begins with.
-fn socket_address(address: &Multiaddr) -> Option<SocketAddr> {
-    if is_relayed(address) {
-        return None;
-    }
-    if let Protocol::Tcp(port) | Protocol::Udp(port) = address.iter().nth(1)? {
-        return Some(SocketAddr::new(ip(address)?, port));
-    }
-    None
 }

@@ -21,7 +21,7 @@ mod handler;
 use std::{
     collections::{HashMap, VecDeque},
     hash::{BuildHasher as _, RandomState},
-    net::IpAddr,
+    net::{IpAddr, SocketAddr},
     sync::Arc,
     task::{Context, Poll},
     time::{Duration, Instant},
@@ -44,6 +44,7 @@ use super::{
     admission::{Admission, Quiet},
     counters::Counters,
     identity::Membership,
+    secure::Admitted,
     wire::Hello,
 };
 
@@ -59,10 +60,20 @@ const MAX_DIALLED: usize = 256;
 pub(super) enum Event<E> {
     /// A connection is a member's.
     Member { peer: PeerId, connection: ConnectionId, node: NodeName, addresses: Vec<Multiaddr>, run: u64 },
-    /// A connection is cut off.
-    Refused { peer: PeerId, connection: ConnectionId },
+    /// A connection is cut off, or has ended before its peer was known; `stranger` if the peer has shown that it is none.
+    Refused { peer: PeerId, connection: ConnectionId, stranger: bool },
     /// Of the behaviour behind the gate.
     Inner(E),
+}
+
+/// By what a gate judges.
+#[derive(Clone)]
+pub(super) struct Rules {
+    pub(super) membership: Arc<Membership>,
+    /// Where those who pass are entered.
+    pub(super) admitted: Arc<Admitted>,
+    /// Bound of the exchange of names.
+    pub(super) deadline: Duration,
 }
 
 /// Behaviour that lets members through to `B`.
@@ -82,19 +93,13 @@ pub(super) struct Gate<B: NetworkBehaviour> {
 }
 
 impl<B: NetworkBehaviour> Gate<B> {
-    /// A gate before `inner`; `deadline` bounds the exchange of names.
-    pub(super) fn new(
-        inner: B,
-        node: &NodeName,
-        membership: Arc<Membership>,
-        deadline: Duration,
-        counters: Arc<Counters>,
-    ) -> Self {
+    /// A gate before `inner`.
+    pub(super) fn new(inner: B, node: &NodeName, rules: Rules, counters: Arc<Counters>) -> Self {
         let run = RandomState::new().hash_one(node);
         let hello = Hello { node: node.to_string(), addresses: Vec::new(), run };
         Self {
             inner,
-            shared: Arc::new(handler::Shared { membership, hello, deadline }),
+            shared: Arc::new(handler::Shared { rules, hello }),
             admission: Admission::new(),
             quiet: Quiet::default(),
             unknown: HashMap::new(),
@@ -107,8 +112,9 @@ impl<B: NetworkBehaviour> Gate<B> {
 
     /// From now on new connections are judged by `membership`.
     pub(super) fn set_membership(&mut self, membership: Arc<Membership>) {
-        let handler::Shared { hello, deadline, .. } = &*self.shared;
-        self.shared = Arc::new(handler::Shared { membership, hello: hello.clone(), deadline: *deadline });
+        let handler::Shared { rules, hello } = &*self.shared;
+        let rules = Rules { membership, ..rules.clone() };
+        self.shared = Arc::new(handler::Shared { rules, hello: hello.clone() });
     }
 
     /// Another node sees this one at `address`: others may reach it there if a hole is punched.
@@ -118,13 +124,10 @@ impl<B: NetworkBehaviour> Gate<B> {
 
     /// From now on new connections are told these addresses of this node.
     pub(super) fn set_addresses<'a>(&mut self, addresses: impl Iterator<Item = &'a Multiaddr>) {
-        let handler::Shared { membership, hello, deadline } = &*self.shared;
+        let handler::Shared { rules, hello } = &*self.shared;
         let addresses = addresses.take(super::wire::MAX_ADDRESSES).map(Multiaddr::to_vec).collect();
-        self.shared = Arc::new(handler::Shared {
-            membership: Arc::clone(membership),
-            hello: Hello { addresses, ..hello.clone() },
-            deadline: *deadline,
-        });
+        let hello = Hello { addresses, ..hello.clone() };
+        self.shared = Arc::new(handler::Shared { rules: rules.clone(), hello });
     }
 
     fn wrap(
@@ -174,8 +177,13 @@ impl<B: NetworkBehaviour> Gate<B> {
         let now = Instant::now();
         match event {
             FromSwarm::ListenFailure(failure) => {
-                self.admission.failed(&failure.connection_id, now);
                 let remote = failure.send_back_addr;
+                let crosses = self.crosses(remote, now);
+                if crosses {
+                    self.admission.withdrawn(&failure.connection_id, now);
+                } else {
+                    self.admission.failed(&failure.connection_id, now);
+                }
                 let why = with_sources(failure.error);
                 if matches!(failure.error, ListenError::Denied { .. }) {
                     self.counters.denied_connections.add(1);
@@ -183,27 +191,29 @@ impl<B: NetworkBehaviour> Gate<B> {
                         Some(left_out) => warn!(%remote, left_out, "connection not taken: {why}"),
                         None => debug!(%remote, "connection not taken: {why}"),
                     }
-                } else if self.crosses(remote, now) {
+                } else if crosses {
                     debug!(%remote, "a connection that crossed with one of this node's was given up: {why}");
                 } else {
                     self.log_refusal("handshake", remote, None, &format!("no handshake: {why}"));
                 }
             }
             FromSwarm::ConnectionClosed(closed) => {
-                self.admission.failed(&closed.connection_id, now);
                 self.members.remove(&closed.connection_id);
                 if let Some(remote) = self.unknown.remove(&closed.connection_id) {
                     if self.members.values().any(|member| *member == closed.peer_id) {
+                        self.admission.withdrawn(&closed.connection_id, now);
                         // Of connections that begin at the same time, as when a hole is punched, each side keeps the one
                         // that it had first.
                         debug!(%remote, peer = %closed.peer_id, "a member gave up a connection before it was used");
                         return;
                     }
+                    self.admission.failed(&closed.connection_id, now);
                     let why = Refusal::Broken(std::io::ErrorKind::ConnectionAborted.into());
                     self.log_refusal(why.kind(), &remote, None, &why.to_string());
                     self.actions.push_back(ToSwarm::GenerateEvent(Event::Refused {
                         peer: closed.peer_id,
                         connection: closed.connection_id,
+                        stranger: false,
                     }));
                 }
             }
@@ -223,7 +233,8 @@ impl<B: NetworkBehaviour> NetworkBehaviour for Gate<B> {
         remote: &Multiaddr,
     ) -> Result<(), ConnectionDenied> {
         let from = if is_relayed(local) { None } else { ip(remote) };
-        self.admission.admit(connection, from, Instant::now()).map_err(ConnectionDenied::new)?;
+        let transport = super::mesh::transport(if is_relayed(local) { local } else { remote });
+        self.admission.admit(connection, transport, from, Instant::now()).map_err(ConnectionDenied::new)?;
         self.inner.handle_pending_inbound_connection(connection, local, remote)
     }
 
@@ -285,7 +296,8 @@ impl<B: NetworkBehaviour> NetworkBehaviour for Gate<B> {
                 if let Some(remote) = self.unknown.remove(&connection) {
                     self.log_refusal(why.kind(), &remote, claimed.as_ref(), &why.to_string());
                 }
-                self.actions.push_back(ToSwarm::GenerateEvent(Event::Refused { peer, connection }));
+                let stranger = matches!(why, Refusal::NotMember(_));
+                self.actions.push_back(ToSwarm::GenerateEvent(Event::Refused { peer, connection, stranger }));
                 self.actions.push_back(ToSwarm::CloseConnection {
                     peer_id: peer,
                     connection: CloseConnection::One(connection),
@@ -323,6 +335,17 @@ pub(super) fn is_relayed(address: &Multiaddr) -> bool {
     address.iter().any(|part| part == Protocol::P2pCircuit)
 }
 
+/// The address and port that a direct address begins with.
+pub(super) fn socket_address(address: &Multiaddr) -> Option<SocketAddr> {
+    if is_relayed(address) {
+        return None;
+    }
+    if let Protocol::Tcp(port) | Protocol::Udp(port) = address.iter().nth(1)? {
+        return Some(SocketAddr::new(ip(address)?, port));
+    }
+    None
+}
+
 /// The IP address that an address begins with.
 pub(super) fn ip(address: &Multiaddr) -> Option<IpAddr> {
     match address.iter().next() {
@@ -344,7 +367,8 @@ mod tests {
         let psks = Psks::parse("0123456789abcdef").unwrap();
         let membership = Arc::new(Membership { psks, allow: AllowList::default() });
         let (node, counters) = ("edge1".parse().unwrap(), Arc::default());
-        let mut gate = Gate::new(dummy::Behaviour, &node, membership, Duration::from_secs(5), counters);
+        let rules = Rules { membership, admitted: Arc::default(), deadline: Duration::from_secs(5) };
+        let mut gate = Gate::new(dummy::Behaviour, &node, rules, counters);
         let at = |text: &str| text.parse::<Multiaddr>().unwrap();
         let begin = Instant::now();
         gate.dials(&[at("/ip4/203.0.113.1/udp/20006/quic-v1"), at("/ip4/203.0.113.9/tcp/20006/p2p-circuit")], begin);

@@ -1,6 +1,6 @@
 //! This node's own addresses, as far as they tell how near a peer is and what to tell peers.
 
-use std::net::IpAddr;
+use std::{collections::HashSet, net::IpAddr};
 
 use nix::{ifaddrs::getifaddrs, sys::socket::SockaddrStorage};
 
@@ -30,7 +30,8 @@ pub(super) fn listening_on(listen: &[IpAddr]) -> Vec<IpAddr> {
     let own = interfaces.filter_map(|interface| interface.address.as_ref().and_then(address));
     let listened =
         |own: &IpAddr| listen.iter().any(|ip| ip == own || (ip.is_unspecified() && ip.is_ipv4() == own.is_ipv4()));
-    own.filter(|ip| listened(ip) && worth_telling(*ip)).collect()
+    let told = Telling::read();
+    own.filter(|ip| listened(ip) && told.is_worth(*ip)).collect()
 }
 
 fn same_network(a: IpAddr, b: IpAddr, mask: IpAddr) -> bool {
@@ -49,20 +50,33 @@ fn same_network(a: IpAddr, b: IpAddr, mask: IpAddr) -> bool {
     }
 }
 
-/// Whether other nodes may be told of this address of ours: not those of loopback, bridges of containers and the like.
-pub(super) fn worth_telling(ip: IpAddr) -> bool {
-    let local = match ip {
+/// Which of this node's addresses other nodes may be told of: not those of loopback, bridges of containers and the like.
+#[derive(Debug)]
+pub(super) struct Telling {
+    /// Addresses of devices that mean nothing to others.
+    local: HashSet<IpAddr>,
+}
+
+impl Telling {
+    /// Reads the interfaces, once for any number of addresses: a node with many pods has many.
+    pub(super) fn read() -> Self {
+        let is_local = |name: &str| LOCAL_DEVICES.iter().any(|prefix| name.starts_with(prefix));
+        let interfaces = getifaddrs().into_iter().flatten();
+        let local = interfaces.filter(|interface| is_local(&interface.interface_name));
+        Self { local: local.filter_map(|interface| interface.address.as_ref().and_then(address)).collect() }
+    }
+
+    pub(super) fn is_worth(&self, ip: IpAddr) -> bool {
+        !is_link_local(ip) && !self.local.contains(&ip)
+    }
+}
+
+/// Whether an address says nothing outside its host or link.
+pub(super) fn is_link_local(ip: IpAddr) -> bool {
+    match ip {
         IpAddr::V4(ip) => ip.is_loopback() || ip.is_link_local() || ip.is_unspecified(),
         IpAddr::V6(ip) => ip.is_loopback() || ip.is_unicast_link_local() || ip.is_unspecified(),
-    };
-    if local {
-        return false;
     }
-    let Ok(interfaces) = getifaddrs() else { return true };
-    !interfaces
-        .into_iter()
-        .filter(|interface| interface.address.as_ref().and_then(address) == Some(ip))
-        .any(|interface| LOCAL_DEVICES.iter().any(|prefix| interface.interface_name.starts_with(prefix)))
 }
 
 #[cfg(test)]
@@ -86,7 +100,8 @@ mod tests {
     #[test]
     fn loopback_is_near_and_nobody_elses_business() {
         assert!(on_link("127.0.0.1".parse().unwrap()));
-        assert!(!worth_telling("127.0.0.1".parse().unwrap()));
-        assert!(!worth_telling("169.254.96.16".parse().unwrap()));
+        for local in ["127.0.0.1", "169.254.96.16", "fe80::1"] {
+            assert!(!Telling::read().is_worth(local.parse().unwrap()), "{local}");
+        }
     }
 }

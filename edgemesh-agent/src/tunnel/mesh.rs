@@ -18,7 +18,12 @@ use libp2p::{
 };
 
 use super::{
-    NodeName, Transport, counters::Counters, gate::Gate, identity::Membership, secure::Buffered, serve::Server,
+    NodeName, Transport,
+    counters::Counters,
+    gate::{Gate, Rules},
+    identity::Membership,
+    secure::{Admitted, Buffered},
+    serve::Server,
     streams::Streams,
 };
 
@@ -97,7 +102,8 @@ pub(super) struct Parts {
 pub(super) fn build(parts: Parts) -> Result<Swarm<Gate<Mesh>>, String> {
     let tcp = tcp::Config::default().nodelay(true).listen_backlog(1024);
     let builder = SwarmBuilder::with_existing_identity(parts.keypair.clone()).with_tokio();
-    let deadline = parts.deadline;
+    let (deadline, admitted) = (parts.deadline, Arc::<Admitted>::default());
+    let buffered = Arc::clone(&admitted);
     // The builder's types differ with the encryption.
     macro_rules! finish {
         ($security:expr) => {
@@ -107,7 +113,7 @@ pub(super) fn build(parts: Parts) -> Result<Swarm<Gate<Mesh>>, String> {
                 .with_quic_config(quic)
                 .with_relay_client($security, yamux)
                 .map_err(|error| error.to_string())?
-                .with_behaviour(|keypair, client| behaviour(keypair, client, parts))
+                .with_behaviour(|keypair, client| behaviour(keypair, client, parts, admitted))
                 .map_err(|error| error.to_string())?
                 .with_swarm_config(swarm)
                 .with_connection_timeout(deadline)
@@ -115,8 +121,12 @@ pub(super) fn build(parts: Parts) -> Result<Swarm<Gate<Mesh>>, String> {
         };
     }
     Ok(match parts.security {
-        Security::Tls => finish!(|keypair: &Keypair| tls::Config::new(keypair).map(Buffered)),
-        Security::Noise => finish!(|keypair: &Keypair| noise::Config::new(keypair).map(Buffered)),
+        Security::Tls => finish!(|keypair: &Keypair| {
+            tls::Config::new(keypair).map(|security| Buffered { security, admitted: Arc::clone(&buffered) })
+        }),
+        Security::Noise => finish!(|keypair: &Keypair| {
+            noise::Config::new(keypair).map(|security| Buffered { security, admitted: Arc::clone(&buffered) })
+        }),
     })
 }
 
@@ -147,7 +157,12 @@ fn swarm(config: libp2p::swarm::Config) -> libp2p::swarm::Config {
 
 type BoxError = Box<dyn std::error::Error + Send + Sync>;
 
-fn behaviour(keypair: &Keypair, relay_client: relay::client::Behaviour, parts: Parts) -> Result<Gate<Mesh>, BoxError> {
+fn behaviour(
+    keypair: &Keypair,
+    relay_client: relay::client::Behaviour,
+    parts: Parts,
+    admitted: Arc<Admitted>,
+) -> Result<Gate<Mesh>, BoxError> {
     let Parts { node, keypair: _, membership, server, counters, security: _, hole_punching, mdns, deadline } = parts;
     let me = keypair.public().to_peer_id();
     let relay_config = relay::Config {
@@ -168,10 +183,8 @@ fn behaviour(keypair: &Keypair, relay_client: relay::client::Behaviour, parts: P
             None
         });
     let agent = format!("edgemesh/{}", env!("CARGO_PKG_VERSION"));
-    let identify = identify::Config::new("/edgemesh/1".to_owned(), keypair.public())
-        .with_agent_version(agent)
-        .with_push_listen_addr_updates(true)
-        .with_cache_size(0);
+    let identify =
+        identify::Config::new("/edgemesh/1".to_owned(), keypair.public()).with_agent_version(agent).with_cache_size(0);
     let mesh = Mesh {
         streams: Streams::new(server, Arc::clone(&counters), deadline),
         identify: identify::Behaviour::new(identify),
@@ -183,7 +196,7 @@ fn behaviour(keypair: &Keypair, relay_client: relay::client::Behaviour, parts: P
         autonat_server: None.into(),
         mdns: mdns.into(),
     };
-    Ok(Gate::new(mesh, &node, membership, deadline, counters))
+    Ok(Gate::new(mesh, &node, Rules { membership, admitted, deadline }, counters))
 }
 
 /// Where to listen: each transport on each address.

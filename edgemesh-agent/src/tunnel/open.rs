@@ -60,12 +60,21 @@ pub enum OpenError {
     Stopped,
 }
 
-/// What one attempt on one path came to, if it is no stream.
-enum Attempt {
-    /// The answer of the far node: final.
-    Answer(OpenError),
-    /// The path failed before there was an answer. Nothing of the flow has been sent, so another may be tried.
-    Path(String),
+/// What is asked of a far node.
+#[derive(Clone, Copy)]
+pub(super) struct Wanted {
+    pub(super) protocol: Protocol,
+    pub(super) target: Target,
+    /// Whether no stream is wanted, but to be told what would become of one.
+    pub(super) question: bool,
+}
+
+/// A far node's answer, and the stream on which it came.
+pub(super) struct Answered {
+    pub(super) response: Response,
+    pub(super) path: Arc<Path>,
+    stream: Substream,
+    permit: Permit,
 }
 
 impl Tunnel {
@@ -106,9 +115,15 @@ impl Tunnel {
         deadline: Duration,
     ) -> Result<Frames, OpenError> {
         let until = Instant::now() + deadline;
-        let what = format!("{node} has not answered within {deadline:?}");
-        let opened = timeout_at(until.into(), self.try_paths(node, protocol, target, until)).await;
-        let opened = opened.unwrap_or(Err(OpenError::TimedOut(what)));
+        let wanted = Wanted { protocol, target, question: false };
+        let answered = timeout_at(until.into(), self.try_paths(node, wanted, until)).await;
+        let answered = answered
+            .unwrap_or_else(|_| Err(OpenError::TimedOut(format!("{node} has not answered within {deadline:?}"))));
+        let opened =
+            answered.and_then(|Answered { response, path, stream, permit }| match refusal(node, target, response) {
+                None => Ok(Frames::new(stream, path, Some(permit))),
+                Some(error) => Err(error),
+            });
         match &opened {
             Ok(_) => self.counters.opened.add(1),
             Err(_) => self.counters.open_failures.add(1),
@@ -116,15 +131,15 @@ impl Tunnel {
         opened
     }
 
-    async fn try_paths(
+    /// The answer by the best path that gives one; whatever it is, it is final.
+    pub(super) async fn try_paths(
         &self,
         node: &NodeName,
-        protocol: Protocol,
-        target: Target,
+        wanted: Wanted,
         until: Instant,
-    ) -> Result<Frames, OpenError> {
+    ) -> Result<Answered, OpenError> {
         let mut failed = Vec::new();
-        let mut looked = false;
+        let (mut looked, mut rounds, mut changes) = (false, 0, self.peers.clone());
         loop {
             if self.stop.is_cancelled() {
                 return Err(OpenError::Stopped);
@@ -135,19 +150,24 @@ impl Tunnel {
             let mut any = false;
             let chosen = paths.iter().filter(usable).find_map(|path| {
                 any = true;
-                Some((Arc::clone(path), path.permit(protocol)?))
+                Some((Arc::clone(path), path.permit(wanted.protocol)?))
             });
             let Some((path, permit)) = chosen else {
                 if any {
                     return Err(OpenError::Busy(format!("as many streams to {node} are open as one connection takes")));
                 }
+                let (listed, _) = (!paths.is_empty(), changes.borrow_and_update());
                 self.connect(node).await?;
-                if failed.len() > MAX_ATTEMPTS {
-                    let why = "its connections end as soon as they are used".to_owned();
-                    return Err(OpenError::NoPath { node: node.clone(), why });
+                if listed {
+                    // Paths that have just failed are still listed. Either the swarm will hear that they have ended, or
+                    // they are there and take no streams.
+                    rounds += 1;
+                    if rounds > MAX_ROUNDS {
+                        let why = "its connections take no streams".to_owned();
+                        return Err(OpenError::NoPath { node: node.clone(), why });
+                    }
+                    let _ = tokio::time::timeout(ROUND, changes.changed()).await;
                 }
-                // A path that has just failed may still be listed: the swarm will hear of it.
-                tokio::task::yield_now().await;
                 continue;
             };
             if path.is_doubtful() && !looked {
@@ -157,10 +177,10 @@ impl Tunnel {
                 continue;
             }
             let connection = path.connection;
-            match request(node, path, permit, protocol, target, until).await {
-                Ok(frames) => return Ok(frames),
-                Err(Attempt::Answer(error)) => return Err(error),
-                Err(Attempt::Path(why)) => {
+            match request(node, path, permit, wanted, until).await {
+                Ok(answered) => return Ok(answered),
+                // Nothing of the flow has been sent, so another may be tried.
+                Err(why) => {
                     tracing::debug!(%node, "stream not opened, next path: {why}");
                     failed.push(connection);
                     if failed.len() > MAX_ATTEMPTS {
@@ -193,40 +213,43 @@ const RESTART: Duration = Duration::from_millis(100);
 /// How long another path is looked for where the only one is in doubt.
 const LOOK: Duration = Duration::from_millis(1500);
 
+/// How long the list of paths is given to change when all that are in it have failed, and how often.
+const ROUND: Duration = Duration::from_millis(50);
+const MAX_ROUNDS: u32 = 10;
+
 /// Paths that may fail under one request.
 const MAX_ATTEMPTS: usize = 4;
 
+/// Asks by one path; an error is why that path failed before there was an answer.
 async fn request(
     node: &NodeName,
     path: Arc<Path>,
     permit: Permit,
-    protocol: Protocol,
-    target: Target,
+    wanted: Wanted,
     until: Instant,
-) -> Result<Frames, Attempt> {
-    let lost = |error: io::Error| Attempt::Path(error.to_string());
-    let gone = || Attempt::Path("the connection has ended".to_owned());
+) -> Result<Answered, String> {
+    let lost = |error: io::Error| error.to_string();
+    let gone = || "the connection has ended".to_owned();
     let (reply, stream) = oneshot::channel();
     path.open.send(reply).await.map_err(|_| gone())?;
-    let mut stream = Substream::new(stream.await.map_err(|_| gone())?.map_err(Attempt::Path)?, &path);
+    let mut stream = Substream::new(stream.await.map_err(|_| gone())??, &path);
+    let Wanted { protocol, target, question } = wanted;
     let (ip, port) = match target {
         Target::Address(address) => (wire::ip_bytes(address.ip()), address.port()),
         Target::Node { port } => (Vec::new(), port),
     };
     let patience = until.saturating_duration_since(Instant::now()).as_millis();
     let request = Request {
-        protocol: protocol.into(),
+        protocol: if question { wire::NO_PROTOCOL } else { protocol.into() },
         node: node.to_string(),
         ip,
         port: port.into(),
         patience: u32::try_from(patience).unwrap_or(u32::MAX),
+        question: question.then_some(protocol.into()),
     };
     wire::write(&mut stream, &request).await.map_err(lost)?;
     let response = wire::read::<Response>(&mut stream).await.map_err(lost)?;
-    match refusal(node, target, response) {
-        None => Ok(Frames::new(stream, path, Some(permit))),
-        Some(error) => Err(Attempt::Answer(error)),
-    }
+    Ok(Answered { response, path, stream, permit })
 }
 
 /// What an answer other than success means.
@@ -247,6 +270,8 @@ fn refusal(node: &NodeName, target: Target, response: Response) -> Option<OpenEr
         Status::NotAllowed => Some(OpenError::NotAllowed { rule: detail }),
         Status::TimedOut => Some(OpenError::TimedOut(detail)),
         Status::Busy => Some(OpenError::Busy(detail)),
-        Status::Unknown | Status::Invalid => Some(OpenError::Protocol { node: node.clone(), why: detail }),
+        Status::Unknown | Status::Invalid | Status::Allowed => {
+            Some(OpenError::Protocol { node: node.clone(), why: detail })
+        }
     }
 }

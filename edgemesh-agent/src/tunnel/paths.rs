@@ -2,7 +2,7 @@
 
 use std::{
     collections::BTreeMap,
-    net::IpAddr,
+    net::{IpAddr, SocketAddr},
     sync::{
         Arc, OnceLock,
         atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering},
@@ -79,7 +79,7 @@ pub(super) struct Path {
     pub(super) connection: ConnectionId,
     pub(super) peer: PeerId,
     pub(super) transport: Transport,
-    pub(super) remote: Option<IpAddr>,
+    pub(super) remote: Option<SocketAddr>,
     pub(super) relay: Option<PeerId>,
     pub(super) on_link: bool,
     pub(super) open: mpsc::Sender<OpenRequest>,
@@ -99,10 +99,23 @@ pub(super) struct Path {
     pub(super) ended: CancellationToken,
     pub(super) since: Instant,
     rtt_nanos: AtomicU64,
+    /// When the peer last answered, in nanoseconds after `since`.
+    answered: AtomicU64,
     streams: AtomicU32,
+    /// Requests of the peer that are not streams yet.
+    serving: AtomicU32,
     sent: AtomicU64,
     received: AtomicU64,
     counters: Arc<Counters>,
+}
+
+/// A request that is being served on a path, until it is dropped.
+pub(super) struct Serving(Arc<Path>);
+
+impl Drop for Serving {
+    fn drop(&mut self) {
+        self.0.serving.fetch_sub(1, Ordering::Relaxed);
+    }
 }
 
 /// What a path is made from.
@@ -110,7 +123,7 @@ pub(super) struct NewPath {
     pub(super) connection: ConnectionId,
     pub(super) peer: PeerId,
     pub(super) transport: Transport,
-    pub(super) remote: Option<IpAddr>,
+    pub(super) remote: Option<SocketAddr>,
     pub(super) relay: Option<PeerId>,
     pub(super) on_link: bool,
     pub(super) open: mpsc::Sender<OpenRequest>,
@@ -139,7 +152,9 @@ impl Path {
             ended: CancellationToken::new(),
             since: Instant::now(),
             rtt_nanos: AtomicU64::new(0),
+            answered: AtomicU64::new(0),
             streams: AtomicU32::new(0),
+            serving: AtomicU32::new(0),
             sent: AtomicU64::new(0),
             received: AtomicU64::new(0),
             counters,
@@ -195,6 +210,31 @@ impl Path {
 
     pub(super) fn set_rtt(&self, rtt: Duration) {
         self.rtt_nanos.store(u64::try_from(rtt.as_nanos()).unwrap_or(u64::MAX).max(1), Ordering::Relaxed);
+        let after = u64::try_from(self.since.elapsed().as_nanos()).unwrap_or(u64::MAX);
+        self.answered.store(after, Ordering::Relaxed);
+    }
+
+    /// How long the peer has not answered on this connection.
+    pub(super) fn silent(&self) -> Duration {
+        self.since.elapsed().saturating_sub(Duration::from_nanos(self.answered.load(Ordering::Relaxed)))
+    }
+
+    /// Payload so far: sent, received.
+    pub(super) fn moved(&self) -> (u64, u64) {
+        (self.sent.load(Ordering::Relaxed), self.received.load(Ordering::Relaxed))
+    }
+
+    /// Counts a request of the peer until it is a stream or came to nothing.
+    pub(super) fn serving(self: &Arc<Self>) -> Serving {
+        self.serving.fetch_add(1, Ordering::Relaxed);
+        Serving(Arc::clone(self))
+    }
+
+    /// Whether nothing runs on it, and nothing is being opened.
+    pub(super) fn is_idle(&self) -> bool {
+        self.streams() == 0
+            && self.serving.load(Ordering::Relaxed) == 0
+            && self.permits.available_permits() == STREAMS_PER_PATH
     }
 
     pub(super) fn stream_began(&self) {
@@ -213,6 +253,22 @@ impl Path {
     pub(super) fn received(&self, bytes: usize) {
         self.received.fetch_add(bytes as u64, Ordering::Relaxed);
         self.counters.received_bytes.add(bytes as u64);
+    }
+
+    /// As `peers` shows it.
+    pub(super) fn view(&self, node: &NodeName) -> PeerView {
+        PeerView {
+            node: node.clone(),
+            peer_id: self.peer.to_string(),
+            path: self.kind(),
+            transport: self.transport,
+            remote: self.remote,
+            rtt: self.rtt(),
+            streams: self.streams(),
+            sent_bytes: self.sent.load(Ordering::Relaxed),
+            received_bytes: self.received.load(Ordering::Relaxed),
+            up: self.since.elapsed(),
+        }
     }
 
     fn rank(&self) -> (bool, PathKind, Transport, Instant) {
@@ -235,8 +291,8 @@ pub struct PeerView {
     pub path: PathKind,
     /// What the connection runs on.
     pub transport: Transport,
-    /// Address of the other end; none through a relay.
-    pub remote: Option<IpAddr>,
+    /// Address and port of the other end; none through a relay.
+    pub remote: Option<SocketAddr>,
     /// Last measured round trip; none before the first.
     pub rtt: Option<Duration>,
     /// Streams open in both directions.
@@ -267,7 +323,7 @@ impl Peers {
     /// The addresses at which this node has direct connections with `node`.
     pub fn seen_at(&self, node: &NodeName) -> Vec<IpAddr> {
         let paths = self.0.get(node).into_iter().flatten();
-        let mut seen: Vec<IpAddr> = paths.filter_map(|path| path.remote).collect();
+        let mut seen: Vec<IpAddr> = paths.filter_map(|path| Some(path.remote?.ip())).collect();
         seen.sort_unstable();
         seen.dedup();
         seen
@@ -275,19 +331,12 @@ impl Peers {
 
     /// All paths, the best of each node first.
     pub fn views(&self) -> Vec<PeerView> {
-        let view = |node: &NodeName, path: &Path| PeerView {
-            node: node.clone(),
-            peer_id: path.peer.to_string(),
-            path: path.kind(),
-            transport: path.transport,
-            remote: path.remote,
-            rtt: path.rtt(),
-            streams: path.streams(),
-            sent_bytes: path.sent.load(Ordering::Relaxed),
-            received_bytes: path.received.load(Ordering::Relaxed),
-            up: path.since.elapsed(),
-        };
-        self.0.iter().flat_map(|(node, paths)| paths.iter().map(move |path| view(node, path))).collect()
+        self.all().map(|(node, path)| path.view(node)).collect()
+    }
+
+    /// The path that new streams to `node` take; `None` when it is not connected.
+    pub fn best(&self, node: &NodeName) -> Option<PeerView> {
+        Some(self.paths(node).first()?.view(node))
     }
 
     /// The paths to a node, best first.

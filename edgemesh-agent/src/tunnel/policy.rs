@@ -1,6 +1,6 @@
 //! What a node dials for others.
 
-use std::net::{IpAddr, Ipv6Addr, SocketAddr};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 
 use super::{NodeName, Protocol};
 
@@ -34,6 +34,15 @@ pub enum Decision {
     },
 }
 
+/// Why a [`DialPolicy`] allows a target.
+#[derive(Clone, Debug, Default, Eq, PartialEq)]
+pub struct Grounds {
+    /// Few words that name the rule, such as `an endpoint of a Service on this node`; empty where there is none to name.
+    pub rule: String,
+    /// `NAMESPACE/NAME` of the Services that have the target as an endpoint on this node.
+    pub services: Vec<String>,
+}
+
 /// Decides what this node dials for other members.
 ///
 /// Asked for each stream, on a thread of the runtime: it must not block. Whatever it says, addresses that lead to the
@@ -41,6 +50,10 @@ pub enum Decision {
 pub trait DialPolicy: Send + Sync + 'static {
     /// Decides on `from`'s request for `target`.
     fn decide(&self, from: &NodeName, protocol: Protocol, target: Target) -> Decision;
+
+    /// Why a target is allowed that [`Self::decide`] has just allowed, for somebody who looks for a fault. May take
+    /// milliseconds, as it is asked seldom.
+    fn grounds(&self, protocol: Protocol, target: Target) -> Grounds;
 }
 
 impl<F> DialPolicy for F
@@ -50,10 +63,29 @@ where
     fn decide(&self, from: &NodeName, protocol: Protocol, target: Target) -> Decision {
         self(from, protocol, target)
     }
+
+    fn grounds(&self, _: Protocol, _: Target) -> Grounds {
+        Grounds::default()
+    }
 }
 
-/// The metadata service of Amazon over IPv6; that over IPv4, 169.254.169.254, is link-local anyway.
-const METADATA_V6: Ipv6Addr = Ipv6Addr::new(0xfd00, 0xec2, 0, 0, 0, 0, 0, 0x254);
+/// Metadata services beside 169.254.169.254, which is link-local anyway: Amazon's over IPv6, Alibaba's, Azure's, Oracle's.
+const METADATA: [IpAddr; 4] = [
+    IpAddr::V6(Ipv6Addr::new(0xfd00, 0xec2, 0, 0, 0, 0, 0, 0x254)),
+    IpAddr::V4(Ipv4Addr::new(100, 100, 100, 200)),
+    IpAddr::V4(Ipv4Addr::new(168, 63, 129, 16)),
+    IpAddr::V4(Ipv4Addr::new(192, 0, 0, 192)),
+];
+
+/// The IPv4 address that an IPv6 address leads to: mapped, compatible (RFC 4291), or through a NAT64 (RFC 6052).
+fn within(v6: Ipv6Addr) -> Option<Ipv4Addr> {
+    let nat64 = v6.segments().starts_with(&[0x64, 0xff9b, 0, 0, 0, 0]);
+    if nat64 {
+        let [.., a, b, c, d] = v6.octets();
+        return Some(Ipv4Addr::new(a, b, c, d));
+    }
+    v6.to_ipv4().filter(|_| !v6.is_loopback() && !v6.is_unspecified())
+}
 
 /// The rule by which an address is refused to everybody, if there is one: loopback, unspecified, link-local (metadata
 /// services of clouds, the agent's own bridge address), multicast and broadcast.
@@ -69,7 +101,7 @@ pub fn always_refused(ip: IpAddr) -> Option<&'static str> {
     };
     // An IPv4 address in any of its IPv6 clothes reaches the same host.
     let ip = match ip {
-        IpAddr::V6(v6) => v6.to_ipv4().filter(|_| !v6.is_loopback() && !v6.is_unspecified()).map_or(ip, IpAddr::V4),
+        IpAddr::V6(v6) => within(v6).map_or(ip, IpAddr::V4),
         IpAddr::V4(_) => ip,
     };
     let link_local = match ip {
@@ -84,7 +116,7 @@ pub fn always_refused(ip: IpAddr) -> Option<&'static str> {
         Some("the unspecified address is never dialled for others")
     } else if link_local {
         Some(link_local_rule(ip))
-    } else if ip == IpAddr::V6(METADATA_V6) {
+    } else if METADATA.contains(&ip) {
         Some("the metadata address is never dialled for others")
     } else if ip.is_multicast() || broadcast {
         Some("multicast and broadcast addresses are never dialled for others")
@@ -111,6 +143,9 @@ mod tests {
             ("169.254.169.254", "metadata"),
             ("::ffff:169.254.169.254", "metadata"),
             ("fd00:ec2::254", "metadata"),
+            ("100.100.100.200", "metadata"),
+            ("64:ff9b::a9fe:a9fe", "metadata"),
+            ("64:ff9b::7f00:1", "loopback"),
             ("169.254.96.16", "link-local"),
             ("fe80::1", "link-local"),
             ("224.0.0.1", "multicast"),
@@ -124,7 +159,16 @@ mod tests {
 
     #[test]
     fn addresses_of_pods_and_nodes_pass() {
-        for ip in ["10.244.1.7", "192.168.1.1", "172.16.0.1", "8.8.8.8", "fd00::7", "2001:db8::1", "198.18.0.1"] {
+        for ip in [
+            "10.244.1.7",
+            "192.168.1.1",
+            "172.16.0.1",
+            "8.8.8.8",
+            "64:ff9b::808:808",
+            "fd00::7",
+            "2001:db8::1",
+            "198.18.0.1",
+        ] {
             assert_eq!(always_refused(ip.parse().unwrap()), None, "{ip}");
         }
     }

@@ -3,10 +3,14 @@
 //! yamux writes the 12 bytes of a frame's header, then the frame, and flushes: without a buffer each of them is a TLS record,
 //! a system call and, as Nagle's algorithm is off, a packet of its own. And rustls asks for 4 KiB at a time, a quarter of a
 //! record.
+//!
+//! What a peer sends before it has passed the gate is counted here too: yamux would give each of its streams a window.
 
 use std::{
+    collections::HashMap,
     io,
     pin::Pin,
+    sync::{Arc, PoisonError, RwLock},
     task::{Context, Poll, ready},
 };
 
@@ -29,16 +33,57 @@ const WRITE: usize = 64 * 1024;
 /// So many are not held back for more to come.
 const ENOUGH: usize = 32 * 1024;
 
+/// Bytes that a peer may send on a connection before it has passed the gate; a hello has a few hundred.
+const BEFORE: usize = 64 * 1024;
+
 /// An encryption whose connections are buffered.
 #[derive(Clone)]
-pub(super) struct Buffered<U>(pub(super) U);
+pub(super) struct Buffered<U> {
+    pub(super) security: U,
+    pub(super) admitted: Arc<Admitted>,
+}
+
+/// Peers that have passed the gate, by the number of connections on which they did.
+#[derive(Debug, Default)]
+pub(super) struct Admitted(RwLock<HashMap<PeerId, usize>>);
+
+/// Has a peer be admitted as long as it is held.
+#[derive(Debug)]
+pub(super) struct Pass {
+    peer: PeerId,
+    admitted: Arc<Admitted>,
+}
+
+impl Admitted {
+    /// The peer has passed the gate on a connection.
+    pub(super) fn enter(self: &Arc<Self>, peer: PeerId) -> Pass {
+        *self.0.write().unwrap_or_else(PoisonError::into_inner).entry(peer).or_insert(0) += 1;
+        Pass { peer, admitted: Arc::clone(self) }
+    }
+
+    fn contains(&self, peer: &PeerId) -> bool {
+        self.0.read().unwrap_or_else(PoisonError::into_inner).contains_key(peer)
+    }
+}
+
+impl Drop for Pass {
+    fn drop(&mut self) {
+        let mut admitted = self.admitted.0.write().unwrap_or_else(PoisonError::into_inner);
+        if let Some(count) = admitted.get_mut(&self.peer) {
+            *count -= 1;
+            if *count == 0 {
+                admitted.remove(&self.peer);
+            }
+        }
+    }
+}
 
 impl<U: UpgradeInfo> UpgradeInfo for Buffered<U> {
     type Info = U::Info;
     type InfoIter = U::InfoIter;
 
     fn protocol_info(&self) -> Self::InfoIter {
-        self.0.protocol_info()
+        self.security.protocol_info()
     }
 }
 
@@ -53,8 +98,9 @@ where
     type Future = BoxFuture<'static, Result<Self::Output, Self::Error>>;
 
     fn upgrade_inbound(self, socket: C, info: Self::Info) -> Self::Future {
-        let secured = self.0.upgrade_inbound(BufReader::with_capacity(READ, socket), info);
-        secured.map_ok(|(peer, stream)| (peer, Gathered::new(stream))).boxed()
+        let Self { security, admitted } = self;
+        let secured = security.upgrade_inbound(BufReader::with_capacity(READ, socket), info);
+        secured.map_ok(|(peer, stream)| (peer, Gathered::new(stream, peer, admitted))).boxed()
     }
 }
 
@@ -69,8 +115,9 @@ where
     type Future = BoxFuture<'static, Result<Self::Output, Self::Error>>;
 
     fn upgrade_outbound(self, socket: C, info: Self::Info) -> Self::Future {
-        let secured = self.0.upgrade_outbound(BufReader::with_capacity(READ, socket), info);
-        secured.map_ok(|(peer, stream)| (peer, Gathered::new(stream))).boxed()
+        let Self { security, admitted } = self;
+        let secured = security.upgrade_outbound(BufReader::with_capacity(READ, socket), info);
+        secured.map_ok(|(peer, stream)| (peer, Gathered::new(stream, peer, admitted))).boxed()
     }
 }
 
@@ -81,11 +128,32 @@ pub(super) struct Gathered<S> {
     written: usize,
     /// Whether something was written since the last flush was asked for.
     fresh: bool,
+    /// None when the peer is known to have passed the gate.
+    limit: Option<Limit>,
+}
+
+/// What a peer may still send before it must have passed the gate.
+struct Limit {
+    left: usize,
+    peer: PeerId,
+    admitted: Arc<Admitted>,
 }
 
 impl<S> Gathered<S> {
-    fn new(inner: S) -> Self {
-        Self { inner, waiting: Vec::new(), written: 0, fresh: false }
+    fn new(inner: S, peer: PeerId, admitted: Arc<Admitted>) -> Self {
+        let limit = Some(Limit { left: BEFORE, peer, admitted });
+        Self { inner, waiting: Vec::new(), written: 0, fresh: false, limit }
+    }
+
+    fn count(&mut self, read: usize) -> io::Result<usize> {
+        if let Some(limit) = &mut self.limit {
+            match limit.left.checked_sub(read) {
+                Some(left) => limit.left = left,
+                None if limit.admitted.contains(&limit.peer) => self.limit = None,
+                None => return Err(io::Error::other("it sent too much before it had said who it is")),
+            }
+        }
+        Ok(read)
     }
 }
 
@@ -132,7 +200,8 @@ impl<S: AsyncWrite + Unpin> AsyncWrite for Gathered<S> {
 
 impl<S: AsyncRead + Unpin> AsyncRead for Gathered<S> {
     fn poll_read(mut self: Pin<&mut Self>, cx: &mut Context<'_>, buffer: &mut [u8]) -> Poll<io::Result<usize>> {
-        Pin::new(&mut self.inner).poll_read(cx, buffer)
+        let read = ready!(Pin::new(&mut self.inner).poll_read(cx, buffer))?;
+        Poll::Ready(self.count(read))
     }
 
     fn poll_read_vectored(
@@ -140,7 +209,8 @@ impl<S: AsyncRead + Unpin> AsyncRead for Gathered<S> {
         cx: &mut Context<'_>,
         buffers: &mut [IoSliceMut<'_>],
     ) -> Poll<io::Result<usize>> {
-        Pin::new(&mut self.inner).poll_read_vectored(cx, buffers)
+        let read = ready!(Pin::new(&mut self.inner).poll_read_vectored(cx, buffers))?;
+        Poll::Ready(self.count(read))
     }
 }
 
@@ -179,7 +249,7 @@ mod tests {
     }
 
     fn gathered(most: usize) -> Gathered<Reluctant> {
-        Gathered::new(Reluctant { most, willing: false, writes: Vec::new() })
+        Gathered::new(Reluctant { most, willing: false, writes: Vec::new() }, PeerId::random(), Arc::default())
     }
 
     #[test]
@@ -196,6 +266,30 @@ mod tests {
         }
         assert!(Pin::new(&mut stream).poll_flush(cx).is_ready());
         assert_eq!(stream.inner.writes.iter().map(Vec::len).collect::<Vec<_>>(), [3 * 512]);
+    }
+
+    #[test]
+    fn a_peer_sends_little_before_it_has_passed_the_gate_and_all_it_likes_afterwards() {
+        let (peer, admitted, cx) =
+            (PeerId::random(), Arc::<Admitted>::default(), &mut Context::from_waker(std::task::Waker::noop()));
+        let mut read = |stream: &mut Gathered<futures::io::Repeat>| match Pin::new(stream).poll_read(cx, &mut [0; 1024])
+        {
+            Poll::Ready(read) => read.map(|_| ()),
+            Poll::Pending => panic!("there is more"),
+        };
+        let stream = || Gathered::new(futures::io::repeat(7), peer, Arc::clone(&admitted));
+        let (mut stranger, mut member) = (stream(), stream());
+        for _ in 0..BEFORE / 1024 {
+            read(&mut stranger).unwrap();
+        }
+        read(&mut stranger).unwrap_err();
+        let pass = admitted.enter(peer);
+        for _ in 0..2 * BEFORE / 1024 {
+            read(&mut member).unwrap();
+        }
+        drop(pass);
+        read(&mut member).unwrap();
+        assert!(admitted.0.read().unwrap().is_empty());
     }
 
     proptest! {

@@ -26,7 +26,7 @@ use tokio::sync::mpsc;
 
 use super::{
     counters::Counters,
-    gate::{ip, is_relayed},
+    gate::{is_relayed, socket_address},
     interfaces,
     mesh::transport,
     paths::{NewPath, OpenRequest, Path},
@@ -66,15 +66,15 @@ impl Streams {
         // Of a relayed connection from outside, the relay stands in the local address.
         let place = local.filter(|local| is_relayed(local)).unwrap_or(remote);
         let relay = is_relayed(place).then(|| relay(place)).flatten();
-        let remote_ip = if relay.is_some() { None } else { ip(remote) };
+        let remote = if relay.is_some() { None } else { socket_address(remote) };
         let (open, requests) = mpsc::channel(WAITING);
         let path = Arc::new(Path::new(NewPath {
             connection,
             peer,
             transport: transport(place),
-            remote: remote_ip,
+            remote,
             relay,
-            on_link: remote_ip.is_some_and(interfaces::on_link),
+            on_link: remote.is_some_and(|remote| interfaces::on_link(remote.ip())),
             open,
             counters: Arc::clone(&self.counters),
         }));

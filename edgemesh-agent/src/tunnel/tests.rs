@@ -1,5 +1,6 @@
 //! Real swarms on loopback.
 
+mod asks;
 mod measure;
 mod membership;
 mod relays;

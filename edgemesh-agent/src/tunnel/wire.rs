@@ -11,6 +11,12 @@ const MAX_MESSAGE: usize = 4096;
 /// Most addresses in a [`Hello`].
 pub(super) const MAX_ADDRESSES: usize = 16;
 
+/// Most Services in an [`Explanation`].
+pub(super) const MAX_SERVICES: usize = 4;
+
+/// [`Request::protocol`] of a question.
+pub(super) const NO_PROTOCOL: i32 = 0;
+
 /// The first message on each connection, in both directions: who the sender claims to be.
 #[derive(Clone, PartialEq, Message)]
 pub(super) struct Hello {
@@ -52,6 +58,10 @@ pub(super) struct Request {
     /// How long the sender waits for the answer, in milliseconds: who dials longer dials for nobody.
     #[prost(uint32, tag = "5")]
     pub(super) patience: u32,
+    /// What kind of flow the sender asks about without opening one. Such a question has [`NO_PROTOCOL`], which nodes that
+    /// know no questions refuse as [`Status::Invalid`].
+    #[prost(enumeration = "Protocol", optional, tag = "6")]
+    pub(super) question: Option<i32>,
 }
 
 /// How a [`Request`] went.
@@ -74,6 +84,8 @@ pub(super) enum Status {
     Busy = 6,
     /// The request makes no sense to the far node.
     Invalid = 7,
+    /// Only to a question: the far node would send there, which it has not tried.
+    Allowed = 8,
 }
 
 /// The answer to a [`Request`].
@@ -84,6 +96,23 @@ pub(super) struct Response {
     /// Of `NotAllowed`, the rule; else what the system said, for people.
     #[prost(string, tag = "2")]
     pub(super) detail: String,
+    /// In every answer to a question of a node that knows what a question is; but one that is busy may not have read it.
+    #[prost(message, optional, tag = "3")]
+    pub(super) explanation: Option<Explanation>,
+}
+
+/// What an answer to a question has beyond its status.
+#[derive(Clone, PartialEq, Message)]
+pub(super) struct Explanation {
+    /// The rule that allows the target; empty where none does.
+    #[prost(string, tag = "1")]
+    pub(super) rule: String,
+    /// `NAMESPACE/NAME` of Services that have the target as an endpoint on the far node, [`MAX_SERVICES`] at most.
+    #[prost(string, repeated, tag = "2")]
+    pub(super) services: Vec<String>,
+    /// How long the target took to accept or to refuse a connection, in microseconds; none where it was not tried.
+    #[prost(uint64, optional, tag = "3")]
+    pub(super) dial_micros: Option<u64>,
 }
 
 /// An address in the form of [`Request::ip`].
@@ -150,7 +179,8 @@ mod tests {
     proptest! {
         #[test]
         fn messages_come_through_and_leave_what_follows(node in ".{0,60}", ip in any::<[u8; 16]>(), port: u32, rest: Vec<u8>) {
-            let request = Request { protocol: Protocol::Udp.into(), node, ip: ip.to_vec(), port, patience: 5000 };
+            let protocol = Protocol::Udp.into();
+            let request = Request { protocol, node, ip: ip.to_vec(), port, patience: 5000, question: None };
             let mut bytes = Vec::new();
             block_on_ready(write(&mut bytes, &request)).unwrap();
             bytes.extend(&rest);
@@ -165,7 +195,74 @@ mod tests {
         fn garbage_is_an_error_and_never_a_panic(bytes: Vec<u8>) {
             let _ = block_on_ready(read::<Hello>(&mut Cursor::new(&bytes)));
             let _ = block_on_ready(read::<Request>(&mut Cursor::new(&bytes)));
+            let _ = block_on_ready(read::<Response>(&mut Cursor::new(&bytes)));
         }
+    }
+
+    /// A request as nodes know it that know no questions.
+    #[derive(Clone, PartialEq, Message)]
+    struct OldRequest {
+        #[prost(enumeration = "Protocol", tag = "1")]
+        protocol: i32,
+        #[prost(string, tag = "2")]
+        node: String,
+        #[prost(bytes = "vec", tag = "3")]
+        ip: Vec<u8>,
+        #[prost(uint32, tag = "4")]
+        port: u32,
+        #[prost(uint32, tag = "5")]
+        patience: u32,
+    }
+
+    /// An answer as they know it.
+    #[derive(Clone, PartialEq, Message)]
+    struct OldResponse {
+        #[prost(enumeration = "Status", tag = "1")]
+        status: i32,
+        #[prost(string, tag = "2")]
+        detail: String,
+    }
+
+    #[test]
+    fn a_question_opens_nothing_at_a_node_that_knows_none() {
+        let question = Request {
+            protocol: NO_PROTOCOL,
+            node: "far".to_owned(),
+            ip: vec![10, 0, 0, 1],
+            port: 80,
+            patience: 3000,
+            question: Some(Protocol::Tcp.into()),
+        };
+        let read = OldRequest::decode(question.encode_to_vec().as_slice()).unwrap();
+        assert!(Protocol::try_from(read.protocol).is_err(), "{read:?}");
+        assert_eq!((&*read.node, read.port), ("far", 80));
+        let again = Request::decode(question.encode_to_vec().as_slice()).unwrap();
+        assert_eq!(again, question);
+    }
+
+    #[test]
+    fn streams_are_asked_for_and_answered_as_ever() {
+        let old = OldRequest {
+            protocol: Protocol::Udp.into(),
+            node: "far".to_owned(),
+            ip: vec![10, 0, 0, 1],
+            port: 80,
+            patience: 3000,
+        };
+        let new = Request::decode(old.encode_to_vec().as_slice()).unwrap();
+        assert_eq!((new.protocol, new.question), (Protocol::Udp.into(), None));
+        assert_eq!(new.encode_to_vec(), old.encode_to_vec(), "byte for byte");
+
+        let old = OldResponse { status: Status::NotAllowed.into(), detail: "a rule".to_owned() };
+        let new = Response::decode(old.encode_to_vec().as_slice()).unwrap();
+        assert_eq!((new.status(), &*new.detail, &new.explanation), (Status::NotAllowed, "a rule", &None));
+        assert_eq!(new.encode_to_vec(), old.encode_to_vec(), "byte for byte");
+    }
+
+    #[test]
+    fn a_status_of_a_later_version_is_unknown() {
+        let later = Response { status: 99, ..Response::default() };
+        assert_eq!(Response::decode(later.encode_to_vec().as_slice()).unwrap().status(), Status::Unknown);
     }
 
     #[test]

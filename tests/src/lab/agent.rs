@@ -319,6 +319,25 @@ impl Agent {
             .ok_or_else(|| anyhow!("the agent of {} did not end within {DRAIN:?} after SIGTERM", self.node))
     }
 
+    /// Stops it in its tracks (SIGSTOP): its sockets stay open, and nobody answers on them.
+    pub fn freeze(&self) -> Result<()> {
+        self.signal(Signal::SIGSTOP)
+    }
+
+    /// Lets it go on after [`Agent::freeze`] (SIGCONT).
+    pub fn thaw(&self) -> Result<()> {
+        self.signal(Signal::SIGCONT)
+    }
+
+    fn signal(&self, signal: Signal) -> Result<()> {
+        // As in `stop`.
+        let mut process = locked(&self.process);
+        let ended = place::wait(&mut process, Duration::ZERO)?;
+        ensure!(ended.is_none(), "the agent of {} has ended", self.node);
+        let pid = Pid::from_raw(i32::try_from(self.pid).context("a process id is out of range")?);
+        kill(pid, signal).with_context(|| format!("could not signal the agent of {}", self.node))
+    }
+
     /// What it has logged and printed so far.
     pub fn log(&self) -> Result<String> {
         let bytes = std::fs::read(&self.log).with_context(|| format!("could not read {}", self.log.display()))?;

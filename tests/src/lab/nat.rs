@@ -5,6 +5,7 @@ use std::io;
 use std::net::IpAddr;
 use std::os::fd::AsFd as _;
 use std::process::{Command, Stdio};
+use std::sync::Mutex;
 
 use anyhow::{Context as _, Result, bail, ensure};
 
@@ -12,7 +13,7 @@ use super::netns::{self, Netns};
 use super::place::{self, Place};
 use super::subnet::Subnet;
 use super::topology::Site;
-use super::{DEADLINE, Inner, locked};
+use super::{DEADLINE, Inner, Transport, locked};
 
 /// Seconds for which a full cone keeps a port open after the last packet from inside; RFC 4787 recommends 300 (REQ-5).
 const MAPPING_SECONDS: u32 = 300;
@@ -54,6 +55,15 @@ pub(super) struct Router {
     /// The IPv4 subnet of its own site, whose first address it has.
     lan: Subnet,
     nat: Nat,
+    forwards: Mutex<Vec<Forward>>,
+}
+
+/// A port that a router forwards to the same port of a host.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Forward {
+    pub(super) transport: Transport,
+    pub(super) port: u16,
+    pub(super) host: IpAddr,
 }
 
 /// How a router is attached to the site outside.
@@ -82,7 +92,7 @@ impl Router {
     pub(super) fn start(outside: &Site, inside: &str, lan: Subnet, nat: Nat) -> Result<Self> {
         let mut routers = locked(&outside.lab().routers);
         let (number, outside, inside) = (routers.len(), outside.clone(), inside.to_owned());
-        let router = Self { number, outside, inside, lan, nat };
+        let router = Self { number, outside, inside, lan, nat, forwards: Mutex::default() };
         routers.push(router.run(&[])?);
         drop(routers);
         Ok(router)
@@ -112,7 +122,21 @@ impl Router {
     pub(super) fn set_hosts(&self, hosts: &[IpAddr]) -> Result<()> {
         // Only these rules name hosts.
         let Nat::FullCone { .. } = self.nat else { return Ok(()) };
-        self.with(|running| restore(self.lab(), &running.netns, &rules(self.nat, hosts)))
+        self.load_rules(hosts)
+    }
+
+    /// Forwards a port, for the site's `hosts`.
+    pub(super) fn forward(&self, forward: Forward, hosts: &[IpAddr]) -> Result<()> {
+        locked(&self.forwards).push(forward);
+        self.load_rules(hosts)
+    }
+
+    fn load_rules(&self, hosts: &[IpAddr]) -> Result<()> {
+        self.with(|running| restore(self.lab(), &running.netns, &self.rules(hosts)))
+    }
+
+    fn rules(&self, hosts: &[IpAddr]) -> String {
+        rules(self.nat, hosts, &locked(&self.forwards))
     }
 
     /// Has the uplink swallow all packets in silence, or carry them again.
@@ -135,7 +159,7 @@ impl Router {
         netns.sysctl(netns::QUIET)?;
         netns.sysctl(netns::FORWARDING)?;
         // Before there is anything to forward.
-        restore(self.lab(), &netns, &rules(self.nat, hosts))?;
+        restore(self.lab(), &netns, &self.rules(hosts))?;
         let link = self.lab().next_link();
         let (wan, lan, path) = (format!("wan{link}"), format!("lan{link}"), netns.path());
         self.lab().backbone.ip(&format!(
@@ -163,9 +187,18 @@ impl Router {
 ///
 /// MASQUERADE keeps the mapping of a host's port for all destinations, whatever port it had to take, unless it is asked
 /// for a random one: then each connection has its own (`get_unique_tuple`, net/netfilter/nf_nat_core.c).
-fn rules(nat: Nat, hosts: &[IpAddr]) -> String {
+fn rules(nat: Nat, hosts: &[IpAddr], forwards: &[Forward]) -> String {
     let random = if nat == Nat::Symmetric { " --random-fully" } else { "" };
     let (mut mark, mut open, mut map) = (String::new(), String::new(), String::new());
+    for Forward { transport, port, host } in forwards {
+        let protocol = match transport {
+            Transport::Tcp => "tcp",
+            Transport::Udp => "udp",
+        };
+        // Writing to a String cannot fail.
+        let _ =
+            writeln!(open, "-A PREROUTING -i wan -p {protocol} --dport {port} -j DNAT --to-destination {host}:{port}");
+    }
     if let Nat::FullCone { port } = nat {
         for (public, host) in (port..).zip(hosts) {
             for protocol in ["udp", "tcp"] {
@@ -183,6 +216,8 @@ fn rules(nat: Nat, hosts: &[IpAddr]) -> String {
                 let _ = writeln!(map, "-A POSTROUTING -o wan {from} -j MASQUERADE --to-ports {public}");
             }
         }
+    }
+    if !open.is_empty() {
         mark.push_str("-A FORWARD -i wan -m conntrack --ctstate DNAT -j ACCEPT\n");
     }
     // The router's own silence is part of the job: a refusal of a packet that came too early would have it remembered,
@@ -244,9 +279,9 @@ mod tests {
     #[test]
     fn only_a_full_cone_lets_anybody_in() {
         for nat in [Nat::PortRestricted, Nat::Symmetric] {
-            assert!(!rules(nat, &hosts()).contains("PREROUTING -"), "{nat:?}");
+            assert!(!rules(nat, &hosts(), &[]).contains("PREROUTING -"), "{nat:?}");
         }
-        let text = rules(Nat::FullCone { port: 20006 }, &hosts());
+        let text = rules(Nat::FullCone { port: 20006 }, &hosts(), &[]);
         for line in [
             "-A FORWARD -i lan -o wan -s 192.168.1.11 -p udp --sport 20006 -m recent --name udp20006 --mask 0.0.0.0 --set",
             "-A PREROUTING -i wan -p tcp --dport 20007 -m recent --name tcp20007 --mask 0.0.0.0 --rcheck --seconds 300 \
@@ -259,7 +294,7 @@ mod tests {
 
     #[test]
     fn only_a_symmetric_nat_maps_at_random() {
-        let random = |nat| rules(nat, &hosts()).contains("--random-fully");
+        let random = |nat| rules(nat, &hosts(), &[]).contains("--random-fully");
         assert!(random(Nat::Symmetric));
         assert!(!random(Nat::PortRestricted) && !random(Nat::FullCone { port: 20006 }));
     }

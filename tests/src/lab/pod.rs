@@ -11,8 +11,8 @@ use anyhow::{Context as _, Result, bail, ensure};
 use super::DEADLINE;
 use super::shell::Shell;
 use crate::probe::message::{
-    App, BulkReport, Dial, Ending, Failure, FanReply, HammerReport, HttpReport, Measure, Quantiles, Reply, Request,
-    Response, SpreadReport, Transport, parse_greeting,
+    App, BulkReport, Dial, Ending, Failure, FanReply, HammerReport, HttpReport, Measure, Quantiles, Rate, Reply,
+    Request, Response, SpreadReport, Tls, Transport, parse_greeting,
 };
 
 /// How long an answer to a question about the socket's address may take before it is asked again.
@@ -159,7 +159,12 @@ impl Pod {
 
     /// Carries TCP connections on one address to `backend`, as a userspace proxy does; port 0 picks a free one.
     pub fn proxy(&self, listen: SocketAddr, backend: SocketAddr) -> Result<SocketAddr> {
-        ask!(self, Request::Proxy { listen, backend }, self.deadline, Response::Serving(address) => address)
+        self.tls_proxy(listen, backend, Tls::Neither)
+    }
+
+    /// The same with TLS on one side; a pair of these carries connections encrypted.
+    pub fn tls_proxy(&self, listen: SocketAddr, backend: SocketAddr, tls: Tls) -> Result<SocketAddr> {
+        ask!(self, Request::Proxy { listen, backend, tls }, self.deadline, Response::Serving(address) => address)
     }
 
     /// Stops what [`Pod::serve`] started, and closes its connections.
@@ -272,6 +277,23 @@ impl Pod {
         // At a MiB a second, at the worst.
         let bound = self.deadline.saturating_mul(4) + Duration::from_secs(bytes >> 20);
         ask!(self, Request::Bulk { dial: self.dial(target), bytes }, bound, Response::Bulk(report) => report)
+    }
+
+    /// Receives from an [`App::Source`] server on one connection for `warm_up`, then counts for `length` what comes, in
+    /// bytes.
+    pub fn drain(&self, target: SocketAddr, warm_up: Duration, length: Duration) -> Result<Rate> {
+        let bound = warm_up.saturating_add(length).saturating_add(self.deadline * 2);
+        ask!(self, Request::Drain { dial: self.dial(target), warm_up, length }, bound, Response::Rate(rate) => rate)
+    }
+
+    /// Has `clients` make connections to an [`App::Echo`] server for `length`, each with a request of a few bytes, its
+    /// answer and a reset; counts the connections.
+    ///
+    /// # Errors
+    /// Also when one of them fails.
+    pub fn turnover(&self, target: SocketAddr, clients: u32, length: Duration) -> Result<Rate> {
+        let request = Request::Turnover { dial: self.dial(target), clients, length };
+        ask!(self, request, length.saturating_add(self.deadline * 2), Response::Rate(rate) => rate)
     }
 
     /// Times `rounds` blocking connects per group of addresses, as [`Pod::measure`] does.

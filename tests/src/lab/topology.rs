@@ -12,13 +12,13 @@ use std::sync::{Arc, Mutex};
 
 use anyhow::{Context as _, Result, ensure};
 
-use super::nat::{Nat, Router, Uplink};
+use super::nat::{Forward, Nat, Router, Uplink};
 use super::netns::{self, Netns};
 use super::place::{self, Place};
 use super::pod::Pod;
 use super::shell::Shell;
 use super::subnet::{self, Subnet};
-use super::{Inner, binary, locked, remains};
+use super::{Inner, Transport, binary, locked, remains};
 
 /// The first node of a site has the address this far into the site's subnets.
 const FIRST_NODE: u32 = 11;
@@ -113,6 +113,15 @@ impl Site {
     /// The address by which the site's router is known outside, which is the source of all that leaves the site.
     pub fn public_ip(&self) -> Result<IpAddr> {
         self.router()?.public_ip()
+    }
+
+    /// Has the site's router forward a port of its public address to the same port of a node, as the owner of a router
+    /// sets it up. It stays with the node's present address, and also when the router gets another one itself.
+    pub fn forward(&self, transport: Transport, port: u16, node: &Node) -> Result<()> {
+        let host = node.ips().iter().find(|ip| ip.is_ipv4());
+        let host = *host.with_context(|| format!("{} has no IPv4 address to forward to", node.name()))?;
+        let forward = Forward { transport, port, host };
+        self.router()?.forward(forward, &self.hosts()).context("could not have a router forward a port")
     }
 
     /// Cuts the uplink: from now on, packets into and out of the site vanish in silence.

@@ -24,7 +24,7 @@ use super::message::{
 /// No greeting and no answer of a lab server is longer.
 const LONGEST: usize = 512;
 /// What clients send; servers send it back.
-const PAYLOAD: &str = "the quick brown fox";
+pub(super) const PAYLOAD: &str = "the quick brown fox";
 
 /// A connected socket to an echo server.
 pub(super) struct Connection {

@@ -43,6 +43,8 @@ pub enum Request {
         listen: SocketAddr,
         /// Where it connects to.
         backend: SocketAddr,
+        /// Where it speaks TLS.
+        tls: Tls,
     },
     /// Closes a listener and its connections; answered by [`Response::Done`].
     StopServing {
@@ -167,6 +169,25 @@ pub enum Request {
         /// How much, in bytes.
         bytes: u64,
     },
+    /// Receives from an [`App::Source`] server on one connection; [`Response::Rate`], in bytes.
+    Drain {
+        /// The server; the deadline bounds the connect, and the whole beyond its length.
+        dial: Dial,
+        /// What is received before does not count: windows grow in the first moments.
+        warm_up: Duration,
+        /// For how long it counts.
+        length: Duration,
+    },
+    /// Makes connections to an [`App::Echo`] server, one after the other for each client, with a request, its answer and
+    /// a reset on each; [`Response::Rate`], in connections.
+    Turnover {
+        /// The server; the deadline bounds each connection.
+        dial: Dial,
+        /// How many clients do so at once.
+        clients: u32,
+        /// For how long.
+        length: Duration,
+    },
     /// Times one thing again and again, the groups taking turns in one thread; [`Response::Latency`].
     Latency {
         /// What is timed.
@@ -220,6 +241,8 @@ pub enum Response {
     Spread(SpreadReport),
     /// What much data came to.
     Bulk(BulkReport),
+    /// How much of something there was in a time.
+    Rate(Rate),
     /// Per group, in the order of the request.
     Latency(Vec<Quantiles>),
     /// The id of a running hammer.
@@ -243,6 +266,34 @@ pub enum App {
     Count,
     /// TCP: greets as [`App::Tcp`] does and resets the connection at the first byte.
     Reset,
+    /// TCP: echoes, without a greeting.
+    Echo,
+    /// TCP: sends without end, and hears nothing.
+    Source,
+}
+
+/// Which of a proxy's two connections is TLS 1.3, by the certificates of [`crate::meta_server::pki`]. Every connection has
+/// a full handshake, in which the server alone shows a certificate.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Tls {
+    /// None.
+    Neither,
+    /// That of its client.
+    Accepted,
+    /// That to its backend.
+    Dialled,
+}
+
+impl App {
+    /// What its protocol runs on.
+    pub fn transport(self) -> Transport {
+        match self {
+            Self::Udp => Transport::Udp,
+            Self::Tcp | Self::Http | Self::WebSocket | Self::Count | Self::Reset | Self::Echo | Self::Source => {
+                Transport::Tcp
+            }
+        }
+    }
 }
 
 /// What a latency is of.
@@ -254,6 +305,11 @@ pub enum Measure {
     Send,
     /// A TCP connection to an [`App::Tcp`] server, a request of a few bytes and its answer, from the socket's making on.
     Exchange,
+    /// A request of a few bytes and its answer, on one TCP connection to each [`App::Tcp`] server for all rounds.
+    RoundTrip,
+    /// The same as [`Measure::Exchange`] with a server of this kind, in its own protocol: a message on a connected UDP socket,
+    /// a GET request, an upgrade to WebSocket and a message each way.
+    Visit(App),
 }
 
 /// The transport protocol of a client.
@@ -353,6 +409,22 @@ pub struct SpreadReport {
     pub names: BTreeMap<String, u64>,
     /// Connections that failed, by errno name.
     pub failures: BTreeMap<String, u64>,
+}
+
+/// How much of something there was in a time.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Rate {
+    /// How much.
+    pub count: u64,
+    /// In which time; never zero.
+    pub took: Duration,
+}
+
+impl Rate {
+    /// How much a second.
+    pub fn per_second(self) -> f64 {
+        self.count as f64 / self.took.as_secs_f64()
+    }
 }
 
 /// The distribution of a measured duration.

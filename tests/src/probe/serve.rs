@@ -40,7 +40,7 @@ impl Server {
                 let _ = setsockopt(&socket, RcvBufForce, &CROWD);
                 Ok(Self::Datagram(socket, name.into()))
             }
-            App::Tcp | App::Http | App::WebSocket | App::Count | App::Reset => {
+            App::Tcp | App::Http | App::WebSocket | App::Count | App::Reset | App::Echo | App::Source => {
                 Ok(Self::Stream(TcpListener::bind(listen).await.map_err(failed)?, app, name.into()))
             }
         }
@@ -78,6 +78,8 @@ async fn serve_streams(listener: &TcpListener, app: App, name: &Arc<str>) {
                         App::WebSocket => serve_websocket(stream, client, &name).await,
                         App::Count => serve_count(stream, client, &name).await,
                         App::Reset => serve_reset(stream, client, &name).await,
+                        App::Echo => echo(stream).await,
+                        App::Source => serve_source(stream).await,
                         App::Tcp | App::Udp => serve_echo(stream, client, &name).await,
                     }
                 });
@@ -91,9 +93,12 @@ async fn serve_streams(listener: &TcpListener, app: App, name: &Arc<str>) {
 // The servers below end with the connection, whichever way it ends: the client is the one who judges.
 
 async fn serve_echo(mut stream: TcpStream, client: SocketAddr, name: &str) {
-    if stream.write_all(format!("{name} {client}\n").as_bytes()).await.is_err() {
-        return;
+    if stream.write_all(format!("{name} {client}\n").as_bytes()).await.is_ok() {
+        echo(stream).await;
     }
+}
+
+async fn echo(mut stream: TcpStream) {
     let mut buffer = vec![0_u8; 65_536];
     while let Ok(length @ 1..) = stream.read(&mut buffer).await {
         if stream.write_all(&buffer[..length]).await.is_err() {
@@ -117,6 +122,11 @@ async fn serve_reset(mut stream: TcpStream, client: SocketAddr, name: &str) {
     }
 }
 
+async fn serve_source(mut stream: TcpStream) {
+    let piece = vec![b's'; 65_536];
+    while stream.write_all(&piece).await.is_ok() {}
+}
+
 async fn serve_http(stream: TcpStream, client: SocketAddr, name: &str) {
     let answer = Bytes::from(format!("{name} {client}\n"));
     let service = service_fn(|_| {
@@ -127,6 +137,8 @@ async fn serve_http(stream: TcpStream, client: SocketAddr, name: &str) {
 }
 
 async fn serve_websocket(stream: TcpStream, client: SocketAddr, name: &str) {
+    // The greeting follows the upgrade at once, and would wait for the client's kernel to acknowledge that.
+    let _ = stream.set_nodelay(true);
     let Ok(mut socket) = tokio_tungstenite::accept_async(stream).await else { return };
     if socket.send(Message::text(format!("{name} {client}"))).await.is_err() {
         return;
@@ -136,28 +148,6 @@ async fn serve_websocket(stream: TcpStream, client: SocketAddr, name: &str) {
         if echo && socket.send(message).await.is_err() {
             return;
         }
-    }
-}
-
-/// Carries each connection to `backend`, until dropped.
-pub(super) async fn proxy(listener: TcpListener, backend: SocketAddr) {
-    let mut connections = JoinSet::new();
-    loop {
-        tokio::select! {
-            accepted = listener.accept() => {
-                let Ok((stream, _)) = accepted else { continue };
-                connections.spawn(carry(stream, backend));
-            }
-            Some(_) = connections.join_next() => {}
-        }
-    }
-}
-
-async fn carry(mut stream: TcpStream, backend: SocketAddr) {
-    let Ok(mut onward) = TcpStream::connect(backend).await else { return };
-    // Neither side may wait for more to send: small messages are what is carried.
-    if stream.set_nodelay(true).and_then(|()| onward.set_nodelay(true)).is_ok() {
-        let _ = tokio::io::copy_bidirectional(&mut stream, &mut onward).await;
     }
 }
 

@@ -7,15 +7,16 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use anyhow::{Context as _, Result};
-use tokio::net::TcpListener;
 use tokio::runtime::Runtime;
 use tokio::task::JoinHandle;
 
 use super::client::{self, Connection, connect_blocking};
 use super::crowd;
 use super::load::{self, Hammer};
-use super::message::{Answer, App, Call, Failure, Request, Response};
-use super::serve::{self, Server};
+use super::message::{Answer, App, Call, Failure, Request, Response, Tls};
+use super::proxy::Proxy;
+use super::rate;
+use super::serve::Server;
 
 /// Answers requests until standard input ends.
 pub(super) fn run() -> Result<()> {
@@ -57,7 +58,7 @@ impl Shell {
     fn answer(&self, request: Request) -> Result<Response, Failure> {
         match request {
             Request::Serve { name, app, listen } => self.serve(&name, app, listen),
-            Request::Proxy { listen, backend } => self.proxy(listen, backend),
+            Request::Proxy { listen, backend, tls } => self.proxy(listen, backend, tls),
             Request::StopServing { app, listen } => {
                 let server = locked(&self.servers).remove(&(app, listen));
                 let server =
@@ -130,8 +131,14 @@ impl Shell {
                 self.runtime.block_on(crowd::crowd(transport, dial, count, rounds)).map(Response::Spread)
             }
             Request::Bulk { dial, bytes } => self.runtime.block_on(crowd::bulk(dial, bytes)).map(Response::Bulk),
+            Request::Drain { dial, warm_up, length } => {
+                self.runtime.block_on(rate::drain(dial, warm_up, length)).map(Response::Rate)
+            }
+            Request::Turnover { dial, clients, length } => {
+                self.runtime.block_on(rate::turnover(dial, clients, length)).map(Response::Rate)
+            }
             Request::Latency { measure, groups, rounds, deadline } => {
-                load::latency(measure, &groups, rounds, deadline).map(Response::Latency)
+                load::latency(&self.runtime, measure, &groups, rounds, deadline).map(Response::Latency)
             }
             Request::StartHammer { transport, dial, concurrency } => {
                 let hammer = Hammer::start(transport, dial, concurrency);
@@ -149,11 +156,10 @@ impl Shell {
         Ok(Response::Serving(address))
     }
 
-    fn proxy(&self, listen: SocketAddr, backend: SocketAddr) -> Result<Response, Failure> {
-        let failed = |error: std::io::Error| Failure::from_io(&format!("listen on {listen}"), &error);
-        let listener = self.runtime.block_on(TcpListener::bind(listen)).map_err(failed)?;
-        let address = listener.local_addr().map_err(failed)?;
-        self.runtime.spawn(serve::proxy(listener, backend));
+    fn proxy(&self, listen: SocketAddr, backend: SocketAddr, tls: Tls) -> Result<Response, Failure> {
+        let proxy = self.runtime.block_on(Proxy::bind(listen, backend, tls))?;
+        let address = proxy.address()?;
+        self.runtime.spawn(proxy.run());
         Ok(Response::Serving(address))
     }
 

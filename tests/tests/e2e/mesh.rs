@@ -6,6 +6,7 @@ mod relays;
 mod sites;
 mod strangers;
 mod targets;
+mod trace;
 
 use std::time::Duration;
 
@@ -25,6 +26,7 @@ const CLUSTER_IPS: [&str; 2] = ["10.96.8.1", "fd00:10:96::8:1"];
 /// `edge1` with a client and `edge2` with a server, in one LAN, whose pods never go directly. `edge2` is the relay.
 struct World {
     client: Pod,
+    server: Pod,
     agents: [Agent; 2],
     edge1: Node,
     edge2: Node,
@@ -64,7 +66,7 @@ impl World {
         for agent in &agents {
             agent.wait_ready(START)?;
         }
-        Ok(Some(Self { client, agents, edge1, edge2, _lab: lab }))
+        Ok(Some(Self { client, server, agents, edge1, edge2, _lab: lab }))
     }
 }
 

@@ -281,3 +281,29 @@ fn a_site_behind_two_nats_gets_out_by_both() -> Result<()> {
     assert_eq!(internet.lan.public_ip().unwrap_err().to_string(), "the site is not behind a router");
     Ok(())
 }
+
+#[test]
+fn a_port_that_a_router_forwards_leads_to_its_node_and_no_other_does() -> Result<()> {
+    let Some(lab) = Lab::for_test()? else { return Ok(()) };
+    let internet = Internet::new(&lab)?;
+    let (home, host) = internet.home("home", Nat::PortRestricted)?;
+    for port in [7000, 7001] {
+        serve(&host, App::Tcp, port)?;
+    }
+    serve(&host, App::Udp, 7000)?;
+    for transport in [Transport::Tcp, Transport::Udp] {
+        home.forward(transport, 7000, &host)?;
+    }
+    let client = internet.one.host();
+    for _ in 0..2 {
+        let public = home.public_ip()?;
+        let forwarded = SocketAddr::new(public, 7000);
+        assert_eq!(client.tcp(forwarded)?.name, "home-host");
+        assert_eq!(client.udp(forwarded)?.name, "home-host");
+        let other = client.within(SILENCE).connect(SocketAddr::new(public, 7001))?;
+        assert_eq!(other, Attempt::Failed("ETIMEDOUT".to_owned()));
+        // A router that dials in anew is set up as it was.
+        home.renumber_uplink()?;
+    }
+    Ok(())
+}

@@ -16,15 +16,23 @@ use libp2p::{
 };
 use tracing::{debug, info, warn};
 
-use super::{Driver, MAX_STRANGERS, Purpose, RETIRE, STRANGER, Task, random};
+use super::{Driver, MAX_CONFIRMED, MAX_STRANGERS, Purpose, RETIRE, SETTLED, STRANGER, Task, random};
 use crate::tunnel::{
     NodeName, PathKind, Transport,
     gate::{self, ip, is_relayed, with_sources},
+    interfaces::is_link_local,
     mesh::MeshEvent,
+    paths::Path,
 };
 
-/// Round trips that may fail in a row before a connection counts as dead.
+/// Round trips that may fail in a row before a connection counts as dead, beyond the first, of which ping says nothing.
 const PING_FAILURES: u32 = 2;
+
+/// Bytes sent between two round trips that make up for one that has failed.
+const BUSY: u64 = 32 * 1024;
+
+/// How long a connection on which round trips are measured every 2 s is silent when it is not merely slow.
+const SILENT: Duration = Duration::from_secs(4);
 
 impl Driver<'_> {
     #[expect(clippy::wildcard_enum_match_arm, reason = "libp2p has many events, and the rest is no matter here")]
@@ -34,9 +42,11 @@ impl Driver<'_> {
                 self.on_member(peer, connection, node, addresses);
                 self.end_other_runs(connection, run);
             }
-            SwarmEvent::Behaviour(gate::Event::Refused { peer, connection }) => {
+            SwarmEvent::Behaviour(gate::Event::Refused { peer, connection, stranger }) => {
                 self.outbound.remove(&connection);
-                self.on_stranger(peer);
+                if stranger {
+                    self.on_stranger(peer);
+                }
                 self.dial_failed(connection, "what answers there is no member");
             }
             SwarmEvent::Behaviour(gate::Event::Inner(event)) => self.on_mesh_event(event),
@@ -56,21 +66,11 @@ impl Driver<'_> {
             }
             SwarmEvent::NewListenAddr { address, .. } => {
                 debug!(%address, "the tunnel listens");
-                if !is_relayed(&address) {
-                    self.update_relay_role();
-                    // The network has changed: what was out of reach may be near.
-                    let relayed = self.peers.nodes().filter(|node| {
-                        self.peers.path(node).is_some_and(|path| matches!(path, PathKind::Relayed { .. }))
-                    });
-                    let relayed: Vec<NodeName> = relayed.cloned().collect();
-                    for node in relayed {
-                        self.upgrade_anew(&node, Duration::from_secs_f64(random()));
-                    }
-                }
+                self.on_address(&address);
             }
             SwarmEvent::ExpiredListenAddr { address, .. } => {
                 debug!(%address, "the tunnel listens no longer");
-                self.update_relay_role();
+                self.on_address(&address);
             }
             SwarmEvent::ListenerClosed { listener_id, reason, .. } => {
                 if let Some((node, _)) = self.circuits.remove(&listener_id) {
@@ -87,6 +87,14 @@ impl Driver<'_> {
                     info!(%address, "other nodes can reach this one from outside");
                 }
                 self.public = true;
+                self.confirmed.retain(|known| *known != address);
+                self.confirmed.push_back(address);
+                // Where this node was before it got another address somebody else may be now.
+                if self.confirmed.len() > MAX_CONFIRMED
+                    && let Some(oldest) = self.confirmed.pop_front().filter(|oldest| !self.external.contains(oldest))
+                {
+                    self.swarm.remove_external_address(&oldest);
+                }
                 self.update_relay_role();
             }
             _ => {}
@@ -101,22 +109,19 @@ impl Driver<'_> {
                     self.ping_failures.remove(&connection);
                     if let Some(path) = self.swarm.behaviour().inner.streams.path(connection) {
                         path.set_rtt(rtt);
+                        self.payload.insert(connection, path.moved());
                     }
                     self.doubt(connection, false);
                 }
                 Err(ping::Failure::Unsupported) => {}
-                Err(_) => {
-                    self.doubt(connection, true);
-                    let failures = self.ping_failures.entry(connection).or_default();
-                    *failures += 1;
-                    if *failures >= PING_FAILURES {
-                        self.swarm.close_connection(connection);
-                    }
-                }
+                Err(_) => self.on_silence(connection),
             },
             MeshEvent::Identify(identify::Event::Received { connection_id, peer_id, info }) => {
                 self.book.identified(peer_id, info.listen_addrs);
-                if self.swarm.behaviour().inner.streams.path(connection_id).is_some_and(|path| path.is_direct()) {
+                let path = self.swarm.behaviour().inner.streams.path(connection_id);
+                let direct = path.filter(|path| path.is_direct());
+                // Others see what is of use to their own LAN only.
+                if direct.and_then(|path| path.node.get()).is_some_and(|node| self.relays.contains(node)) {
                     // Identify itself believes that a NAT keeps the port, and puts that of a listener in the place of
                     // another. But all that this node dials leaves from there: the port is what the NAT has made of it.
                     self.swarm.behaviour_mut().seen_at(info.observed_addr);
@@ -158,6 +163,36 @@ impl Driver<'_> {
         }
     }
 
+    /// A round trip has failed on a connection.
+    fn on_silence(&mut self, connection: ConnectionId) {
+        let Some(path) = self.swarm.behaviour().inner.streams.path(connection).map(Arc::clone) else { return };
+        let (sent, received) = path.moved();
+        let (sent_before, received_before) = self.payload.insert(connection, (sent, received)).unwrap_or_default();
+        if received > received_before || sent.saturating_sub(sent_before) >= BUSY {
+            // The question waits behind what is under way on a slow link. Nobody could send so much for long if nothing were
+            // taken at the other end.
+            return;
+        }
+        self.doubt(connection, true);
+        let failures = self.ping_failures.entry(connection).or_default();
+        *failures += 1;
+        if *failures >= PING_FAILURES {
+            self.swarm.close_connection(connection);
+        }
+    }
+
+    /// The addresses of an interface have changed. Those of pods' interfaces come and go all the time, and tell nobody anything.
+    fn on_address(&mut self, address: &Multiaddr) {
+        if is_relayed(address) {
+            return;
+        }
+        self.tell_sockets();
+        let matters = ip(address).is_some_and(|ip| !is_link_local(ip));
+        if matters && !self.schedule.values().any(|task| *task == Task::Moved) {
+            self.after(SETTLED, Task::Moved);
+        }
+    }
+
     /// Has new streams avoid a connection, or take it again.
     fn doubt(&mut self, connection: ConnectionId, doubtful: bool) {
         let Some(path) = self.swarm.behaviour().inner.streams.path(connection).map(Arc::clone) else { return };
@@ -180,6 +215,23 @@ impl Driver<'_> {
         let ended: Vec<ConnectionId> = ended.map(|path| path.connection).collect();
         for connection in ended {
             debug!(%node, "the node has started anew; a connection of before is closed");
+            self.swarm.close_connection(connection);
+        }
+    }
+
+    /// Closes direct connections with a node that were silent when it came from another address: it has moved, which they
+    /// would only find out later, and a relay would lead others to them until then.
+    fn end_silent(&mut self, newest: &Path) {
+        let Some(node) = newest.node.get() else { return };
+        // Ports differ by transport and by who has dialled.
+        let at = |path: &Path| path.remote.map(|remote| remote.ip());
+        let elsewhere =
+            |path: &&Arc<Path>| path.is_direct() && path.connection != newest.connection && at(path) != at(newest);
+        let others = self.peers.paths(node).iter().filter(elsewhere);
+        let silent: Vec<ConnectionId> =
+            others.filter(|path| path.silent() >= SILENT).map(|path| path.connection).collect();
+        for connection in silent {
+            debug!(%node, "the node has come from another address; a silent connection of before is closed");
             self.swarm.close_connection(connection);
         }
     }
@@ -212,6 +264,10 @@ impl Driver<'_> {
         if let Some(via) = path.relay.and_then(|relay| self.node_of(relay)) {
             let _ = path.via.set(via);
         }
+        self.strangers.remove(&peer);
+        if path.is_direct() {
+            self.end_silent(&path);
+        }
         let relayed_before = self.peers.paths(&node).iter().any(|path| !path.is_direct());
         if path.is_direct() && dialled.is_none() && relayed_before && !self.public {
             // Through this node's NAT nobody comes without a hole, and only the dialling side is told of it.
@@ -231,7 +287,10 @@ impl Driver<'_> {
         }
         debug!(%node, path = path.kind().as_str(), "member connected");
         let (direct, is_relay) = (path.is_direct(), self.relays.contains(&node));
-        path.pinned.store(direct && (is_relay || path.on_link), Ordering::Relaxed);
+        // One of each transport is kept: a second one, such as a relay makes to find out whether it can, ends when idle.
+        let mut others = self.peers.paths(&node).iter();
+        let second = others.any(|other| other.transport == path.transport && other.pinned.load(Ordering::Relaxed));
+        path.pinned.store(direct && !second && (is_relay || path.on_link), Ordering::Relaxed);
         self.peers.put(&node, path);
         self.publish();
         self.found(&node);
@@ -243,18 +302,25 @@ impl Driver<'_> {
             self.after(RETIRE, Task::Retire(node));
         } else if !direct && self.peers.paths(&node).iter().all(|path| !path.is_direct()) {
             // Both sides may try; the one that was called lets the other begin.
-            self.upgrade_anew(&node, if outbound { Duration::ZERO } else { Duration::from_secs(1) });
+            self.upgrade_anew(&node, if outbound { Duration::ZERO } else { Duration::from_secs(1) }, false);
         }
     }
 
     fn on_closed(&mut self, connection: ConnectionId, why: &str) {
         self.outbound.remove(&connection);
         self.ping_failures.remove(&connection);
+        self.payload.remove(&connection);
         self.dial_failed(connection, why);
         let Some((node, path)) = self.peers.take(connection) else { return };
         debug!(%node, path = path.kind().as_str(), "connection to member ended: {why}");
         self.publish();
         let direct_left = self.peers.paths(&node).iter().any(|path| path.is_direct());
+        if path.pinned.load(Ordering::Relaxed) {
+            let mut others = self.peers.paths(&node).iter();
+            if let Some(heir) = others.find(|other| other.is_direct() && other.transport == path.transport) {
+                heir.pinned.store(true, Ordering::Relaxed);
+            }
+        }
         if path.is_direct() && !direct_left {
             if self.relays.contains(&node) {
                 self.relays.lost(&node, Instant::now(), random());
@@ -263,7 +329,7 @@ impl Driver<'_> {
             }
             if !self.peers.paths(&node).is_empty() {
                 // A relay carries on; the hole may have been closed for good, and another be needed.
-                self.upgrade_anew(&node, Duration::from_secs_f64(1.0 + random()));
+                self.upgrade_anew(&node, Duration::from_secs_f64(1.0 + random()), true);
             }
         }
         if direct_left && path.transport == Transport::Tcp {
@@ -277,7 +343,7 @@ impl Driver<'_> {
         let mut left: BTreeMap<(PeerId, IpAddr), Vec<ConnectionId>> = BTreeMap::new();
         for path in self.peers.paths(node).iter().filter(|path| path.transport == Transport::Quic) {
             if let Some(remote) = path.remote {
-                left.entry((path.peer, remote)).or_default().push(path.connection);
+                left.entry((path.peer, remote.ip())).or_default().push(path.connection);
             }
         }
         for ((peer, remote), connections) in left {

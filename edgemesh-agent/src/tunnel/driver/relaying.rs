@@ -7,14 +7,18 @@ use std::{
     time::{Duration, Instant},
 };
 
+use futures::future::join_all;
 use libp2p::{Multiaddr, autonat, core::transport::ListenerId, multiaddr::Protocol, relay};
 use tracing::{debug, warn};
 
 use super::{Driver, Purpose, Task, random};
-use crate::tunnel::{NodeName, RelayNode, ServeRelay, Settings, Transport, relays::Host};
+use crate::tunnel::{NodeName, RelayAddress, RelayNode, ServeRelay, Settings, Transport, relays::Host};
 
 /// How long a name of a relay may take to resolve.
 const RESOLVE: Duration = Duration::from_secs(5);
+
+/// The same where there are other addresses, which wait for it.
+const RESOLVE_BESIDE: Duration = Duration::from_millis(500);
 
 /// Addresses that one relay is dialled at.
 const MAX_RELAY_ADDRESSES: usize = 16;
@@ -125,7 +129,7 @@ impl Driver<'_> {
         let ids = self.core.settings.psks.peer_ids(node);
         let known: Vec<Multiaddr> = addresses.iter().flat_map(|address| self.multiaddrs(*address)).collect();
         for id in &ids {
-            self.book.told(*id, known.iter().cloned());
+            self.book.configured(*id, known.iter().cloned());
         }
         if self.peers.paths(node).iter().any(|path| path.is_direct()) {
             return self.relays.connected(node, Instant::now());
@@ -173,20 +177,27 @@ impl Driver<'_> {
 }
 
 pub(super) async fn resolve(relay: RelayNode) -> (RelayNode, Vec<SocketAddr>) {
-    let mut addresses: Vec<SocketAddr> = Vec::new();
-    for address in &relay.addresses {
-        match &address.host {
-            Host::Ip(ip) => addresses.push(SocketAddr::new(*ip, address.port)),
-            Host::Name(name) => {
-                let lookup = tokio::net::lookup_host((name.as_str(), address.port));
-                match tokio::time::timeout(RESOLVE, lookup).await {
-                    Ok(Ok(found)) => addresses.extend(found),
-                    Ok(Err(error)) => debug!(relay = %relay.node, name, "cannot resolve: {error}"),
-                    Err(_) => debug!(relay = %relay.node, name, "did not resolve within {RESOLVE:?}"),
+    let is_ip = |address: &RelayAddress| matches!(address.host, Host::Ip(_));
+    let patience = if relay.addresses.iter().any(is_ip) { RESOLVE_BESIDE } else { RESOLVE };
+    // All at once, so that a name that nobody answers for delays no other.
+    let found = join_all(relay.addresses.iter().map(async |address| match &address.host {
+        Host::Ip(ip) => vec![SocketAddr::new(*ip, address.port)],
+        Host::Name(name) => {
+            let lookup = tokio::net::lookup_host((name.as_str(), address.port));
+            match tokio::time::timeout(patience, lookup).await {
+                Ok(Ok(found)) => found.collect(),
+                Ok(Err(error)) => {
+                    debug!(relay = %relay.node, name, "cannot resolve: {error}");
+                    Vec::new()
+                }
+                Err(_) => {
+                    debug!(relay = %relay.node, name, "did not resolve within {patience:?}");
+                    Vec::new()
                 }
             }
         }
-    }
+    }));
+    let mut addresses: Vec<SocketAddr> = found.await.into_iter().flatten().collect();
     let mut seen = HashSet::new();
     addresses.retain(|address| seen.insert(*address));
     addresses.truncate(MAX_RELAY_ADDRESSES / 2);

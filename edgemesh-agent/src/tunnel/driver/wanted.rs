@@ -59,13 +59,17 @@ impl Driver<'_> {
             return;
         }
         let dialling = self.is_dialling(&node);
+        let circuits = self.is_dialling_circuits(&node) || self.circuit_addresses(&node).is_empty();
+        let (mut stage, mut begun) = (Stage::Tcp, Instant::now());
         if let Some(want) = self.wanted.get_mut(&node) {
             match &want.failed {
-                // As long as ways are still being tried there is no use in trying the same again.
-                Some((at, why)) if at.elapsed() < FAILED || dialling => {
+                Some((at, why)) if at.elapsed() < FAILED || (dialling && circuits) => {
                     let _ = reply.send(Err(why.clone()));
                     return;
                 }
+                // Direct ways may be silent for seconds, and there is no use in trying the same again meanwhile. But a
+                // relay may have heard of the node since.
+                Some(_) if dialling => (stage, begun) = (Stage::Circuits, want.begun),
                 Some(_) => {}
                 None => {
                     want.waiters.retain(|waiter| !waiter.is_closed());
@@ -82,8 +86,7 @@ impl Driver<'_> {
         self.wanted.retain(|node, want| {
             want.failed.as_ref().is_none_or(|(at, _)| is_fresh(at) || dials.values().any(|dial| dial.is_for(node)))
         });
-        let want =
-            Want { waiters: vec![reply], begun: Instant::now(), stage: Stage::Tcp, reasons: Vec::new(), failed: None };
+        let want = Want { waiters: vec![reply], begun, stage, reasons: Vec::new(), failed: None };
         self.wanted.insert(node.clone(), want);
         self.next_stage(&node);
     }

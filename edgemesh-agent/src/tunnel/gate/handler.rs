@@ -22,10 +22,14 @@ use libp2p::{
     },
 };
 
-use super::super::{
-    NodeName,
-    identity::{Membership, NotMember},
-    wire::{self, Hello},
+use super::{
+    super::{
+        NodeName,
+        identity::NotMember,
+        secure::Pass,
+        wire::{self, Hello},
+    },
+    Rules,
 };
 
 const HELLO: StreamProtocol = StreamProtocol::new("/edgemesh/hello/1");
@@ -79,11 +83,9 @@ pub(in super::super) enum FromHandler<E> {
 }
 
 /// What all handlers of a gate have in common.
-#[derive(Debug)]
 pub(super) struct Shared {
-    pub(super) membership: Arc<Membership>,
+    pub(super) rules: Rules,
     pub(super) hello: Hello,
-    pub(super) deadline: Duration,
 }
 
 enum Step {
@@ -115,12 +117,14 @@ pub(in super::super) struct Handler<H: ConnectionHandler> {
     opened: Option<Instant>,
     deadline: Pin<Box<tokio::time::Sleep>>,
     exchange: Option<BoxFuture<'static, std::io::Result<Step>>>,
+    /// Held from when the peer is known to be a member.
+    pass: Option<Pass>,
     events: VecDeque<FromHandler<H::ToBehaviour>>,
 }
 
 impl<H: ConnectionHandler> Handler<H> {
     pub(super) fn new(inner: H, shared: Arc<Shared>, peer: PeerId, first: bool, relayed: bool) -> Self {
-        let deadline = Box::pin(tokio::time::sleep(shared.deadline));
+        let deadline = Box::pin(tokio::time::sleep(shared.rules.deadline));
         Self {
             inner,
             shared,
@@ -132,6 +136,7 @@ impl<H: ConnectionHandler> Handler<H> {
             opened: None,
             deadline,
             exchange: None,
+            pass: None,
             events: VecDeque::new(),
         }
     }
@@ -161,9 +166,10 @@ impl<H: ConnectionHandler> Handler<H> {
 
     fn on_hello(&mut self, mut stream: Box<Stream>, theirs: Hello) {
         let Ok(node) = theirs.node.parse::<NodeName>() else { return self.refuse(None, Refusal::Name) };
-        if let Err(why) = self.shared.membership.check(&node, &self.peer) {
+        if let Err(why) = self.shared.rules.membership.check(&node, &self.peer) {
             return self.refuse(Some(node), why.into());
         }
+        self.pass = Some(self.shared.rules.admitted.enter(self.peer));
         let run = theirs.run;
         let addresses =
             theirs.addresses.into_iter().take(wire::MAX_ADDRESSES).filter_map(|a| a.try_into().ok()).collect();
@@ -229,7 +235,7 @@ impl<H: ConnectionHandler> ConnectionHandler for Handler<H> {
                 .map_info(Either::Right),
             State::Closed | State::Refused => {
                 SubstreamProtocol::new(Either::Left(SendWrapper(ReadyUpgrade::new(HELLO))), Either::Left(()))
-                    .with_timeout(self.shared.deadline)
+                    .with_timeout(self.shared.rules.deadline)
             }
         }
     }
@@ -259,7 +265,7 @@ impl<H: ConnectionHandler> ConnectionHandler for Handler<H> {
             self.asked = true;
             let hello = SendWrapper(ReadyUpgrade::new(HELLO));
             let protocol =
-                SubstreamProtocol::new(Either::Left(hello), Either::Left(())).with_timeout(self.shared.deadline);
+                SubstreamProtocol::new(Either::Left(hello), Either::Left(())).with_timeout(self.shared.rules.deadline);
             return Poll::Ready(ConnectionHandlerEvent::OutboundSubstreamRequest { protocol });
         }
         if self.state != State::Open {
