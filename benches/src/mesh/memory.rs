@@ -185,7 +185,7 @@ fn all_reached(node: &Node, reach: Reach, size: Size) -> Result<bool> {
     let mut best = BTreeMap::new();
     for peer in peers.as_array().into_iter().flatten() {
         if let Some(name) = peer["node"].as_str().filter(|name| name.starts_with(swarm::NAMED)) {
-            best.entry(name).or_insert(&peer["path"]);
+            best.entry(name).or_insert_with(|| &peer["path"]);
         }
     }
     let so = best.values().filter(|path| **path == reach.path()).count();

@@ -305,7 +305,10 @@ fn poll_udp_down(
     cx: &mut Context<'_>,
 ) -> Poll<io::Result<bool>> {
     for turn in 0..TURN {
-        match stream.poll_recv(cx, datagram)? {
+        // A socket that has just been made is not known to have room until the runtime has looked: `try_send` would refuse
+        // the first datagram of a flow, which would be lost.
+        let waits = socket.poll_send_ready(cx)?.is_pending();
+        match if waits { Poll::Pending } else { stream.poll_recv(cx, datagram)? } {
             Poll::Pending => return if turn == 0 { Poll::Pending } else { Poll::Ready(Ok(true)) },
             Poll::Ready(false) => return Poll::Ready(Ok(false)),
             Poll::Ready(true) if datagram.len() > MAX_DATAGRAM => {}

@@ -335,6 +335,21 @@ async fn datagrams_arrive_whole_and_alone() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn the_first_datagram_of_a_flow_arrives_however_soon_it_comes() {
+    for transport in [Transport::Tcp, Transport::Quic] {
+        let (near, _far) = pair(transport).await;
+        let (echo, mut buffer) = (udp_echo().await, Vec::new());
+        for number in 0..1000u32 {
+            let mut flow = near.open_udp(&name("far"), echo, LONG).await.unwrap();
+            flow.send(&number.to_be_bytes()).await.unwrap();
+            let heard = timeout(LONG, flow.recv(&mut buffer)).await;
+            assert!(heard.is_ok_and(|heard| heard.unwrap()), "{transport:?}: that of flow {number} was lost");
+            assert_eq!(buffer, number.to_be_bytes());
+        }
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn an_idle_flow_ends_and_a_busy_one_goes_on() {
     let port = free_port();
     let udp_idle = UdpIdle { unreplied: Duration::from_millis(400), replied: Duration::from_secs(2) };

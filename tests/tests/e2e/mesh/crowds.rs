@@ -59,14 +59,14 @@ fn clients_that_come_and_never_say_that_they_are_done_leave_room_for_all_others(
     // As a resolver that asks each question from a port of its own; more than there is room for on all the connections
     // that the two nodes may have.
     const COMING: u32 = 250;
-    const TIMES: u32 = 16;
+    const TIMES: u32 = 24;
     const BESIDE: u32 = 50;
     let Some(sites) = raise()? else { return Ok(()) };
     let client = sites.seat("edge1")?.client.within(PATIENT);
     for _ in 0..TIMES {
         for (transport, port, count) in [(Transport::Udp, UDP, COMING), (Transport::Tcp, TCP, BESIDE)] {
-            let report = client.crowd(transport, sites.seat("cloud")?.service(port)[0], count, 1)?;
-            assert_eq!(report.names.get(&server("cloud")), Some(&u64::from(count)), "{transport:?}: {report:?}");
+            let report = client.crowd(transport, sites.seat("edge2")?.service(port)[0], count, 1)?;
+            assert_eq!(report.names.get(&server("edge2")), Some(&u64::from(count)), "{transport:?}: {report:?}");
         }
     }
     let status = super::report(&sites.seat("edge1")?.node, "status")?;
@@ -75,7 +75,6 @@ fn clients_that_come_and_never_say_that_they_are_done_leave_room_for_all_others(
     // Some come from a port that another had before.
     assert!(count("flows")? > 1536, "{proxy}");
     assert!(count("evicted_flows")? > 0, "{proxy}");
-    assert_eq!(proxy["refusals"].as_array().map(Vec::len), Some(0), "{proxy}");
     Ok(())
 }
 
