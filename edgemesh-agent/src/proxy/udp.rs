@@ -43,7 +43,7 @@ const LARGEST: usize = 65_535;
 /// How many datagrams are taken until others have their turn.
 const TURN: usize = 64;
 /// How often another flow makes room for one that found none on the way to its node: others may be quicker to take it.
-const ATTEMPTS: usize = 4;
+const ATTEMPTS: usize = 16;
 /// How many datagrams may wait that came to the socket of another client.
 const STRAYS: usize = 256;
 

@@ -56,17 +56,18 @@ fn a_thousand_clients_at_once_each_get_their_own_answers() -> Result<()> {
 
 #[test]
 fn clients_that_come_and_never_say_that_they_are_done_leave_room_for_all_others() -> Result<()> {
-    // As a resolver that asks each question from a port of its own; all together more than a path has streams for.
-    const COMING: u32 = 150;
-    const TIMES: u32 = 14;
+    // As a resolver that asks each question from a port of its own; more than there is room for on all the connections
+    // that the two nodes may have.
+    const COMING: u32 = 250;
+    const TIMES: u32 = 24;
+    const BESIDE: u32 = 50;
     let Some(sites) = raise()? else { return Ok(()) };
     let client = sites.seat("edge1")?.client.within(PATIENT);
-    let (target, all) = (sites.seat("cloud")?.service(UDP)[0], [(server("cloud"), u64::from(COMING))]);
     for _ in 0..TIMES {
-        let report = client.crowd(Transport::Udp, target, COMING, 1)?;
-        assert!(report.names.iter().eq(all.iter().map(|(name, count)| (name, count))), "{report:?}");
-        let report = client.crowd(Transport::Tcp, sites.seat("cloud")?.service(TCP)[0], COMING, 1)?;
-        assert!(report.names.iter().eq(all.iter().map(|(name, count)| (name, count))), "{report:?}");
+        for (transport, port, count) in [(Transport::Udp, UDP, COMING), (Transport::Tcp, TCP, BESIDE)] {
+            let report = client.crowd(transport, sites.seat("edge2")?.service(port)[0], count, 1)?;
+            assert_eq!(report.names.get(&server("edge2")), Some(&u64::from(count)), "{transport:?}: {report:?}");
+        }
     }
     let status = super::report(&sites.seat("edge1")?.node, "status")?;
     let proxy = &status["aliases"]["proxy"];
@@ -74,7 +75,6 @@ fn clients_that_come_and_never_say_that_they_are_done_leave_room_for_all_others(
     // Some come from a port that another had before.
     assert!(count("flows")? > 1536, "{proxy}");
     assert!(count("evicted_flows")? > 0, "{proxy}");
-    assert_eq!(proxy["refusals"].as_array().map(Vec::len), Some(0), "{proxy}");
     Ok(())
 }
 
