@@ -91,13 +91,14 @@ impl Follower {
     ) -> Self {
         let tunnel = config.tunnel.clone();
         let policy = Policy::new(node, config.common.aliases, tunnel.allowed_targets.clone());
+        let met = Met::new(&meet.borrow(), Instant::now());
         Self {
             node: node.to_owned(),
             file_seen: config.file.as_deref().and_then(Stamp::of),
             file: config.file.clone(),
             config: tunnel,
             policy: Arc::new(policy),
-            met: Met::new(&meet.borrow(), Instant::now()),
+            met,
             meet,
             remembered: config.common.alias_file.as_deref().map(MeetingsFile::beside),
             forgotten: false,
