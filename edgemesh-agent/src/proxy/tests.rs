@@ -459,9 +459,13 @@ fn new_clients_find_room_where_others_are_done_and_who_goes_on_is_left_alone() {
             assert_eq!((length, from), (8, alias));
         };
         let goes_on = UdpSocket::bind("0.0.0.0:0").await.unwrap();
+        // Kept, or one may get the port of another that is not forgotten yet, and be the same client.
+        let mut clients = Vec::new();
         for _ in 0..CLIENTS {
-            ask(&UdpSocket::bind("0.0.0.0:0").await.unwrap()).await;
+            let client = UdpSocket::bind("0.0.0.0:0").await.unwrap();
+            ask(&client).await;
             ask(&goes_on).await;
+            clients.push(client);
         }
         let counted = bench.counters.read();
         assert_eq!((counted.flows, counted.open_flows), (CLIENTS as u64 + 1, NARROW as u64), "{counted:?}");
