@@ -2,6 +2,7 @@
 //!
 //! Sets, for the code of the agent:
 //! - `cfg(bpf_object)`: there is an object, and `env!("EDGEMESH_BPF_OBJECT_PATH")` is its path;
+//! - `cfg(bpf_alias_object)`: beside it there is that of aliases, and `env!("EDGEMESH_BPF_ALIAS_OBJECT_PATH")` is its path;
 //! - `env!("EDGEMESH_VERSION")`: the package's version, in release builds from a git checkout with the commit.
 //!
 //! The object is `$EDGEMESH_BPF_OBJECT`, else `bpf/edgemesh.bpf.o` in the target directory. Without one the build
@@ -20,6 +21,7 @@ const ADVICE: &str = "run `cargo xtask build-ebpf`";
 
 fn main() -> ExitCode {
     println!("cargo::rustc-check-cfg=cfg(bpf_object)");
+    println!("cargo::rustc-check-cfg=cfg(bpf_alias_object)");
     println!("cargo::rerun-if-changed=build.rs");
     for variable in [OBJECT, REQUIRE] {
         println!("cargo::rerun-if-env-changed={variable}");
@@ -30,12 +32,24 @@ fn main() -> ExitCode {
         Some(path) => chosen(PathBuf::from(path)),
         None => built(),
     };
+    let required = variable(REQUIRE).is_some_and(|value| value != "0");
     match object {
         Ok(path) => {
             println!("cargo::rustc-cfg=bpf_object");
             println!("cargo::rustc-env=EDGEMESH_BPF_OBJECT_PATH={}", path.display());
+            match aliases(&path) {
+                Ok(path) => {
+                    println!("cargo::rustc-cfg=bpf_alias_object");
+                    println!("cargo::rustc-env=EDGEMESH_BPF_ALIAS_OBJECT_PATH={}", path.display());
+                }
+                Err(why) if required => {
+                    println!("cargo::error={why}");
+                    return ExitCode::FAILURE;
+                }
+                Err(why) => println!("cargo::warning=this build cannot reach other sites: {why}"),
+            }
         }
-        Err(why) if variable(OBJECT).is_some() || variable(REQUIRE).is_some_and(|value| value != "0") => {
+        Err(why) if variable(OBJECT).is_some() || required => {
             println!("cargo::error={why}");
             return ExitCode::FAILURE;
         }
@@ -67,6 +81,16 @@ fn built() -> Result<PathBuf, String> {
             None => format!("the target directory is not known; {ADVICE} and set {OBJECT}"),
         }),
     }
+}
+
+/// The object of aliases, which is beside the other one.
+fn aliases(object: &Path) -> Result<PathBuf, String> {
+    let path = object.with_file_name("edgemesh-aliases.bpf.o");
+    if !path.exists() {
+        reserve(&path);
+    }
+    println!("cargo::rerun-if-changed={}", path.display());
+    if is_elf(&path) { Ok(path) } else { Err(format!("no {}; {ADVICE}", path.display())) }
 }
 
 /// Where the object may be: in the target directory this script works in, and in the one the environment names, which

@@ -96,7 +96,7 @@ fn rounds(measure: Measure, effort: Effort) -> u32 {
     match measure {
         Measure::Connect(_) => effort.pick(200, 1000),
         Measure::Send => effort.pick(100, 500),
-        Measure::Exchange => effort.pick(50, 200),
+        Measure::Exchange | Measure::RoundTrip | Measure::Visit(_) => effort.pick(50, 200),
     }
 }
 
@@ -225,5 +225,7 @@ fn call(measure: Measure) -> &'static str {
         Measure::Connect(Transport::Udp) => "UDP connect()",
         Measure::Send => "UDP sendto()",
         Measure::Exchange => "TCP exchange",
+        Measure::Visit(_) => "visit",
+        Measure::RoundTrip => "TCP round trip",
     }
 }

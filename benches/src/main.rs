@@ -11,6 +11,7 @@ mod generated;
 mod iptables;
 mod load;
 mod memory;
+mod mesh;
 mod offline;
 mod report;
 mod scene;
@@ -57,6 +58,8 @@ enum Figure {
     Load,
     /// From start to the first connection with neither an API server nor anything in the kernel
     Offline,
+    /// What the tunnel carries and costs, beside a plain pair of TLS proxies, directly and over a relay
+    Mesh,
     /// Queries a second and how soon, for names of 10,000 Services, by dnsperf
     Dns,
     /// The same as `load` from a real Kubernetes API server; left out where KUBEBUILDER_ASSETS names none
@@ -89,6 +92,7 @@ impl Figure {
             Self::Memory => memory::measure(effort),
             Self::Load => load::measure(effort),
             Self::Offline => offline::measure(effort),
+            Self::Mesh => mesh::measure(effort),
             Self::Dns => dns::measure(effort),
             Self::Api => api::measure(effort),
         }

@@ -135,6 +135,12 @@ pub(crate) fn verdict(what: &str, figure: f64, aim: f64, unit: fn(f64) -> String
     format!("{what}: {}; aim at most {}: {met}", unit(figure), unit(aim))
 }
 
+/// [`verdict`] of a figure that is the better the higher it is.
+pub(crate) fn at_least(what: &str, figure: f64, aim: f64, unit: fn(f64) -> String) -> String {
+    let met = if figure >= aim { "met" } else { "**missed**" };
+    format!("{what}: {}; aim at least {}: {met}", unit(figure), unit(aim))
+}
+
 /// Tells whoever watches.
 pub(crate) fn say(text: &str) {
     // A closed terminal is no reason to stop measuring.
@@ -185,6 +191,8 @@ We ran.
     fn a_verdict_compares_with_the_aim() {
         assert_eq!(verdict("added", 0.5, 1.0, micros), "added: 0.50 µs; aim at most 1.00 µs: met");
         assert_eq!(verdict("added", 12_345.6, 1.0, micros), "added: 12.3 ms; aim at most 1.00 µs: **missed**");
+        assert_eq!(at_least("rate", 2.0, 1.0, micros), "rate: 2.00 µs; aim at least 1.00 µs: met");
+        assert_eq!(at_least("rate", 0.5, 1.0, micros), "rate: 0.50 µs; aim at least 1.00 µs: **missed**");
     }
 
     #[test]

@@ -7,6 +7,7 @@
 //! | `/readyz` | both | 200, or 503 with what is waited for |
 //! | `/metrics` | both | OpenMetrics text |
 //! | `/v1/status`, `/v1/services`, `/v1/backends/NS/NAME` | unix socket | JSON, see [`crate::status`] |
+//! | `/v1/peers` | unix socket | JSON, rows of [`crate::status::PeerRow`] |
 //! | `/v1/trace?to=TARGET&from=CLIENT` | unix socket | JSON, see [`crate::status::TraceReport`] |
 //! | `/v1/dns?name=NAME&type=TYPE&dnssec=true` | unix socket | JSON, see [`crate::dns::DnsReport`] |
 //! | `/v1/events?for=SECONDS&service=NS/NAME&from=CLIENT` | unix socket | lines of JSON, see [`crate::status::EventLine`] |
@@ -57,9 +58,10 @@ use crate::{
     health,
     kube::SourceState,
     lifecycle::{Readiness, Tasks},
-    metrics,
+    mesh, metrics,
     model::{NamespacedName, ServiceTable},
     net::{Device, sock_diag},
+    proxy,
     snapshot::SnapshotState,
     status::{self, DataplaneStatus, Status},
 };
@@ -88,6 +90,10 @@ pub struct Sight {
     /// None where DNS is not answered on this node.
     pub dns: Option<Dns>,
     pub device: Option<Device>,
+    /// None without a tunnel.
+    pub aliases: Option<proxy::Sight>,
+    /// None without a tunnel.
+    pub tunnel: Option<mesh::Sight>,
     /// How many backends may have series of their own in the metrics.
     pub max_backend_series: u32,
     /// Held while an answer is rendered whose size grows with the cluster: one at a time, for the memory it takes.
@@ -139,6 +145,8 @@ impl Sight {
             }),
             dns: self.dns.as_ref().map(Dns::status),
             device: self.device.clone(),
+            aliases: self.aliases.as_ref().map(|aliases| aliases.status(&table.aliases)),
+            tunnel: self.tunnel.as_ref().map(mesh::Sight::status),
             services: table.services.len(),
             frontends: frontends().count(),
             backends: frontends().map(|frontend| frontend.backends.len()).sum(),
@@ -354,6 +362,10 @@ async fn answer(request: &Request<Incoming>, door: Door, sight: &Sight) -> Respo
             let table = Arc::clone(&sight.tables.borrow());
             sight.rendered(move || json(&status::services(&table, &status::by_frontend(&counts)))).await
         }
+        (Door::Socket, "/v1/peers") => match &sight.tunnel {
+            Some(tunnel) => json(&tunnel.peers()),
+            None => text(StatusCode::NOT_FOUND, "there is no tunnel: modules.edgeTunnel.enable is false\n"),
+        },
         (Door::Socket, "/v1/dns") => dns::answer(request.uri().query(), sight).await,
         (Door::Socket, "/v1/trace") => trace::answer(request.uri().query(), sight).await,
         (Door::Socket, _) if path.starts_with("/v1/backends/") => backends(path, sight).await,
@@ -455,6 +467,8 @@ mod tests {
             dataplane: None,
             dns: None,
             device: None,
+            aliases: None,
+            tunnel: None,
             max_backend_series: 0,
             rendering: Arc::new(Semaphore::new(1)),
         }

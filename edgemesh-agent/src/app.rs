@@ -1,5 +1,6 @@
 //! The agent put together: build everything, bind everything, run until told to stop.
 
+mod aliases;
 mod dns;
 mod rules;
 mod tables;
@@ -20,6 +21,7 @@ use tokio::{
 use tracing::{debug, info, warn};
 
 use self::{
+    aliases::Detour,
     rules::SightOfRules,
     tables::{Publisher, SightOfNode, Tables},
 };
@@ -35,7 +37,8 @@ use crate::{
     health::{self, Canary, CanaryState, Watch},
     kube,
     lifecycle::{Readiness, Tasks},
-    model::{Builder, ServiceTable},
+    mesh::{self, MeetingsFile, Threads},
+    model::Builder,
     net::{self, Device},
     snapshot::{self, Snapshot},
 };
@@ -69,6 +72,8 @@ pub struct Bound {
     control_socket: PathBuf,
     tasks: Tasks,
     dataplane: Option<thread::JoinHandle<()>>,
+    /// None without a tunnel.
+    threads: Option<Threads>,
 }
 
 /// Builds and starts the agent for `node`.
@@ -98,10 +103,25 @@ async fn build_on(
     conditions: Conditions,
 ) -> Result<Bound, StartError> {
     let (events, received) = kube::Events::channel(EVENTS);
-    let (publish, tables) = watch::channel(Arc::<ServiceTable>::default());
     let (tell_restored, restored) = oneshot::channel();
     let source = kube::start(&config.source, node, events, restored, conditions.clone(), tasks)?;
     let builder = Builder::new(config.proxy.filter, node);
+    let device = ensure_device(&config, &conditions).await;
+    let threads = config.tunnel.enable.then(Threads::start).transpose().map_err(StartError::Thread)?;
+    // Whom the tunnel has met, it tells; until it runs, those whom the agent before had met.
+    let met = config.common.alias_file.as_deref().filter(|_| config.tunnel.enable).map(MeetingsFile::beside);
+    let met = tokio::task::spawn_blocking(move || met.map(|file| file.read()).unwrap_or_default()).await;
+    let (meet, meetings) = watch::channel(Arc::new(met.unwrap_or_default()));
+    let detour = Detour::prepare(&config, device.as_ref(), threads.as_ref(), &conditions).await;
+    let (builder, ways, carrying) = match detour {
+        Some(detour) => {
+            let entered = detour.enter(builder, &config, node, meetings, tasks);
+            let (builder, ways, carrying) = entered.map_err(StartError::Thread)?;
+            (builder, Some(ways), Some(carrying))
+        }
+        None => (builder, None, None),
+    };
+    let (publish, tables) = watch::channel(builder.last_table());
     let latency = Latency::default();
     let publish = Publisher {
         tables: publish,
@@ -123,7 +143,7 @@ async fn build_on(
     });
     let snapshot_state = snapshot.as_ref().map(Snapshot::state);
     let (tell_adopted, adopted) = oneshot::channel();
-    let tables_task = Tables { builder, received, publish, snapshot, adopted };
+    let tables_task = Tables { builder, received, publish, snapshot, adopted, ways };
     tasks.spawn(tables_task.run(readiness.block("the metadata source")));
 
     let (mut dataplane, mut thread) = (None, None);
@@ -132,7 +152,8 @@ async fn build_on(
         let (DataplaneMode::Auto | DataplaneMode::Ebpf) = config.proxy.dataplane;
         // The verifier takes its time, and the source has begun to read.
         let (of_ebpf, raise) = (config.proxy.ebpf.clone(), conditions.clone());
-        let opened = tokio::task::spawn_blocking(move || Ebpf::open(&of_ebpf, &raise)).await;
+        let aliases = config.tunnel.enable.then_some(config.common.aliases);
+        let opened = tokio::task::spawn_blocking(move || Ebpf::open(&of_ebpf, aliases, &raise)).await;
         let mut ebpf = opened.map_err(|error| StartError::Thread(io::Error::other(error)))??;
         ebpf.follow_log(tasks);
         let cgroup_root = config.proxy.ebpf.cgroup_root.clone();
@@ -188,13 +209,20 @@ async fn build_on(
         }
     }
 
-    let device = ensure_device(&config, &conditions).await;
     let dns = match &config.dns {
         Some(wanted) => {
             let settings = dns::settings(&config.common, wanted, &config.proxy.ebpf.uplinks);
             Some(Dns::start(settings, tables.clone(), &conditions, tasks).map_err(StartError::Dns)?)
         }
         None => None,
+    };
+    let (aliases, tunnel) = match (carrying, &threads) {
+        (Some(carrying), Some(threads)) => {
+            let (through, sight) = mesh::start(&config, node, tables.clone(), meet, &conditions, tasks, threads);
+            let aliases = carrying.start(tables.clone(), Arc::new(through), &conditions, tasks, threads);
+            (Some(aliases), Some(sight))
+        }
+        (None, _) | (_, None) => (None, None),
     };
     let sight = Sight {
         node: node.into(),
@@ -207,6 +235,8 @@ async fn build_on(
         dataplane,
         dns,
         device,
+        aliases,
+        tunnel,
         max_backend_series: config.common.max_backend_series,
         rendering: Arc::new(Semaphore::new(1)),
     };
@@ -227,7 +257,7 @@ async fn build_on(
     info!(version = crate::status::VERSION, node, "edgemesh-agent has started");
     readiness.started();
     let control_socket = config.common.control_socket;
-    Ok(Bound { admin_address, control_socket, tasks: tasks.clone(), dataplane: thread })
+    Ok(Bound { admin_address, control_socket, tasks: tasks.clone(), dataplane: thread, threads })
 }
 
 impl Bound {
@@ -254,6 +284,7 @@ impl Bound {
                 Err(_) => warn!("the data plane's thread is still busy; stopping without it"),
             }
         }
+        drop(self.threads);
         remove_socket(&self.control_socket);
     }
 }

@@ -2,7 +2,7 @@
 
 use std::{io, net::IpAddr, path::Path};
 
-use crate::{admin, config::AgentConfig, dataplane::ebpf, net, snapshot};
+use crate::{admin, alias::AliasFile, config::AgentConfig, dataplane::ebpf, mesh::MeetingsFile, net, snapshot};
 
 /// What stands in the way, one line each.
 #[derive(Debug, thiserror::Error)]
@@ -13,9 +13,9 @@ pub struct CleanupError {
     pub permission: bool,
 }
 
-/// Removes links and maps, the cgroups of the canary and of probes, the device and its address, and the control socket; goes on after an error and reports all
-/// of them. With `forget`, the metadata snapshot goes, too: it is for the next start of an agent, which a cleanup may
-/// well be followed by. Returns what was removed, for people to read.
+/// Removes links and maps, the cgroups of the canary and of probes, the local routes of aliases, the device and its
+/// address, and the control socket; goes on after an error and reports all of them. With `forget`, the metadata snapshot
+/// and the file of aliases go, too: they are for the next start of an agent, which a cleanup may well be followed by. Returns what was removed, for people to read.
 ///
 /// # Errors
 ///
@@ -23,6 +23,14 @@ pub struct CleanupError {
 pub async fn cleanup(config: &AgentConfig, forget: bool) -> (Vec<String>, Result<(), CleanupError>) {
     let (mut removed, mut messages, mut permission) = (Vec::new(), Vec::new(), false);
     let pins = &config.proxy.ebpf.pin_directory;
+    // Before the program goes that refuses what is sent to aliases, which other sockets would get.
+    match net::route::remove_local().await {
+        Ok(names) => removed.extend(names),
+        Err(error) => {
+            permission |= error.is_permission();
+            messages.push(error.to_string());
+        }
+    }
     // Before the map goes that says where they are.
     match ebpf::remove_filters(pins).await {
         Ok(names) => removed.extend(names),
@@ -72,6 +80,15 @@ pub async fn cleanup(config: &AgentConfig, forget: bool) -> (Vec<String>, Result
             }
         }
     }
+    if let Some(path) = config.common.alias_file.as_deref().filter(|_| forget) {
+        match remove_aliases(path) {
+            Ok(names) => removed.extend(names),
+            Err(error) => {
+                permission |= error.kind() == io::ErrorKind::PermissionDenied;
+                messages.push(format!("cannot remove the file of aliases {}: {error}", path.display()));
+            }
+        }
+    }
     (removed, if messages.is_empty() { Ok(()) } else { Err(CleanupError { messages, permission }) })
 }
 
@@ -81,7 +98,18 @@ pub fn is_running(socket: &Path) -> bool {
 }
 
 fn remove_snapshot(path: &Path) -> io::Result<Vec<String>> {
-    let mut removed: Vec<String> = snapshot::remove(path)?.iter().map(|path| path.display().to_string()).collect();
+    let removed = snapshot::remove(path)?.iter().map(|path| path.display().to_string()).collect();
+    Ok(with_directories(path, removed))
+}
+
+fn remove_aliases(path: &Path) -> io::Result<Vec<String>> {
+    let mut removed = AliasFile::new(path.to_owned()).remove()?;
+    removed.extend(MeetingsFile::beside(path).remove()?);
+    Ok(with_directories(path, removed.iter().map(|path| path.display().to_string()).collect()))
+}
+
+/// Removes the directories around a file of ours, where they are ours and empty.
+fn with_directories(path: &Path, mut removed: Vec<String>) -> Vec<String> {
     // As below; /var/lib/edgemesh may hold what others keep there.
     for directory in path.ancestors().skip(1).take(2) {
         let ours = directory.ends_with("edgemesh/agent") || directory.ends_with("edgemesh");
@@ -89,7 +117,7 @@ fn remove_snapshot(path: &Path) -> io::Result<Vec<String>> {
             removed.push(directory.display().to_string());
         }
     }
-    Ok(removed)
+    removed
 }
 
 fn remove_socket(socket: &Path) -> io::Result<Vec<String>> {

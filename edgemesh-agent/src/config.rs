@@ -11,6 +11,7 @@ mod render;
 mod source;
 #[cfg(test)]
 mod tests;
+mod tunnel;
 mod value;
 
 use std::{
@@ -25,6 +26,8 @@ use std::{
 
 pub use self::dns::{CacheDnsConfig, DnsConfig};
 pub use self::render::{default_yaml, minimal_yaml, schema};
+pub use self::tunnel::{AllowedHost, AllowedTarget, ParseAllowedTargetError, TunnelConfig};
+use crate::{alias::AliasRanges, model::IpPrefix};
 
 /// The agent's configuration, parsed and validated: nothing after this point sees a raw string.
 #[derive(Clone, Debug, PartialEq)]
@@ -34,6 +37,9 @@ pub struct AgentConfig {
     pub proxy: ProxyConfig,
     /// None where DNS is not answered on this node.
     pub dns: Option<DnsConfig>,
+    pub tunnel: TunnelConfig,
+    /// Where it was read from, and is read again for what is followed; None for a text.
+    pub file: Option<PathBuf>,
 }
 
 /// Where Services and endpoints come from (`kubeAPIConfig`).
@@ -133,6 +139,11 @@ pub struct CommonConfig {
     /// Where what the source delivered is kept for a start without it; default
     /// /var/lib/edgemesh/agent/metadata.snapshot. None keeps nothing (`metadataSnapshot: ""`).
     pub metadata_snapshot: Option<PathBuf>,
+    /// Where the aliases of other sites' pods are from; default 198.18.0.0/16 and fd6d:e54a:1a5e:a11a::/64.
+    pub aliases: AliasRanges,
+    /// Where the aliases given out are kept for the next start; default /var/lib/edgemesh/agent/aliases. None keeps
+    /// nothing (`aliasFile: ""`).
+    pub alias_file: Option<PathBuf>,
 }
 
 impl Default for CommonConfig {
@@ -145,6 +156,11 @@ impl Default for CommonConfig {
             control_socket: PathBuf::from("/run/edgemesh/agent.sock"),
             max_backend_series: 1000,
             metadata_snapshot: Some(PathBuf::from("/var/lib/edgemesh/agent/metadata.snapshot")),
+            aliases: AliasRanges {
+                v4: IpPrefix::written(IpAddr::V4(Ipv4Addr::new(198, 18, 0, 0)), 16),
+                v6: IpPrefix::written(IpAddr::V6(Ipv6Addr::new(0xfd6d, 0xe54a, 0x1a5e, 0xa11a, 0, 0, 0, 0)), 64),
+            },
+            alias_file: Some(PathBuf::from("/var/lib/edgemesh/agent/aliases")),
         }
     }
 }
@@ -320,7 +336,11 @@ pub fn load(path: &Path, leniency: Leniency, environment: &Environment) -> Resul
         return Err(ConfigError::TooLarge { file });
     }
     match str::from_utf8(&bytes) {
-        Ok(text) => parse(text, &file, leniency, environment),
+        Ok(text) => {
+            let mut loaded = parse(text, &file, leniency, environment)?;
+            loaded.config.file = Some(path.to_owned());
+            Ok(loaded)
+        }
         Err(error) => {
             let line = 1 + bytes.iter().take(error.valid_up_to()).filter(|byte| **byte == b'\n').count();
             let message = "not UTF-8; expected a YAML text".to_owned();
@@ -355,7 +375,8 @@ pub fn parse(text: &str, file: &str, leniency: Leniency, environment: &Environme
             let source = SourceConfig { kind, qps: draft.qps, burst: draft.burst };
             // As EdgeMesh's `DetectRunningMode` and its defaults for each mode have it.
             let dns = draft.dns_enable.unwrap_or(!environment.kubernetes_port).then_some(draft.dns);
-            Ok(Loaded { config: AgentConfig { source, common: draft.common, proxy: draft.proxy, dns }, notes })
+            let (common, proxy, tunnel) = (draft.common, draft.proxy, draft.tunnel);
+            Ok(Loaded { config: AgentConfig { source, common, proxy, tunnel, dns, file: None }, notes })
         }
         _ => Err(ConfigError::Invalid { problems }),
     }

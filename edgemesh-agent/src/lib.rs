@@ -5,6 +5,7 @@
 //! together.
 
 pub mod admin;
+pub mod alias;
 pub mod allocator;
 pub mod app;
 pub mod cleanup;
@@ -16,10 +17,13 @@ pub mod health;
 mod inotify;
 pub mod kube;
 pub mod lifecycle;
+pub mod mesh;
 pub mod metrics;
 pub mod model;
 pub mod net;
+pub mod proxy;
 pub mod show;
 pub mod snapshot;
 pub mod status;
 pub mod telemetry;
+pub mod tunnel;

@@ -27,7 +27,7 @@ Exit codes (sysexits.h):
   0   success
   1   an error with no code of its own
   64  wrong use of the command line
-  68  trace: a connection would not go to a backend, but be refused or left alone
+  68  trace: a connection would not get to a backend, but be refused, left alone or lost on its way through the tunnel
   69  the agent is not running, does not answer, or knows no such Service or client; or, for cleanup, is running
   71  this system lacks something: cgroup2, bpf(2), a bpffs, the control socket
   77  no permission: run as root, see the message for the capability
@@ -73,9 +73,13 @@ enum Command {
         #[command(flatten)]
         ask: Ask,
     },
-    /// What becomes of a connection to an address, and why: frontend, policy, endpoints, what the kernel holds
+    /// The nodes that the tunnel is connected with, and which way: LAN, direct, hole-punched or relayed
+    Peers(Ask),
+    /// What becomes of a connection to an address, and why: frontend, policy, endpoints, what the kernel holds, and what
+    /// the nodes say of endpoints that only the tunnel reaches
     ///
-    /// Exits with 0 if it would go to a backend, with 68 if it would be refused or left alone.
+    /// Their agents are asked for 3 s at most, and connect to the endpoint once. Exits with 0 if a connection would get to a
+    /// backend, with 68 if it would be refused, left alone or lost.
     Trace {
         /// ADDRESS:PORT[/tcp|/udp], or NAMESPACE/NAME[:PORT][/tcp|/udp]
         #[arg(value_name = "ADDRESS:PORT")]
@@ -219,6 +223,11 @@ fn dispatch(cli: &Cli) -> Result<ExitCode, Failure> {
             let rows: Vec<status::ServiceRow> = serde_json::from_value(answer.clone()).map_err(other_version)?;
             print(&render(ask.output, &answer, || show::services(&rows))?);
         }
+        Some(Command::Peers(ask)) => {
+            let answer = fetch(ask, "/v1/peers")?;
+            let rows: Vec<status::PeerRow> = serde_json::from_value(answer.clone()).map_err(other_version)?;
+            print(&render(ask.output, &answer, || show::peers(&rows))?);
+        }
         Some(Command::Backends { service, ask }) => {
             let answer = fetch(ask, &format!("/v1/backends/{service}"))?;
             let report: status::BackendsReport = serde_json::from_value(answer.clone()).map_err(other_version)?;
@@ -229,9 +238,8 @@ fn dispatch(cli: &Cli) -> Result<ExitCode, Failure> {
             let answer = fetch(ask, &format!("/v1/trace?to={target}{from}"))?;
             let report: status::TraceReport = serde_json::from_value(answer.clone()).map_err(other_version)?;
             print(&render(ask.output, &answer, || show::trace(&report))?);
-            match report.outcome {
-                status::Outcome::Forwarded => {}
-                status::Outcome::Refused | status::Outcome::Untouched => return Ok(NO_BACKEND.into()),
+            if !report.arrives() {
+                return Ok(NO_BACKEND.into());
             }
         }
         Some(Command::Dns { name, qtype, dnssec, ask }) => {

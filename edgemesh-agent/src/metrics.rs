@@ -1,6 +1,7 @@
 //! `/metrics` in OpenMetrics text; docs/metrics.md names and explains each family.
 
 mod dns;
+mod tunnel;
 
 use std::{collections::BTreeMap, fmt::Write as _, net::SocketAddr, sync::Arc};
 
@@ -16,7 +17,7 @@ use crate::{
     kube::{SourceHealth, SourceStatus},
     model::{Protocol, ServiceEntry, ServiceTable},
     snapshot::SnapshotStatus,
-    status::{Counts, CountsByFrontend, Status, total},
+    status::{AliasStatus, Counts, CountsByFrontend, Status, total},
 };
 
 #[derive(Clone, Debug, EncodeLabelSet, Eq, Hash, PartialEq)]
@@ -120,6 +121,12 @@ pub fn render(
             rows: dropped.map(|(reason, count)| (DropLabels { reason }, ConstCounter::new(*count))).collect(),
         }));
     }
+    if let Some(aliases) = &status.aliases {
+        add_aliases(&mut registry, aliases);
+    }
+    if let Some(tunnel) = &status.tunnel {
+        tunnel::add(&mut registry, tunnel);
+    }
     if let Some(latency) = latency {
         let help = "Seconds from a change's arrival at the source until it was in force in the kernel";
         registry.register("dataplane_change_seconds", help, latency.histogram());
@@ -167,6 +174,37 @@ pub fn render(
     let mut text = String::new();
     encode(&mut text, &registry)?;
     Ok(text)
+}
+
+/// What is carried to pods of other sites.
+fn add_aliases(registry: &mut Registry, aliases: &AliasStatus) {
+    let proxy = &aliases.proxy;
+    gauge(registry, "aliases", "Addresses of this node that stand for pods of other sites", whole(aliases.in_use));
+    let open = |count: u64| i64::try_from(count).unwrap_or(i64::MAX);
+    gauge(registry, "alias_connections_open", "Connections carried to other sites now", open(proxy.open_connections));
+    gauge(registry, "alias_flows_open", "Clients of UDP carried to other sites now", open(proxy.open_flows));
+    for (name, help, count) in [
+        ("alias_connections", "Connections carried to other sites", proxy.connections),
+        ("alias_flows", "Clients of UDP carried to other sites", proxy.flows),
+        (
+            "alias_evicted_flows",
+            "Clients of UDP that were forgotten early, for others to have room",
+            proxy.evicted_flows,
+        ),
+        ("alias_sent_bytes", "Bytes of connections to pods of other sites", proxy.bytes_out),
+        ("alias_received_bytes", "Bytes of connections from pods of other sites", proxy.bytes_in),
+        ("alias_sent_datagrams", "Datagrams to pods of other sites", proxy.datagrams_out),
+        ("alias_received_datagrams", "Datagrams from pods of other sites", proxy.datagrams_in),
+        ("alias_dropped_datagrams", "Datagrams for which there was no room or no way", proxy.datagrams_dropped),
+    ] {
+        registry.register(name, help, ConstCounter::new(count));
+    }
+    let refusals = proxy.refusals.iter();
+    registry.register_collector(Box::new(Rows {
+        name: "alias_refusals",
+        help: "Connections and flows that did not get to their pod",
+        rows: refusals.map(|refusal| (DropLabels { reason: refusal.kind }, ConstCounter::new(refusal.count))).collect(),
+    }));
 }
 
 /// Frontends of one Service port, over all its addresses, count together.
@@ -393,6 +431,8 @@ mod tests {
             dataplane: None,
             dns: None,
             device: None,
+            aliases: None,
+            tunnel: None,
             services: 1,
             frontends: 2,
             backends: 0,

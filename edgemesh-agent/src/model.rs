@@ -6,6 +6,7 @@ mod builder;
 mod diff;
 mod name;
 mod object;
+mod path;
 mod prefix;
 mod rule;
 mod shared;
@@ -19,6 +20,7 @@ pub use object::{
     Endpoint, EndpointPort, EndpointSet, Event, Kind, Node, Object, Place, Protocol, ProxyLabels, Service, ServiceKind,
     ServicePort, SessionAffinity, Subset, TrafficDistribution, TrafficPolicy,
 };
+pub use path::{Path, Reason, Way};
 pub use prefix::{IpPrefix, ParsePrefixError};
 pub use rule::{DestinationRule, Ignored};
 pub(crate) use shared::Shared;

@@ -1,8 +1,10 @@
 //! How answers look on a terminal.
 
+mod crossing;
 mod dns;
 mod events;
 mod trace;
+mod tunnel;
 
 use std::fmt::Write;
 
@@ -11,9 +13,10 @@ use serde_json::Value;
 pub use dns::dns;
 pub use events::{EVENTS_HEAD, event};
 pub use trace::trace;
+pub use tunnel::peers;
 
 use crate::dataplane::ebpf::probe::Answer;
-use crate::status::{BackendsReport, Counts, EndpointRow, ServiceRow, VerdictRow};
+use crate::status::{BackendsReport, Counts, EndpointRow, PathRow, ServiceRow, VerdictRow};
 
 /// The form of an answer.
 #[derive(Clone, Copy, Debug, Default, Eq, PartialEq, clap::ValueEnum)]
@@ -82,6 +85,8 @@ pub fn status(status: &Value) -> String {
             None => "MISSING".to_owned(),
         },
     ));
+    rows.extend(aliases(&status["aliases"]).map(|line| ("Aliases", line)));
+    rows.extend(tunnel::status(&status["tunnel"]).map(|line| ("Tunnel", line)));
     rows.push((
         "Serving",
         format!(
@@ -112,6 +117,32 @@ pub fn status(status: &Value) -> String {
         );
     }
     text
+}
+
+/// What stands for pods of other sites, and what was carried there; None without a tunnel.
+fn aliases(aliases: &Value) -> Option<String> {
+    let ranges: Vec<String> = aliases["ranges"].as_array()?.iter().map(word).collect();
+    if aliases["available"] != true {
+        return Some("NOT AVAILABLE: pods of other sites are refused".to_owned());
+    }
+    let proxy = &aliases["proxy"];
+    let mut line = format!(
+        "{} of {} in use; {} connections and {} UDP flows open",
+        word(&aliases["in_use"]),
+        ranges.join(" and "),
+        word(&proxy["open_connections"]),
+        word(&proxy["open_flows"])
+    );
+    if proxy["evicted_flows"].as_u64().is_some_and(|evicted| evicted > 0) {
+        let _ = write!(line, "; {} UDP flows ended early for others", word(&proxy["evicted_flows"]));
+    }
+    let refusals = proxy["refusals"].as_array().into_iter().flatten();
+    let refusals: Vec<String> =
+        refusals.map(|refusal| format!("{} {}", word(&refusal["count"]), word(&refusal["kind"]))).collect();
+    if !refusals.is_empty() {
+        let _ = write!(line, "; refused: {}", refusals.join(", "));
+    }
+    Some(line)
 }
 
 /// Where packets are translated, and what was dropped there; None where no program is on an interface.
@@ -219,7 +250,9 @@ pub fn backends(report: &BackendsReport) -> String {
         };
         let external = port.endpoints.iter().any(|endpoint| !same(endpoint, &endpoint.external));
         let outside = port.endpoints.iter().any(|endpoint| !same(endpoint, &endpoint.from_outside));
+        let paths = port.endpoints.iter().any(|endpoint| endpoint.path.is_some());
         let mut head = vec!["ENDPOINT", "NODE", "ZONE", "ELIGIBLE", "REASON", "CONNECTS", "DATAGRAMS"];
+        head.extend(paths.then_some("PATH"));
         head.extend(external.then_some("NODE PORT, LB AND EXTERNAL IPS"));
         head.extend(outside.then_some("FROM OUTSIDE"));
         let mut rows = vec![head.into_iter().map(str::to_owned).collect()];
@@ -234,6 +267,7 @@ pub fn backends(report: &BackendsReport) -> String {
                 endpoint.counts.connects.to_string(),
                 endpoint.counts.datagrams.to_string(),
             ];
+            row.extend(paths.then(|| path(&endpoint.path)));
             row.extend(external.then(|| verdict(&endpoint.external)));
             row.extend(outside.then(|| verdict(&endpoint.from_outside)));
             rows.push(row);
@@ -241,6 +275,15 @@ pub fn backends(report: &BackendsReport) -> String {
         text.push_str(&columns(&rows));
     }
     text
+}
+
+/// `remote as 198.18.3.7: no route leads there but the default`.
+fn path(path: &Option<PathRow>) -> String {
+    match path {
+        Some(PathRow { way, alias: Some(alias), reason }) if way == "remote" => format!("remote as {alias}: {reason}"),
+        Some(PathRow { way, reason, .. }) => format!("{way}: {reason}"),
+        None => "-".to_owned(),
+    }
 }
 
 /// `probe` as a table, a row for each feature, and what is missing below it.
@@ -426,6 +469,7 @@ mod tests {
                     reason: "ready".to_owned(),
                     external,
                     from_outside,
+                    path: None,
                     counts: Counts::default(),
                 }],
             }],

@@ -28,9 +28,9 @@ use tokio::{
 };
 use tracing::{debug, info};
 
+pub(crate) use self::file::{SnapshotFile, Unusable};
 pub use self::state::{RestoredStatus, ServedStatus, SnapshotState, SnapshotStatus};
 use self::{
-    file::{SnapshotFile, Unusable},
     format::{Contents, Flaw, Identity, Section},
     schedule::Schedule,
 };

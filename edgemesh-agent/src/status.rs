@@ -3,16 +3,23 @@
 
 mod events;
 mod trace;
+mod tunnel;
 
-use std::{collections::BTreeMap, net::SocketAddr, num::NonZeroU32};
+use std::{
+    collections::BTreeMap,
+    net::{IpAddr, SocketAddr},
+    num::NonZeroU32,
+};
 
 use serde::{Deserialize, Serialize};
 
 pub use events::{EventLine, EventRow, Services};
 pub use trace::{
-    ClientRow, Facts, KernelRow, KernelState, Outcome, ParseTargetError, PolicyRow, PortRef, Target, TraceReport,
-    TracedEndpoint, TracedFrontend, Unresolved, trace,
+    ClientRow, Crossing, Facts, FarOutcome, FarRow, KernelRow, KernelState, Outcome, ParseTargetError, PolicyRow,
+    PortRef, Target, TraceReport, TracedEndpoint, TracedFrontend, Unresolved, trace,
 };
+
+pub use tunnel::{PeerRow, RelayRow, TunnelCounts, TunnelStatus};
 
 use crate::{
     conditions::Condition,
@@ -23,8 +30,11 @@ use crate::{
     dns::DnsStatus,
     health::CanaryStatus,
     kube::SourceStatus,
-    model::{FrontendAddr, FrontendKind, Service, ServiceEntry, ServiceKind, ServiceTable, Verdict},
+    model::{
+        FrontendAddr, FrontendKind, Path, PortEndpoint, Service, ServiceEntry, ServiceKind, ServiceTable, Verdict,
+    },
     net::Device,
+    proxy::ProxyStatus,
     snapshot::SnapshotStatus,
 };
 
@@ -48,6 +58,10 @@ pub struct Status {
     /// None where DNS is not answered on this node.
     pub dns: Option<DnsStatus>,
     pub device: Option<Device>,
+    /// None where `edgeTunnel` is not enabled.
+    pub aliases: Option<AliasStatus>,
+    /// None where `edgeTunnel` is not enabled.
+    pub tunnel: Option<TunnelStatus>,
     pub services: usize,
     pub frontends: usize,
     /// Eligible (frontend, backend) pairs.
@@ -76,6 +90,18 @@ pub struct DataplaneStatus {
     /// The generation of the table in force, and of the newest one.
     pub generation: u64,
     pub newest_generation: u64,
+}
+
+/// What is known of aliases, in [`Status`].
+#[derive(Clone, Debug, Serialize)]
+pub struct AliasStatus {
+    /// Where they are from, for IPv4 and IPv6.
+    pub ranges: [String; 2],
+    /// Whether the kernel gives this agent what is sent to them.
+    pub available: bool,
+    /// How many stand for a pod.
+    pub in_use: usize,
+    pub proxy: ProxyStatus,
 }
 
 /// One row of `edgemesh-agent services`.
@@ -150,7 +176,31 @@ pub struct EndpointRow {
     pub external: Option<VerdictRow>,
     /// For packets that arrive there from outside; None where the port has none of these.
     pub from_outside: Option<VerdictRow>,
+    /// How it is reached; None without a tunnel.
+    pub path: Option<PathRow>,
     pub counts: Counts,
+}
+
+/// How an endpoint is reached from this node, and why so.
+#[derive(Clone, Debug, Deserialize, Eq, PartialEq, Serialize)]
+pub struct PathRow {
+    /// `local`, `direct`, `remote`, or `none` where it cannot be reached.
+    pub way: String,
+    /// The address of this node that stands for it.
+    pub alias: Option<IpAddr>,
+    pub reason: String,
+}
+
+impl From<&Path> for PathRow {
+    fn from(path: &Path) -> Self {
+        Self { way: path.way().to_string(), alias: path.alias, reason: path.reason.to_string() }
+    }
+}
+
+impl PathRow {
+    fn of(endpoint: &PortEndpoint) -> Option<Self> {
+        endpoint.path.as_deref().map(Self::from)
+    }
 }
 
 /// Whether an endpoint of an [`EndpointRow`] is eligible for other clients, and why.
@@ -208,7 +258,8 @@ pub fn backends(entry: &ServiceEntry, counts: &CountsByFrontend) -> BackendsRepo
         let frontends = || entry.frontends.iter().filter(move |frontend| frontend.port == index);
         let external = frontends().any(|frontend| frontend.kind != FrontendKind::ClusterIp);
         let endpoints = served.endpoints.iter().map(|endpoint| {
-            let parts = frontends().filter_map(|f| counts.get(&f.at)?.get(&Some(endpoint.addr)));
+            let target = endpoint.target();
+            let parts = frontends().filter_map(|f| counts.get(&f.at)?.get(&Some(target?)));
             let counts = parts.fold(Counts::default(), |sum, part| Counts {
                 connects: sum.connects + part.connects,
                 datagrams: sum.datagrams + part.datagrams,
@@ -223,6 +274,7 @@ pub fn backends(entry: &ServiceEntry, counts: &CountsByFrontend) -> BackendsRepo
                 reason: internal.to_string(),
                 external: external.then(|| endpoint.verdicts.cluster.into()),
                 from_outside: external.then(|| endpoint.verdicts.under(service.external_policy).into()),
+                path: PathRow::of(endpoint),
                 counts,
             }
         });

@@ -24,7 +24,9 @@ pub fn init(format: LogFormat) -> anyhow::Result<()> {
             EnvFilter::try_new(&text).map_err(|error| anyhow::anyhow!("cannot use RUST_LOG='{text}': {error}"))?
         }
         // The libraries below us repeat at info and warn what our own conditions say better.
-        _ => EnvFilter::new("info,aya=warn,hyper=error,kube=error,netlink_packet_route=error,tower=error"),
+        _ => EnvFilter::new(
+            "info,aya=warn,hyper=error,kube=error,libp2p=error,netlink_packet_route=error,quinn=error,tower=error",
+        ),
     };
     let lines = tracing_subscriber::fmt::layer().with_writer(io::stderr);
     let lines = match format {

@@ -7,6 +7,7 @@
 #![forbid(unsafe_op_in_unsafe_fn)]
 
 mod addr;
+pub mod alias;
 pub mod checksum;
 pub mod layout;
 pub mod nat;

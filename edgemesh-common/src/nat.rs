@@ -137,6 +137,8 @@ pub const NO_LINK_HEADER: u32 = 1;
 pub const UPLINK: u32 = 1 << 1;
 /// A guest is behind it.
 pub const GUEST: u32 = 1 << 2;
+/// No Service can be reached from there: packets to aliases are dropped, and no other is looked at.
+pub const GUARD_ONLY: u32 = 1 << 3;
 
 impl Interface {
     /// The node's address of the family of `peer`; None if there is none.
@@ -167,7 +169,8 @@ pub const DROP_NO_ROUTE: u32 = 2;
 pub const DROP_EXPIRED: u32 = 3;
 pub const DROP_WRONG_NODE: u32 = 4;
 pub const DROP_UNWRITABLE: u32 = 5;
-pub const DROP_REASONS: u32 = 6;
+pub const DROP_ALIAS: u32 = 6;
+pub const DROP_REASONS: u32 = 7;
 
 const _: () = {
     assert!(size_of::<Tuple>() == 40);

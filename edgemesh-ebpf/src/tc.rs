@@ -7,6 +7,7 @@
 //!
 //! What is no business of a Service is left as it is, for the next program and the stack: `PASS` below.
 
+mod guard;
 mod icmp;
 mod maps;
 mod packet;
@@ -20,9 +21,9 @@ use aya_ebpf::{
 use edgemesh_common::{
     layout::{ELSEWHERE, FrontendKey, HAS_SOURCE_RANGES, SCOPE_OUTSIDE, SCOPE_SOCKETS, TCP},
     nat::{
-        self, ACK, ANSWERS, CLOSING, DROP_NO_PORT, DROP_NO_ROUTE, DROP_SOURCE, DROP_UNWRITABLE, DROP_WRONG_NODE,
-        GUEST_EGRESS, GUEST_INGRESS, NO_LINK_HEADER, Nat, Next, REDIRECT, REPLIED, SYN, Tuple, UPLINK, UPLINK_EGRESS,
-        UPLINK_INGRESS,
+        self, ACK, ANSWERS, CLOSING, DROP_ALIAS, DROP_NO_PORT, DROP_NO_ROUTE, DROP_SOURCE, DROP_UNWRITABLE,
+        DROP_WRONG_NODE, GUARD_ONLY, GUEST_EGRESS, GUEST_INGRESS, NO_LINK_HEADER, Nat, Next, REDIRECT, REPLIED, SYN,
+        Tuple, UPLINK, UPLINK_EGRESS, UPLINK_INGRESS,
     },
     select::{self, Earlier, Verdict, select_sticky},
 };
@@ -41,13 +42,20 @@ const DROP: i32 = TC_ACT_SHOT;
 /// Packets from outside.
 #[inline(always)]
 pub(crate) fn uplink_ingress(skb: *mut __sk_buff) -> i32 {
-    incoming(skb, UPLINK_INGRESS)
+    let Some(flags) = flags(skb) else { return PASS };
+    if guard::is_for_alias(skb, l3(flags)) {
+        return drop_for(DROP_ALIAS);
+    }
+    if flags & GUARD_ONLY != 0 { PASS } else { incoming(skb, UPLINK_INGRESS) }
 }
 
 /// Packets that leave this node.
 #[inline(always)]
 pub(crate) fn uplink_egress(skb: *mut __sk_buff) -> i32 {
-    outgoing(skb, UPLINK_EGRESS)
+    match flags(skb) {
+        Some(flags) if flags & GUARD_ONLY == 0 => outgoing(skb, UPLINK_EGRESS),
+        _ => PASS,
+    }
 }
 
 /// Packets from a guest.
@@ -108,14 +116,25 @@ fn outgoing(skb: *mut __sk_buff, hook: u8) -> i32 {
     translate(skb, s)
 }
 
-/// Reads the headers of a packet into the scratch; None for what is never translated.
+/// What the agent says of the interface; None for one that it does not want programs on.
 #[inline(always)]
-fn read(skb: *mut __sk_buff, hook: u8) -> Option<&'static mut Scratch> {
+fn flags(skb: *mut __sk_buff) -> Option<u32> {
     // SAFETY: the program's context, valid while it runs; the same holds wherever `skb` is read.
     let index = unsafe { (*skb).ifindex };
     // SAFETY: an interface's element is replaced, and what may be read in between is one or the other of two settings.
-    let interface = unsafe { INTERFACES.get(index) }?;
-    let l3 = if interface.flags & NO_LINK_HEADER != 0 { 0 } else { packet::ETHERNET };
+    unsafe { INTERFACES.get(index) }.map(|interface| interface.flags)
+}
+
+/// Where the IP header is.
+#[inline(always)]
+fn l3(flags: u32) -> u32 {
+    if flags & NO_LINK_HEADER != 0 { 0 } else { packet::ETHERNET }
+}
+
+/// Reads the headers of a packet into the scratch; None for what is never translated.
+#[inline(always)]
+fn read(skb: *mut __sk_buff, hook: u8) -> Option<&'static mut Scratch> {
+    let l3 = l3(flags(skb)?);
     let s = scratch()?;
     packet::parse(skb, l3, hook, &mut s.packet);
     if s.packet.kind == Kind::Other { None } else { Some(s) }

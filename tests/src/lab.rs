@@ -15,6 +15,22 @@
 //! # }
 //! ```
 //!
+//! Several sites are connected as they are at the edge, each behind a NAT router, with whatever addresses inside, the same
+//! as another's too:
+//!
+//! ```no_run
+//! # fn main() -> anyhow::Result<()> {
+//! # use edgemesh_tests::lab::{Lab, Nat};
+//! # let lab = Lab::new()?;
+//! let internet = lab.site("internet", &["203.0.113.0/24"])?;
+//! let relay = internet.node("relay", &["10.244.0.0/24"])?;
+//! let home = internet.behind("home", &["192.168.1.0/24"], Nat::PortRestricted)?;
+//! let office = internet.behind("office", &["192.168.1.0/24"], Nat::Symmetric)?;
+//! let (edge1, edge2) = (home.node("edge1", &["10.244.1.0/24"])?, office.node("edge2", &["10.244.1.0/24"])?);
+//! # Ok(())
+//! # }
+//! ```
+//!
 //! Nothing of a lab is visible outside it: all links are in anonymous namespaces with no way out, and all processes are
 //! below one cgroup. A keeper process removes that cgroup, the processes in it and the lab's directory as soon as the
 //! owner drops the [`Lab`] or ends in any way, SIGKILL included; the namespaces go with their last process.
@@ -25,6 +41,7 @@ pub mod control_plane;
 pub mod hooks;
 mod inspect;
 pub mod manifest;
+mod nat;
 mod netns;
 mod place;
 mod pod;
@@ -44,12 +61,13 @@ use std::time::{Duration, Instant};
 use anyhow::{Context as _, Result, bail, ensure};
 
 pub use crate::probe::message::{
-    App, Failure, FanReply, HammerReport, HttpReport, Measure, Quantiles, Reply, Seen, SpreadReport, Transport,
-    monotonic, v4_mapped,
+    App, BulkReport, Ending, Failure, FanReply, HammerReport, HttpReport, Measure, Quantiles, Rate, Reply, Seen,
+    SpreadReport, Tls, Transport, monotonic, v4_mapped,
 };
 pub use manifest::Manifests;
+pub use nat::Nat;
 pub use place::Capability;
-pub use pod::{Attempt, Connection, Hammer, Pod};
+pub use pod::{Attempt, Connection, Datagrams, Hammer, Pod};
 pub use topology::{Node, Site};
 
 use netns::Netns;
@@ -76,6 +94,8 @@ struct Inner {
     /// All shells, to keep them running.
     shells: Mutex<Vec<Arc<Shell>>>,
     keeper: Mutex<Option<Child>>,
+    /// The NAT routers; no process holds their namespaces.
+    routers: Mutex<Vec<nat::Running>>,
     sites: AtomicU32,
     links: AtomicU32,
 }
@@ -106,6 +126,7 @@ impl Lab {
             children: Mutex::default(),
             shells: Mutex::default(),
             keeper: Mutex::new(Some(keeper)),
+            routers: Mutex::default(),
             sites: AtomicU32::new(0),
             links: AtomicU32::new(0),
         };
@@ -132,6 +153,9 @@ impl Lab {
     }
 
     /// Adds a site: one LAN. `subnets` are those of its nodes, such as `192.168.10.0/24`, one per address family.
+    ///
+    /// A site that others are put behind ([`Site::behind`]) is their internet: its nodes have addresses that all can
+    /// reach, as relays in a cloud have.
     pub fn site(&self, name: &str, subnets: &[&str]) -> Result<Site> {
         Site::new(&self.inner, name, subnets)
     }

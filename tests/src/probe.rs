@@ -1,10 +1,13 @@
 //! What runs inside the lab's namespaces: the `lab-probe` program.
 
 mod client;
+mod crowd;
 mod keep;
 mod load;
 pub mod message;
 mod pause;
+mod proxy;
+mod rate;
 mod serve;
 mod shell;
 

@@ -1,5 +1,8 @@
 //! The lab itself: what pods see of each other, and that nothing stays behind.
 
+#[path = "lab/nat.rs"]
+mod nat;
+
 use std::collections::BTreeSet;
 use std::io::{BufRead, BufReader};
 use std::net::SocketAddr;
@@ -10,7 +13,7 @@ use std::time::Duration;
 
 use anyhow::{Context as _, Result, bail, ensure};
 use edgemesh_tests::lab::{
-    App, Attempt, DEADLINE, Lab, Measure, Node, Pod, Transport, errno, eventually, monotonic, skip, v4_mapped,
+    App, Attempt, DEADLINE, Lab, Measure, Node, Pod, Tls, Transport, errno, eventually, monotonic, skip, v4_mapped,
 };
 use nix::sys::signal::{Signal, kill, killpg};
 use nix::unistd::Pid;
@@ -139,6 +142,7 @@ fn every_measure_times_servers_that_answer_and_fails_where_none_does() -> Result
     let (edge1, edge2) = two_nodes(&lab)?;
     let (client, server) = (edge1.pod("client")?, edge2.pod("server")?);
     let (tcp, udp) = (server.serve(App::Tcp, 7000)?[0], server.serve(App::Udp, 7000)?[0]);
+    let (http, websocket) = (server.serve(App::Http, 8080)?[0], server.serve(App::WebSocket, 8081)?[0]);
     let proxy = edge1.host().proxy(SocketAddr::new(edge1.ips()[0], 0), tcp)?;
     assert_eq!(client.tcp(proxy)?.name, "server", "a proxy carries the connection to its backend");
     assert_eq!(client.tcp(proxy)?.client.ip(), edge1.ips()[0], "which sees the proxy as its client");
@@ -147,6 +151,11 @@ fn every_measure_times_servers_that_answer_and_fails_where_none_does() -> Result
         (Measure::Connect(Transport::Udp), [vec![udp], vec![udp]]),
         (Measure::Send, [vec![udp], vec![udp]]),
         (Measure::Exchange, [vec![tcp], vec![proxy]]),
+        (Measure::RoundTrip, [vec![tcp], vec![proxy]]),
+        (Measure::Visit(App::Tcp), [vec![tcp], vec![proxy]]),
+        (Measure::Visit(App::Udp), [vec![udp], vec![udp]]),
+        (Measure::Visit(App::Http), [vec![http], vec![http]]),
+        (Measure::Visit(App::WebSocket), [vec![websocket], vec![websocket]]),
     ] {
         let quantiles = client.measure(measure, &groups, 20)?;
         assert_eq!(quantiles.len(), 2, "{measure:?}");
@@ -155,10 +164,40 @@ fn every_measure_times_servers_that_answer_and_fails_where_none_does() -> Result
         }
     }
     let nobody = SocketAddr::new(tcp.ip(), 9);
-    for measure in [Measure::Connect(Transport::Tcp), Measure::Exchange] {
-        let error = client.measure(measure, &[vec![tcp], vec![nobody]], 2).unwrap_err();
+    for (measure, server) in [
+        (Measure::Connect(Transport::Tcp), tcp),
+        (Measure::Exchange, tcp),
+        (Measure::RoundTrip, tcp),
+        (Measure::Visit(App::Http), http),
+    ] {
+        let error = client.measure(measure, &[vec![server], vec![nobody]], 2).unwrap_err();
         assert_eq!(errno(&error), Some("ECONNREFUSED"), "{measure:?}");
     }
+    Ok(())
+}
+
+#[test]
+fn rates_are_of_servers_that_answer_also_through_proxies_with_tls_between_them() -> Result<()> {
+    const SOON: Duration = Duration::from_millis(50);
+    let Some(lab) = Lab::for_test()? else { return Ok(()) };
+    let (edge1, edge2) = two_nodes(&lab)?;
+    let (client, server) = (edge1.pod("client")?, edge2.pod("server")?);
+    let by_proxies = |server| -> Result<SocketAddr> {
+        let far = edge2.host().tls_proxy(SocketAddr::new(edge2.ips()[0], 0), server, Tls::Accepted)?;
+        edge1.host().tls_proxy(SocketAddr::new(edge1.ips()[0], 0), far, Tls::Dialled)
+    };
+    let (echo, source) = (server.serve(App::Echo, 7000)?[0], server.serve(App::Source, 7001)?[0]);
+    for target in [source, by_proxies(source)?] {
+        let rate = client.drain(target, SOON, SOON)?;
+        assert!(rate.took >= SOON && rate.count > 100_000, "{target}: {rate:?}");
+    }
+    for target in [echo, by_proxies(echo)?] {
+        let rate = client.turnover(target, 4, SOON)?;
+        assert!(rate.took >= SOON && rate.count >= 4, "{target}: {rate:?}");
+    }
+    let nobody = SocketAddr::new(echo.ip(), 9);
+    assert_eq!(errno(&client.drain(nobody, SOON, SOON).unwrap_err()), Some("ECONNREFUSED"));
+    assert_eq!(errno(&client.turnover(nobody, 4, SOON).unwrap_err()), Some("ECONNREFUSED"));
     Ok(())
 }
 

@@ -27,10 +27,11 @@ const LIMIT: Duration = Duration::from_secs(20 * 60);
 
 /// Builds the eBPF programs and checks the object
 ///
-/// The object has to have every program, every map, BTF and a GPL-compatible licence. It goes where the build of
-/// edgemesh-agent looks for it: bpf/edgemesh.bpf.o in cargo's target directory.
+/// There are two objects: that of Services, and that of aliases. Each has to have every program, every map, BTF and a
+/// GPL-compatible licence. They go where the build of edgemesh-agent looks for them: bpf/edgemesh.bpf.o and
+/// bpf/edgemesh-aliases.bpf.o in cargo's target directory.
 ///
-/// The file is replaced only when every check passes and its content differs, so the agent is recompiled only then.
+/// A file is replaced only when every check passes and its content differs, so the agent is recompiled only then.
 #[derive(Debug, clap::Args)]
 pub(crate) struct Args {}
 
@@ -45,11 +46,13 @@ pub(crate) fn run(_: &Args, workspace: &Workspace, console: &Console) -> anyhow:
         console.line(&format!("  {line}"));
     }
     console.step("build-ebpf", || build(&toolchain, workspace, console))?;
-    console.line(&format!("  {}", workspace.bpf_object().display()));
+    for expected in &object::OBJECTS {
+        console.line(&format!("  {}", workspace.bpf_object(expected.name).display()));
+    }
     Ok(ExitCode::SUCCESS)
 }
 
-/// Builds, checks and delivers the object.
+/// Builds, checks and delivers the objects.
 ///
 /// # Errors
 ///
@@ -57,18 +60,20 @@ pub(crate) fn run(_: &Args, workspace: &Workspace, console: &Console) -> anyhow:
 pub(crate) fn build(toolchain: &Toolchain, workspace: &Workspace, console: &Console) -> anyhow::Result<()> {
     let ended = process::run(console, cargo(toolchain, workspace), LIMIT, Stdout::Shown)?;
     ended.check(console, "compile the eBPF programs")?;
-    let built = workspace.bpf_target().join(TARGET).join("release").join(PACKAGE);
-    let elf = fs::read(&built).with_context(|| format!("read {}", built.display()))?;
-    let problems = object::Contents::read(&elf)
-        .with_context(|| format!("parse {}", built.display()))?
-        .problems(object::PROGRAMS, object::MAPS);
-    anyhow::ensure!(
-        problems.is_empty(),
-        "{} is not the object the agent expects:\n  {}",
-        built.display(),
-        problems.join("\n  ")
-    );
-    deliver(&elf, &workspace.bpf_object())
+    for expected in &object::OBJECTS {
+        let built = workspace.bpf_target().join(TARGET).join("release").join(expected.binary);
+        let elf = fs::read(&built).with_context(|| format!("read {}", built.display()))?;
+        let problems =
+            object::Contents::read(&elf).with_context(|| format!("parse {}", built.display()))?.problems(expected);
+        anyhow::ensure!(
+            problems.is_empty(),
+            "{} is not the object the agent expects:\n  {}",
+            built.display(),
+            problems.join("\n  ")
+        );
+        deliver(&elf, &workspace.bpf_object(expected.name))?;
+    }
+    Ok(())
 }
 
 /// Takes out of `command` what would steer another cargo or rustc than the one meant: this program runs under cargo

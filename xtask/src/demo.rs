@@ -6,13 +6,14 @@ use crate::{console::Console, launch::launch, workspace::Workspace};
 
 /// Raises a small mesh on this machine and shows that it works
 ///
-/// Two nodes in network namespaces, with real agents and the Services of manifests/examples; real clients in pods use
-/// them, and a table says what worked and how fast. Exits non-zero if anything did not.
+/// Nodes in network namespaces, with real agents and the Services of manifests/examples: two on one LAN, then two in sites
+/// behind NATs of their own, and a cloud. Real clients in pods use them, and tables say what worked, which way it went
+/// and how fast. Exits non-zero if anything did not.
 ///
 /// Needs root. Installs what is missing first (see `cargo xtask setup`).
 #[derive(Debug, clap::Args)]
 pub(crate) struct Args {
-    /// Leave the lab up at the end, and print how to look around in it.
+    /// Leave the labs up at the end, and print how to look around in them.
     #[arg(long)]
     keep: bool,
     /// More arguments for the demo itself.

@@ -46,9 +46,9 @@ impl Workspace {
         self.target.join("bpf")
     }
 
-    /// The checked eBPF object; `edgemesh-agent/build.rs` looks for it here.
-    pub(crate) fn bpf_object(&self) -> PathBuf {
-        self.bpf_target().join("edgemesh.bpf.o")
+    /// A checked eBPF object; `edgemesh-agent/build.rs` looks for it here.
+    pub(crate) fn bpf_object(&self, name: &str) -> PathBuf {
+        self.bpf_target().join(name).with_extension("bpf.o")
     }
 
     /// The cargo that runs xtask, working on this repository.

@@ -47,7 +47,14 @@ pub(super) async fn answer(query: Option<&str>, sight: &Sight) -> Response<Full<
         Some(dataplane) => Some(dataplane.handle.inspect(at, netns).await.map_err(|error| error.to_string())),
         None => None,
     };
-    json(&status::trace(Facts { table: &table, at, kernel, cgroup: cgroup.display().to_string(), client }))
+    let facts = Facts { table: &table, at, kernel, cgroup: cgroup.display().to_string(), client };
+    let mut report = status::trace(facts);
+    // It may have been replaced long before far nodes have answered.
+    drop(table);
+    if let Some(tunnel) = &sight.tunnel {
+        tunnel.follow(at.protocol, &mut report.crossings).await;
+    }
+    json(&report)
 }
 
 /// Searches on a thread that may block.

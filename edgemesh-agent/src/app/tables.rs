@@ -7,7 +7,10 @@ use std::{
 
 use tokio::sync::{mpsc, oneshot, watch};
 
-use super::{EVENTS, SightOfRules};
+use super::{
+    EVENTS, SightOfRules,
+    aliases::{Change, Ways},
+};
 use crate::{
     conditions::Conditions,
     dataplane::Latency,
@@ -32,6 +35,8 @@ pub(super) struct Tables {
     pub(super) snapshot: Option<Snapshot>,
     /// Tells how many frontends the kernel serves already; nothing where there is no data plane.
     pub(super) adopted: oneshot::Receiver<usize>,
+    /// None without a tunnel.
+    pub(super) ways: Option<Ways>,
 }
 
 impl Tables {
@@ -41,6 +46,9 @@ impl Tables {
     /// a single event is passed on at once.
     pub(super) async fn run(mut self, unready: Blocker) {
         let mut unready = Some(unready);
+        if let Some(ways) = &mut self.ways {
+            ways.begin(&mut self.builder).await;
+        }
         let mut handover = self.restore().await;
         if handover.as_ref().is_some_and(|handover| handover.held_until.is_none()) {
             self.publish_what_is_new(None, &mut unready);
@@ -56,6 +64,9 @@ impl Tables {
                     }
                     let synced = batch.iter().any(|received| matches!(received.event, Event::Synced));
                     since = batch.iter().map(|received| received.at).min().filter(|_| handover.is_none());
+                    if self.ways.is_some() {
+                        self.builder.tell_time(Instant::now());
+                    }
                     for received in batch.drain(..) {
                         self.take(received.event);
                     }
@@ -65,6 +76,16 @@ impl Tables {
                     }
                 }
                 () = at(held_until) => handover = handover.and_then(Handover::passed),
+                change = changed(&mut self.ways) => {
+                    if let Some(ways) = &mut self.ways {
+                        ways.apply(change, &mut self.builder);
+                        // Also while no table is made: what is due is then done, and not asked for again at once.
+                        ways.follow(&self.builder, None);
+                    }
+                    if handover.is_some() {
+                        continue;
+                    }
+                }
                 () = due(&mut self.snapshot) => {
                     if let Some(snapshot) = &mut self.snapshot {
                         snapshot.write(&self.builder, SystemTime::now());
@@ -77,6 +98,9 @@ impl Tables {
             tokio::task::yield_now().await;
         }
         drop(unready);
+        if let Some(ways) = self.ways {
+            ways.finish(&self.builder).await;
+        }
         if let Some(snapshot) = self.snapshot {
             snapshot.finish(&self.builder).await;
         }
@@ -104,7 +128,11 @@ impl Tables {
     }
 
     fn publish_what_is_new(&mut self, since: Option<Instant>, unready: &mut Option<Blocker>) {
-        if let Some(table) = self.builder.build() {
+        let table = self.builder.build();
+        if let Some(ways) = &mut self.ways {
+            ways.follow(&self.builder, table.as_deref());
+        }
+        if let Some(table) = table {
             if table.complete {
                 *unready = None;
             }
@@ -154,6 +182,13 @@ impl Handover {
 async fn at(time: Option<Instant>) {
     match time {
         Some(time) => tokio::time::sleep_until(time.into()).await,
+        None => std::future::pending().await,
+    }
+}
+
+async fn changed(ways: &mut Option<Ways>) -> Change {
+    match ways {
+        Some(ways) => ways.changed().await,
         None => std::future::pending().await,
     }
 }

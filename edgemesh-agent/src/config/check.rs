@@ -5,7 +5,7 @@ use std::collections::{BTreeMap, HashMap};
 use super::{
     Leniency, Note,
     document::{Entry, Node, Value},
-    keys::{API_VERSION, Draft, KEYS, KIND, Key, Kind, Plain},
+    keys::{API_VERSION, Draft, KEYS, KIND, Key, Kind, Slot},
     value::{self, Refusal, quote, type_of},
 };
 
@@ -39,6 +39,10 @@ impl Remarks {
         } else {
             self.omitted += 1;
         }
+    }
+
+    fn len(&self) -> usize {
+        self.kept.len() + self.omitted
     }
 
     /// Whether there is a remark on one of the keys.
@@ -166,22 +170,24 @@ impl Findings<'_> {
             },
             Kind::Header(wanted) => self.header(entry, path, wanted),
             Kind::Used(slot) => {
+                if let (Slot::RelayNodes(_, keys), Value::List(items)) = (slot, &entry.value.value) {
+                    let before = self.problems.len();
+                    self.items(items, keys, path);
+                    if self.problems.len() > before {
+                        return;
+                    }
+                }
                 if let Err(refusal) = value::store(&entry.value, slot, &mut self.draft) {
                     self.refused(entry.line, path, refusal);
                 }
             }
-            Kind::Accepted(plain) => {
-                match value::differs(&entry.value, plain) {
-                    Err(refusal) => self.refused(entry.line, path, refusal),
-                    Ok(true) if matches!(effect, Effect::Stands) => {
-                        self.note(entry.line, path, "a key of EdgeMesh that has no effect in this version".to_owned());
-                    }
-                    Ok(_) => {}
+            Kind::Accepted(plain) => match value::differs(&entry.value, plain) {
+                Err(refusal) => self.refused(entry.line, path, refusal),
+                Ok(true) if matches!(effect, Effect::Stands) => {
+                    self.note(entry.line, path, "a key of EdgeMesh that has no effect in this version".to_owned());
                 }
-                if let (Plain::Items(keys), Value::List(items)) = (plain, &entry.value.value) {
-                    self.items(items, keys, path);
-                }
-            }
+                Ok(_) => {}
+            },
         }
     }
 

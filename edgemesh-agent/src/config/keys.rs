@@ -6,8 +6,14 @@ use std::{
     time::Duration,
 };
 
-use super::{CommonConfig, DataplaneMode, DnsConfig, ProxyConfig, ServiceFilter, SourceChoice};
-use crate::dns::{forward::StubDomain, zone::ClusterDomain};
+use super::{
+    AllowedTarget, CommonConfig, DataplaneMode, DnsConfig, ProxyConfig, ServiceFilter, SourceChoice, TunnelConfig,
+};
+use crate::{
+    dns::{forward::StubDomain, zone::ClusterDomain},
+    model::IpPrefix,
+    tunnel::{RelayNode, ServeRelay},
+};
 
 /// The `apiVersion` of EdgeMesh's agent configuration.
 pub(super) const API_VERSION: &str = "agent.edgemesh.config.kubeedge.io/v1alpha1";
@@ -69,11 +75,29 @@ pub(super) enum Slot {
     OptionalPath(fn(&mut Draft) -> &mut Option<PathBuf>),
     /// Names of interfaces, `*` standing for any characters.
     Interfaces(fn(&mut Draft) -> &mut Vec<String>),
+    /// A network of IPv4 that aliases are from.
+    AliasRangeV4(fn(&mut Draft) -> &mut IpPrefix),
+    /// One of IPv6.
+    AliasRangeV6(fn(&mut Draft) -> &mut IpPrefix),
+    /// Networks of either family.
+    Networks(fn(&mut Draft) -> &mut Vec<IpPrefix>),
     /// An http or https URL, or empty.
     Url(fn(&mut Draft) -> &mut Option<String>),
     Filter(fn(&mut Draft) -> &mut ServiceFilter),
     Dataplane(fn(&mut Draft) -> &mut DataplaneMode),
     Source(fn(&mut Draft) -> &mut SourceChoice),
+    /// As `Bool`, with its text kept out of messages: it stands beside a secret.
+    SecretBool(fn(&mut Draft) -> &mut bool),
+    /// As `Path`, with its text kept out of messages: it stands where users might write a secret.
+    SecretPath(fn(&mut Draft) -> &mut PathBuf),
+    /// Mappings with the keys given, [`RELAY_NODE`].
+    RelayNodes(fn(&mut Draft) -> &mut Vec<RelayNode>, &'static [Key]),
+    ServeRelay(fn(&mut Draft) -> &mut ServeRelay),
+    /// `HOST:PORT` each.
+    Targets(fn(&mut Draft) -> &mut Vec<AllowedTarget>),
+    Sockets(fn(&mut Draft) -> &mut Vec<SocketAddr>),
+    /// Names of nodes or PeerIds.
+    Peers(fn(&mut Draft) -> &mut Vec<String>),
 }
 
 /// The type of a key without effect, with the values that change nothing: EdgeMesh's defaults.
@@ -87,8 +111,6 @@ pub(super) enum Plain {
     Choice(&'static [&'static str]),
     /// Texts; none by default.
     Texts,
-    /// Mappings; none by default.
-    Items(&'static [Key]),
     /// EdgeMesh overwrites it at start, whatever it holds.
     Opaque,
 }
@@ -108,6 +130,7 @@ pub(super) struct Draft {
     /// None: where EdgeMesh has it on.
     pub(super) dns_enable: Option<bool>,
     pub(super) dns: DnsConfig,
+    pub(super) tunnel: TunnelConfig,
 }
 
 /// `kubeAPIConfig.metaServer`, with EdgeMesh's defaults (its `pkg/apis/config/defaults/default.go`).
@@ -156,6 +179,7 @@ impl Default for Draft {
             proxy: ProxyConfig::default(),
             dns_enable: None,
             dns: DnsConfig::default(),
+            tunnel: TunnelConfig::default(),
         }
     }
 }
@@ -306,6 +330,17 @@ const COMMON: &[Key] = &[
         "metadataSnapshot",
         "The file that holds what the API server delivered last, for a start without it. Empty: none.",
         Slot::OptionalPath(|d| &mut d.common.metadata_snapshot),
+    ),
+    used(
+        "aliasCIDR",
+        "Where the addresses are from that stand on this node for pods of other sites; /8 to /28, used nowhere else.",
+        Slot::AliasRangeV4(|d| &mut d.common.aliases.v4),
+    ),
+    used("aliasCIDRv6", "The same for IPv6; /32 to /112.", Slot::AliasRangeV6(|d| &mut d.common.aliases.v6)),
+    used(
+        "aliasFile",
+        "The file that holds which pod has which of these addresses, for the next start. Empty: none.",
+        Slot::OptionalPath(|d| &mut d.common.alias_file),
     ),
     section("pprofConfig", "Go's profiler.", PPROF),
 ];
@@ -488,15 +523,60 @@ const CONSISTENT_HASH: &[Key] = &[
 ];
 
 const EDGE_TUNNEL: &[Key] = &[
-    accepted("enable", "Whether to open tunnels.", Plain::Bool(false)),
+    used("enable", "Whether pods of other sites are reached by the tunnel.", Slot::Bool(|d| &mut d.tunnel.enable)),
+    used(
+        "directCIDRs",
+        "Networks whose pods and nodes are always reached directly, such as [10.0.0.0/8].",
+        Slot::Networks(|d| &mut d.tunnel.overrides.direct),
+    ),
+    used(
+        "neverDirectCIDRs",
+        "Networks whose pods and nodes on other nodes are always reached by the tunnel; of two networks the longer counts.",
+        Slot::Networks(|d| &mut d.tunnel.overrides.never_direct),
+    ),
     accepted("mode", "Overwritten at start.", Plain::Opaque),
     accepted("nodeName", "Overwritten at start.", Plain::Opaque),
     accepted("configPath", "Overwritten at start.", Plain::Opaque),
-    accepted("listenPort", "Port for other nodes.", Plain::Whole(20006)),
-    accepted("transport", "What carries the tunnel.", Plain::Choice(&["tcp", "ws", "quic"])),
+    used("listenPort", "Port for other nodes, TCP and UDP.", Slot::Port(|d| &mut d.tunnel.listen_port)),
+    used(
+        "allowedTargets",
+        "What is dialled for other nodes besides this node's endpoints: HOST:PORT each, HOST being node (this one), an \
+         address or a network, PORT a port or *.",
+        Slot::Targets(|d| &mut d.tunnel.allowed_targets),
+    ),
+    used(
+        "allowedPeers",
+        "The nodes that this one talks to, each by its name or PeerId. Empty: all that know the PSK.",
+        Slot::Peers(|d| &mut d.tunnel.allowed_peers),
+    ),
+    used(
+        "serveRelay",
+        "When this node forwards for others: whenListed in relayNodes, whenPublic (also when others can reach it) or \
+         always.",
+        Slot::ServeRelay(|d| &mut d.tunnel.serve_relay),
+    ),
+    used(
+        "enableHolePunch",
+        "Whether holes are punched in NATs, so that traffic leaves the relays.",
+        Slot::Bool(|d| &mut d.tunnel.hole_punching),
+    ),
+    used(
+        "announceAddresses",
+        "Where else others reach this node, such as at a port that a NAT forwards to it: IP:PORT each, TCP and UDP.",
+        Slot::Sockets(|d| &mut d.tunnel.announce),
+    ),
+    accepted(
+        "transport",
+        "What carries the tunnel; this agent always uses TCP and QUIC.",
+        Plain::Choice(&["tcp", "ws", "quic"]),
+    ),
     // Sic.
     accepted("rendezvous", "Name under which nodes find each other.", Plain::Text(&["EDGEMESH_PLAYGOUND"])),
-    accepted("relayNodes", "Nodes that others can reach and that forward for them.", Plain::Items(RELAY_NODE)),
+    used(
+        "relayNodes",
+        "Nodes that others can reach and that forward for them; followed while the agent runs.",
+        Slot::RelayNodes(|d| &mut d.tunnel.relays, RELAY_NODE),
+    ),
     accepted("enableIpfsLog", "Whether libp2p logs its details.", Plain::Bool(false)),
     accepted("maxCandidates", "How many relays are considered.", Plain::Whole(15)),
     accepted("heartbeatPeriod", "Seconds between looks at the relays' connections.", Plain::Whole(120)),
@@ -514,13 +594,21 @@ const RELAY_NODE: &[Key] = &[
 ];
 
 const PSK: &[Key] = &[
-    accepted("enable", "Whether nodes have to know the secret.", Plain::Bool(true)),
-    accepted("path", "Path of the file that holds it.", Plain::Text(&["/etc/edgemesh/psk"])),
+    used(
+        "enable",
+        "Whether nodes have to know the secret; without, this agent has no tunnel.",
+        Slot::SecretBool(|d| &mut d.tunnel.psk_enable),
+    ),
+    used(
+        "path",
+        "Path of the file that holds it; followed while the agent runs. A second line is another one that others may use.",
+        Slot::SecretPath(|d| &mut d.tunnel.psk),
+    ),
 ];
 
 const TUNNEL_LIMITS: &[Key] = &[
     accepted("enable", "Whether streams are limited.", Plain::Bool(true)),
-    accepted("tunnelBaseStreamIn", "Streams from all nodes.", Plain::Whole(10240)),
+    used("tunnelBaseStreamIn", "Streams from all nodes at a time.", Slot::Count(|d| &mut d.tunnel.max_served)),
     accepted("tunnelBaseStreamOut", "Streams to all nodes.", Plain::Whole(10240)),
     accepted("tunnelPeerBaseStreamIn", "Streams from one node.", Plain::Whole(1024)),
     accepted("tunnelPeerBaseStreamOut", "Streams to one node.", Plain::Whole(1024)),

@@ -4,9 +4,9 @@ use serde_json::{Map, Value, json};
 
 use super::{
     keys::{API_VERSION, Draft, KEYS, Key, Kind, Plain, Slot},
-    value::{DATAPLANES, FILTERS, MAX_INTERFACE, MAX_PERIOD, MAX_SOCKET_PATH, SOURCES},
+    value::{DATAPLANES, FILTERS, MAX_INTERFACE, MAX_PERIOD, MAX_SOCKET_PATH, SERVE_RELAY, SOURCES},
 };
-use crate::dns::forward::StubDomain;
+use crate::{dns::forward::StubDomain, tunnel::RelayNode};
 
 /// The default configuration with every key this agent acts on, each under a comment of what it does.
 pub fn default_yaml() -> String {
@@ -102,10 +102,25 @@ fn current(slot: &Slot, draft: &mut Draft) -> Value {
             json!(at(draft).as_ref().map(|path| path.to_string_lossy().into_owned()).unwrap_or_default())
         }
         Slot::Interfaces(at) => json!(*at(draft)),
+        Slot::AliasRangeV4(at) | Slot::AliasRangeV6(at) => json!(at(draft).to_string()),
+        Slot::Networks(at) => json!(at(draft).iter().map(ToString::to_string).collect::<Vec<_>>()),
         Slot::Url(at) => json!(at(draft).clone().unwrap_or_default()),
         Slot::Filter(at) => json!(word(&FILTERS, *at(draft))),
         Slot::Dataplane(at) => json!(word(&DATAPLANES, *at(draft))),
         Slot::Source(at) => json!(word(&SOURCES, *at(draft))),
+        Slot::SecretBool(at) => json!(*at(draft)),
+        Slot::SecretPath(at) => json!(at(draft).to_string_lossy()),
+        Slot::RelayNodes(at, _) => {
+            let relay = |relay: &RelayNode| {
+                let addresses: Vec<String> = relay.addresses.iter().map(ToString::to_string).collect();
+                json!({ "nodeName": relay.node.as_str(), "advertiseAddress": addresses })
+            };
+            at(draft).iter().map(relay).collect()
+        }
+        Slot::ServeRelay(at) => json!(word(&SERVE_RELAY, *at(draft))),
+        Slot::Targets(at) => json!(at(draft).iter().map(ToString::to_string).collect::<Vec<_>>()),
+        Slot::Sockets(at) => json!(*at(draft)),
+        Slot::Peers(at) => json!(*at(draft)),
     }
 }
 
@@ -120,9 +135,9 @@ fn object(keys: &'static [Key], draft: &mut Draft) -> Value {
         let (mut schema, default, note) = match &key.kind {
             Kind::Section(keys) => (object(keys, draft), None, ""),
             Kind::Header(wanted) => (json!({ "type": ["string", "null"] }), Some(json!(wanted)), ""),
-            Kind::Used(slot) => (used(slot), Some(current(slot, draft)), ""),
+            Kind::Used(slot) => (used(slot, draft), Some(current(slot, draft)), ""),
             Kind::Accepted(plain) => {
-                let (schema, default) = accepted(plain, draft);
+                let (schema, default) = accepted(plain);
                 (schema, default, " A key of EdgeMesh that has no effect in this version.")
             }
         };
@@ -137,7 +152,7 @@ fn object(keys: &'static [Key], draft: &mut Draft) -> Value {
     json!({ "type": ["object", "null"], "properties": properties, "additionalProperties": false })
 }
 
-fn used(slot: &Slot) -> Value {
+fn used(slot: &Slot, draft: &mut Draft) -> Value {
     let text = json!(["string", "null"]);
     match slot {
         Slot::Bool(_) => json!({ "type": ["boolean", "null"] }),
@@ -172,10 +187,26 @@ fn used(slot: &Slot) -> Value {
                 json!({ "type": "string", "minLength": 1, "maxLength": MAX_INTERFACE, "pattern": "^[^/:%\\s]*$" });
             json!({ "type": ["array", "null"], "items": name })
         }
+        Slot::AliasRangeV4(_) => json!({ "type": text, "pattern": "^[0-9.]+/[0-9]+$" }),
+        Slot::AliasRangeV6(_) => json!({ "type": text, "pattern": "^[0-9A-Fa-f:.]+/[0-9]+$" }),
+        Slot::Networks(_) => {
+            json!({ "type": ["array", "null"], "items": { "type": "string", "pattern": "^[0-9A-Fa-f:.]+/[0-9]+$" } })
+        }
         Slot::Url(_) => json!({ "type": text, "pattern": "^(https?://[^@?]+)?$" }),
         Slot::Filter(_) => choice(FILTERS.iter().map(|(word, _)| *word)),
         Slot::Dataplane(_) => choice(DATAPLANES.iter().map(|(word, _)| *word)),
         Slot::Source(_) => choice(SOURCES.iter().map(|(word, _)| *word)),
+        Slot::SecretBool(_) => json!({ "type": ["boolean", "null"] }),
+        Slot::SecretPath(_) => json!({ "type": text, "pattern": "^/" }),
+        Slot::RelayNodes(_, keys) => list_of(keys, draft),
+        Slot::ServeRelay(_) => choice(SERVE_RELAY.iter().map(|(word, _)| *word)),
+        Slot::Targets(_) => {
+            json!({ "type": ["array", "null"], "items": { "type": "string", "pattern": "^.+:([0-9]+|\\*)$" } })
+        }
+        Slot::Sockets(_) => {
+            json!({ "type": ["array", "null"], "items": { "type": "string", "pattern": "^.+:[0-9]+$" } })
+        }
+        Slot::Peers(_) => json!({ "type": ["array", "null"], "items": { "type": "string" } }),
     }
 }
 
@@ -184,7 +215,7 @@ fn choice<'a>(words: impl Iterator<Item = &'a str>) -> Value {
     json!({ "enum": words })
 }
 
-fn accepted(plain: &Plain, draft: &mut Draft) -> (Value, Option<Value>) {
+fn accepted(plain: &Plain) -> (Value, Option<Value>) {
     match plain {
         Plain::Bool(default) => (json!({ "type": ["boolean", "null"] }), Some(json!(default))),
         Plain::Whole(default) => (json!({ "type": ["integer", "null"] }), Some(json!(default))),
@@ -192,13 +223,15 @@ fn accepted(plain: &Plain, draft: &mut Draft) -> (Value, Option<Value>) {
         Plain::Text(defaults) => (json!({ "type": ["string", "null"] }), defaults.first().map(|text| json!(text))),
         Plain::Choice(words) => (choice(words.iter().copied()), words.first().map(|word| json!(word))),
         Plain::Texts => (json!({ "type": ["array", "null"], "items": { "type": "string" } }), None),
-        Plain::Items(keys) => {
-            let mut item = object(keys, draft);
-            if let Value::Object(members) = &mut item {
-                members.insert("type".to_owned(), json!("object"));
-            }
-            (json!({ "type": ["array", "null"], "items": item }), None)
-        }
         Plain::Opaque => (json!({}), None),
     }
+}
+
+/// A list of mappings of known keys.
+fn list_of(keys: &'static [Key], draft: &mut Draft) -> Value {
+    let mut item = object(keys, draft);
+    if let Value::Object(members) = &mut item {
+        members.insert("type".to_owned(), json!("object"));
+    }
+    json!({ "type": ["array", "null"], "items": item })
 }

@@ -7,7 +7,11 @@ use super::{
     keys::{Draft, KEYS, Key, Kind, Plain},
     *,
 };
-use crate::dns::forward::StubDomain;
+use crate::{
+    alias::Overrides,
+    dns::forward::StubDomain,
+    tunnel::{RelayNode, ServeRelay},
+};
 
 mod edgemesh;
 mod fuzz;
@@ -44,6 +48,8 @@ fn defaults() -> AgentConfig {
         common: CommonConfig::default(),
         proxy: ProxyConfig::default(),
         dns: None,
+        tunnel: TunnelConfig::default(),
+        file: None,
     }
 }
 
@@ -111,6 +117,9 @@ commonConfig:
   controlSocket: /tmp/agent.sock
   maxBackendSeries: 0
   metadataSnapshot: ''
+  aliasCIDR: 100.64.1.2/10
+  aliasCIDRv6: fd00:a11a::/56
+  aliasFile: ''
 modules:
   edgeDNS:
     enable: true
@@ -145,6 +154,19 @@ modules:
       uplinks: [eth0, 'bond*']
       guestInterfaces: ['tap*']
       tcx: false
+  edgeTunnel:
+    enable: true
+    directCIDRs: [10.0.0.0/8, 'fd00:10::/32']
+    neverDirectCIDRs: [10.1.0.0/16]
+    listenPort: 443
+    allowedTargets: ['node:2222', '192.168.1.0/24:*']
+    allowedPeers: [edge1, cloud1]
+    serveRelay: whenPublic
+    enableHolePunch: false
+    announceAddresses: ['198.51.100.7:4443', '[2001:db8::7]:20006']
+    relayNodes: [{nodeName: cloud1, advertiseAddress: [203.0.113.7, 'relay.example.org:443', '2001:db8::7']}]
+    psk: {enable: false, path: /run/psk}
+    tunnelLimitConfig: {tunnelBaseStreamIn: 7}
 ",
     );
     assert_eq!(notes(&loaded), [""; 0]);
@@ -159,6 +181,8 @@ modules:
             control_socket: PathBuf::from("/tmp/agent.sock"),
             max_backend_series: 0,
             metadata_snapshot: None,
+            aliases: AliasRanges { v4: "100.64.0.0/10".parse().unwrap(), v6: "fd00:a11a::/56".parse().unwrap() },
+            alias_file: None,
         },
         proxy: ProxyConfig {
             enable: true,
@@ -199,6 +223,29 @@ modules:
                 cache_ttl: 60,
             },
         }),
+        tunnel: TunnelConfig {
+            enable: true,
+            overrides: Overrides {
+                direct: vec!["10.0.0.0/8".parse().unwrap(), "fd00:10::/32".parse().unwrap()],
+                never_direct: vec!["10.1.0.0/16".parse().unwrap()],
+            },
+            listen_port: 443,
+            allowed_targets: ["node:2222", "192.168.1.0/24:*"].map(|target| target.parse().unwrap()).to_vec(),
+            allowed_peers: vec!["edge1".to_owned(), "cloud1".to_owned()],
+            serve_relay: ServeRelay::WhenPublic,
+            hole_punching: false,
+            announce: ["198.51.100.7:4443", "[2001:db8::7]:20006"].map(|address| address.parse().unwrap()).to_vec(),
+            relays: vec![RelayNode {
+                node: "cloud1".parse().unwrap(),
+                addresses: ["203.0.113.7", "relay.example.org:443", "2001:db8::7"]
+                    .map(|address| address.parse().unwrap())
+                    .to_vec(),
+            }],
+            psk_enable: false,
+            psk: "/run/psk".into(),
+            max_served: 7,
+        },
+        file: None,
     };
     assert_eq!(loaded.config, expected);
 }
@@ -244,7 +291,7 @@ fn prints_a_default_file_that_means_the_defaults() {
             Kind::Accepted(_) | Kind::Section(_) => {}
         }
     }
-    assert!(!text.contains("edgeTunnel"), "a key without effect is printed as if it had one:\n{text}");
+    assert!(!text.contains("edgeCNI"), "a key without effect is printed as if it had one:\n{text}");
 }
 
 #[test]

@@ -3,6 +3,7 @@
 use std::{
     borrow::Cow,
     net::{IpAddr, Ipv6Addr, SocketAddr},
+    ops::RangeInclusive,
     path::{Path, PathBuf},
     time::Duration,
 };
@@ -10,11 +11,15 @@ use std::{
 use hyper::Uri;
 
 use super::{
-    DataplaneMode, ServiceFilter, SourceChoice,
+    AllowedTarget, DataplaneMode, ServiceFilter, SourceChoice,
     document::{Node, Scalar, Value},
     keys::{Draft, Plain, Slot},
 };
-use crate::dns::{forward::StubDomain, zone::ClusterDomain};
+use crate::{
+    dns::{forward::StubDomain, zone::ClusterDomain},
+    model::IpPrefix,
+    tunnel::{NodeName, RelayAddress, RelayNode, ServeRelay},
+};
 
 /// `sun_path` of Linux holds 108 bytes, the last of them NUL.
 pub(super) const MAX_SOCKET_PATH: usize = 107;
@@ -33,6 +38,10 @@ pub(super) const DATAPLANES: [(&str, DataplaneMode); 2] =
 /// The sources that a file may ask for.
 pub(super) const SOURCES: [(&str, SourceChoice); 3] =
     [("auto", SourceChoice::Auto), ("inCluster", SourceChoice::InCluster), ("metaServer", SourceChoice::MetaServer)];
+
+/// When a node may be asked to relay, as a file spells it.
+pub(super) const SERVE_RELAY: [(&str, ServeRelay); 3] =
+    [("whenListed", ServeRelay::WhenListed), ("whenPublic", ServeRelay::WhenPublic), ("always", ServeRelay::Always)];
 
 /// Why a value cannot be used.
 #[derive(Debug)]
@@ -68,10 +77,23 @@ pub(super) fn store(node: &Node, slot: &Slot, draft: &mut Draft) -> Result<(), R
             *at(draft) = if text.is_empty() { None } else { Some(path(text, OPTIONAL_PATH)?) };
         }
         Slot::Interfaces(at) => *at(draft) = interfaces(node)?,
+        Slot::AliasRangeV4(at) => *at(draft) = alias_range(node, ALIAS_RANGE_V4, |ip| ip.is_ipv4(), 8..=28)?,
+        Slot::AliasRangeV6(at) => *at(draft) = alias_range(node, ALIAS_RANGE_V6, |ip| ip.is_ipv6(), 32..=112)?,
+        Slot::Networks(at) => *at(draft) = networks(node)?,
         Slot::Url(at) => *at(draft) = url(node)?,
         Slot::Filter(at) => *at(draft) = filter(node)?,
         Slot::Dataplane(at) => *at(draft) = dataplane(node)?,
         Slot::Source(at) => *at(draft) = source(node)?,
+        Slot::SecretBool(at) => *at(draft) = truth(node).ok_or_else(|| unnamed(node, "true or false"))?,
+        Slot::SecretPath(at) => {
+            let path = words(node).and_then(|text| path(text, PATH).ok());
+            *at(draft) = path.ok_or_else(|| unnamed(node, PATH))?;
+        }
+        Slot::RelayNodes(at, _) => *at(draft) = relay_nodes(node)?,
+        Slot::ServeRelay(at) => *at(draft) = serve_relay(node)?,
+        Slot::Targets(at) => *at(draft) = targets(node)?,
+        Slot::Sockets(at) => *at(draft) = sockets(node)?,
+        Slot::Peers(at) => *at(draft) = peers(node)?,
     }
     Ok(())
 }
@@ -99,10 +121,6 @@ pub(super) fn differs(node: &Node, plain: &Plain) -> Result<bool, Refusal> {
             }
             Value::Null | Value::Scalar(_) | Value::Map(_) => Err(refuse("a list of texts".into())),
         },
-        Plain::Items(_) => match &node.value {
-            Value::List(items) => Ok(!items.is_empty()),
-            Value::Null | Value::Scalar(_) | Value::Map(_) => Err(refuse("a list of mappings".into())),
-        },
         Plain::Opaque => Ok(false),
     }
 }
@@ -128,6 +146,8 @@ pub(super) fn quote(text: &str) -> String {
     format!("\"{}{rest}\"", shown.escape_debug())
 }
 
+const ALIAS_RANGE_V4: &str = "a network of IPv4 from /8 to /28 such as 198.18.0.0/16";
+const ALIAS_RANGE_V6: &str = "a network of IPv6 from /32 to /112 such as fd6d:e54a:1a5e:a11a::/64";
 const PATH: &str = "an absolute path";
 const OPTIONAL_PATH: &str = "an absolute path, or \"\"";
 const LISTEN: &str = "IP:PORT such as 127.0.0.1:20008 or [::1]:20008, or \"\" for none";
@@ -140,6 +160,11 @@ fn given(node: &Node, expected: &'static str) -> Refusal {
         Value::Null | Value::List(_) | Value::Map(_) => format!("given {}", type_of(node)),
     };
     Refusal { problem, expected: expected.into() }
+}
+
+/// As [`given`], with nothing of the text.
+fn unnamed(node: &Node, expected: &'static str) -> Refusal {
+    Refusal { problem: format!("given {}", type_of(node)), expected: expected.into() }
 }
 
 fn wrong(text: &str, expected: &'static str) -> Refusal {
@@ -235,6 +260,36 @@ fn interfaces(node: &Node) -> Result<Vec<String>, Refusal> {
     match &node.value {
         Value::List(items) => items.iter().map(interface).collect(),
         Value::Null | Value::Scalar(_) | Value::Map(_) => Err(given(node, EXPECTED)),
+    }
+}
+
+fn network(node: &Node, expected: &'static str) -> Result<IpPrefix, Refusal> {
+    let text = text(node, expected)?;
+    text.parse().map_err(|_| wrong(text, expected))
+}
+
+fn networks(node: &Node) -> Result<Vec<IpPrefix>, Refusal> {
+    const EXPECTED: &str = "a list of networks, such as [10.0.0.0/8, 'fd00::/8']";
+    match &node.value {
+        Value::List(items) => items.iter().map(|item| network(item, EXPECTED)).collect(),
+        Value::Null | Value::Scalar(_) | Value::Map(_) => Err(given(node, EXPECTED)),
+    }
+}
+
+/// A range that hosts can have addresses from.
+fn alias_range(
+    node: &Node,
+    expected: &'static str,
+    family: impl Fn(IpAddr) -> bool,
+    lengths: RangeInclusive<u8>,
+) -> Result<IpPrefix, Refusal> {
+    let range = network(node, expected)?;
+    let first = range.network();
+    let special = first.is_loopback() || first.is_multicast() || first.is_unspecified();
+    if family(first) && lengths.contains(&range.length()) && !special {
+        Ok(range)
+    } else {
+        Err(wrong(&range.to_string(), expected))
     }
 }
 
@@ -388,4 +443,100 @@ fn source(node: &Node) -> Result<SourceChoice, Refusal> {
     const EXPECTED: &str = "auto, inCluster or metaServer";
     let word = text(node, EXPECTED)?;
     SOURCES.iter().find(|(name, _)| *name == word).map(|(_, choice)| *choice).ok_or_else(|| wrong(word, EXPECTED))
+}
+
+const RELAY_NODES: &str = "a list of mappings with nodeName and advertiseAddress, such as {nodeName: cloud1, \
+                           advertiseAddress: [203.0.113.7]}";
+
+/// The relays, each once. One without an address counts, as it does for EdgeMesh: nodes of its LAN find it anyway.
+fn relay_nodes(node: &Node) -> Result<Vec<RelayNode>, Refusal> {
+    let Value::List(items) = &node.value else { return Err(unnamed(node, "a list of mappings")) };
+    let mut relays: Vec<RelayNode> = Vec::new();
+    for item in items {
+        let Value::Map(entries) = &item.value else { return Err(given(item, RELAY_NODES)) };
+        let (mut name, mut addresses) = (None, Vec::new());
+        for entry in entries {
+            match entry.name.to_ascii_lowercase().as_str() {
+                "nodename" => {
+                    let text = text(&entry.value, RELAY_NODES)?;
+                    name = Some(text.parse::<NodeName>().map_err(|_| wrong(text, "the name of a node"))?);
+                }
+                "advertiseaddress" => addresses = relay_addresses(&entry.value)?,
+                // Said of it elsewhere.
+                _ => {}
+            }
+        }
+        let name = name.ok_or_else(|| given(item, RELAY_NODES))?;
+        match relays.iter_mut().find(|relay| relay.node == name) {
+            Some(known) => known.addresses.extend(addresses),
+            None => relays.push(RelayNode { node: name, addresses }),
+        }
+    }
+    Ok(relays)
+}
+
+fn relay_addresses(node: &Node) -> Result<Vec<RelayAddress>, Refusal> {
+    const EXPECTED: &str = "a list of IP addresses or DNS names, each with :PORT if it is not 20006, such as \
+                            [203.0.113.7, relay.example.org:443, '[2001:db8::7]:20006']";
+    match &node.value {
+        Value::Null => Ok(Vec::new()),
+        Value::List(items) => items
+            .iter()
+            .map(|item| {
+                let text = text(item, EXPECTED)?;
+                text.parse().map_err(|_| wrong(text, EXPECTED))
+            })
+            .collect(),
+        Value::Scalar(_) | Value::Map(_) => Err(given(node, EXPECTED)),
+    }
+}
+
+fn serve_relay(node: &Node) -> Result<ServeRelay, Refusal> {
+    const EXPECTED: &str = "whenListed, whenPublic or always";
+    let word = text(node, EXPECTED)?;
+    SERVE_RELAY.iter().find(|(name, _)| *name == word).map(|(_, when)| *when).ok_or_else(|| wrong(word, EXPECTED))
+}
+
+fn targets(node: &Node) -> Result<Vec<AllowedTarget>, Refusal> {
+    const EXPECTED: &str = "a list of HOST:PORT, such as ['node:22', '192.168.1.0/24:554', '[fd00::7]:*']";
+    match &node.value {
+        Value::List(items) => items
+            .iter()
+            .map(|item| {
+                let text = text(item, EXPECTED)?;
+                text.parse().map_err(|_| wrong(text, EXPECTED))
+            })
+            .collect(),
+        Value::Null | Value::Scalar(_) | Value::Map(_) => Err(given(node, EXPECTED)),
+    }
+}
+
+fn sockets(node: &Node) -> Result<Vec<SocketAddr>, Refusal> {
+    const EXPECTED: &str = "a list of IP:PORT, such as ['203.0.113.7:20006', '[2001:db8::7]:20006']";
+    match &node.value {
+        Value::List(items) => items
+            .iter()
+            .map(|item| {
+                let text = text(item, EXPECTED)?;
+                let usable = |address: &SocketAddr| address.port() != 0 && !address.ip().is_unspecified();
+                text.parse().ok().filter(usable).ok_or_else(|| wrong(text, EXPECTED))
+            })
+            .collect(),
+        Value::Null | Value::Scalar(_) | Value::Map(_) => Err(given(node, EXPECTED)),
+    }
+}
+
+/// A PeerId consists of characters that names of nodes may have, too.
+fn peers(node: &Node) -> Result<Vec<String>, Refusal> {
+    const EXPECTED: &str = "a list of names of nodes or PeerIds, such as [edge1, cloud1]";
+    match &node.value {
+        Value::List(items) => items
+            .iter()
+            .map(|item| {
+                let text = text(item, EXPECTED)?;
+                text.parse::<NodeName>().map(|name| name.to_string()).map_err(|_| wrong(text, EXPECTED))
+            })
+            .collect(),
+        Value::Null | Value::Scalar(_) | Value::Map(_) => Err(given(node, EXPECTED)),
+    }
 }

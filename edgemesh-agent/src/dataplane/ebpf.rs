@@ -5,6 +5,7 @@
 //! running program can hold it.
 
 mod adopt;
+mod aliases;
 mod counters;
 pub mod hooks;
 mod inspect;
@@ -41,6 +42,7 @@ use self::{
     sets::Set,
     wanted::{Wanted, addr_of, keys, same, socket_addr, wanted},
 };
+pub use aliases::{AliasError, divert_aliases, is_diverted, leave_aliases};
 pub use open::OpenError;
 pub use remove::{CANARY_CGROUP, is_pinned, remove_all, remove_scratch};
 pub use tc::{InterfaceSight, Sight as TrafficSight, remove_filters};
@@ -52,6 +54,7 @@ pub fn is_built_in() -> bool {
 
 use super::{Count, Dataplane, Error, InForce, Room};
 use crate::{
+    alias::AliasRanges,
     conditions::Conditions,
     config::EbpfConfig,
     model::{Change, FrontendAddr, ServiceEntry, ServiceTable},
@@ -135,11 +138,13 @@ impl Ebpf {
     /// From here on translation is in force: by the adopted maps, or by empty ones, which leave all traffic alone. Where
     /// an agent with another map layout was here, its own goes on until the first table is in the new maps.
     ///
+    /// With `aliases`, packets to these ranges are dropped where they come in from outside.
+    ///
     /// # Errors
     ///
     /// See [`OpenError`].
-    pub fn open(config: &EbpfConfig, conditions: &Conditions) -> Result<Self, OpenError> {
-        let mut opened = open::open(config)?;
+    pub fn open(config: &EbpfConfig, aliases: Option<AliasRanges>, conditions: &Conditions) -> Result<Self, OpenError> {
+        let mut opened = open::open(config, aliases)?;
         let stale = opened.udp_sockets.take().map(|sockets| stale::StaleSockets::new(sockets, conditions.clone()));
         let stale = stale.and_then(|started| match started {
             Ok(stale) => Some(stale),

@@ -1,18 +1,27 @@
 //! Events in, tables out.
 
+mod detours;
 mod resolve;
 
 use std::{
     collections::{BTreeMap, BTreeSet, HashMap, HashSet},
+    net::IpAddr,
     sync::Arc,
+    time::Instant,
 };
 
-use self::resolve::{Surroundings, resolve};
+use self::{
+    detours::Detours,
+    resolve::{Surroundings, resolve},
+};
 use super::{
     EndpointSet, Event, FrontendAddr, FrontendKind, Kind, NamespacedName, Node, Nodes, Note, Object, Place, Service,
     ServiceEntry, ServiceTable, Vantage, rule::Rules, shared::Shared,
 };
-use crate::config::ServiceFilter;
+use crate::{
+    alias::{Book, Reach, Target},
+    config::ServiceFilter,
+};
 
 /// Keeps what the source has delivered and resolves it into tables.
 ///
@@ -34,11 +43,29 @@ pub struct Builder {
     /// Services that want a frontend another one has.
     waiting: HashMap<FrontendAddr, BTreeSet<NamespacedName>>,
     dirty: BTreeSet<NamespacedName>,
-    /// Nodes touched since the last table, each with the zone it was in then.
-    touched_nodes: HashMap<Box<str>, Option<Box<str>>>,
+    /// Nodes touched since the last table, each as it was then.
+    touched_nodes: HashMap<Box<str>, Touched>,
+    /// None without a tunnel.
+    detours: Option<Detours>,
     table: ServiceTable,
     synced: bool,
     revision: u64,
+}
+
+/// What of a Node matters to endpoints on it.
+#[derive(Debug, Default, Eq, PartialEq)]
+struct Touched {
+    zone: Option<Box<str>>,
+    addresses: Vec<IpAddr>,
+}
+
+impl Touched {
+    fn of(node: Option<&Node>) -> Self {
+        Self {
+            zone: node.and_then(Node::zone).map(Box::from),
+            addresses: node.map(|node| node.addresses.clone()).unwrap_or_default(),
+        }
+    }
 }
 
 /// A Service's wish for a frontend; of several, the first in order is granted.
@@ -52,6 +79,44 @@ impl Builder {
     /// A builder for the node of that name, as endpoints and Nodes spell it.
     pub fn new(filter: ServiceFilter, node: &str) -> Self {
         Self { filter, node: node.into(), ..Self::default() }
+    }
+
+    /// The same for a node with a tunnel: `reach` says which endpoints need it, and `book` has the aliases of those.
+    #[must_use]
+    pub fn with_detours(mut self, reach: Reach, book: Book) -> Self {
+        self.table.aliases = book.aliases().clone();
+        self.detours = Some(Detours::new(reach, book));
+        self
+    }
+
+    /// The table as it was built last. Before the first one it has the aliases that an earlier agent gave out, to which
+    /// the kernel may still send.
+    pub fn last_table(&self) -> Arc<ServiceTable> {
+        Arc::new(self.table.clone())
+    }
+
+    /// Says what time it is, for the aliases that are to rest for an hour; [`Builder::build`] knows no other clock.
+    pub fn tell_time(&mut self, now: Instant) {
+        if let Some(detours) = &mut self.detours
+            && detours.book.advance(now)
+        {
+            self.dirty.extend(detours.wanting());
+        }
+    }
+
+    /// Says that pods are reached otherwise than before: routes have changed, or the tunnel has met somebody.
+    pub fn follow_reach(&mut self, change: impl FnOnce(Reach) -> Reach) {
+        let Some(detours) = &mut self.detours else { return };
+        detours.change(change);
+        let touched = self.table.services.iter().filter(|entry| detours.differs(entry, &self.nodes));
+        self.dirty.extend(touched.map(|entry| entry.service.name.clone()));
+    }
+
+    /// The aliases that must be known after a restart, and a number that counts up with their changes; None without a
+    /// tunnel.
+    pub fn kept_aliases(&self) -> Option<(u64, impl Iterator<Item = (IpAddr, Target)>)> {
+        let book = &self.detours.as_ref()?.book;
+        Some((book.revision(), book.entries()))
     }
 
     /// Takes one event; [`Builder::build`] shows its effect.
@@ -111,6 +176,13 @@ impl Builder {
         }
         if !changed {
             return None;
+        }
+        if let Some(detours) = &mut self.detours {
+            if self.synced {
+                detours.settle();
+            }
+            self.table.aliases = detours.book.aliases().clone();
+            self.table.without_alias = detours.without_alias();
         }
         self.table.generation += 1;
         self.table.complete = self.synced;
@@ -181,18 +253,30 @@ impl Builder {
             return;
         }
         let moved = |node: &str| match touched.get(node) {
-            Some(before) => before.as_deref() != self.nodes.get(node).and_then(|node| node.zone()),
+            Some(before) => before.zone.as_deref() != self.nodes.get(node).and_then(|node| node.zone()),
             None => false,
         };
         let any_moved = touched.keys().any(|node| moved(node));
+        // Whether an endpoint is on the host network, its Node's addresses tell.
+        let readdressed: HashSet<&str> = match &self.detours {
+            Some(_) => {
+                let now = |node: &str| self.nodes.get(node).map_or(&[][..], |node| &node.addresses);
+                touched.iter().filter(|(node, before)| before.addresses != now(node)).map(|(node, _)| &**node).collect()
+            }
+            None => HashSet::new(),
+        };
         for (name, service) in &self.services {
             let limited = service.within_node_group || !service.topology_keys.is_empty();
-            let borrows_zone = |set: &Arc<EndpointSet>| {
+            let concerned = |set: &Arc<EndpointSet>| {
                 let mut places =
                     set.subsets.iter().flat_map(|subset| &subset.endpoints).map(|endpoint| &endpoint.place);
-                places.any(|place| place.zone.is_none() && place.node.as_deref().is_some_and(moved))
+                places.any(|place| {
+                    let of = |is: &dyn Fn(&str) -> bool| place.node.as_deref().is_some_and(is);
+                    (place.zone.is_none() && of(&moved)) || of(&|node| readdressed.contains(node))
+                })
             };
-            if limited || (any_moved && counting(&self.slices, &self.endpoints, name).iter().any(borrows_zone)) {
+            let look = any_moved || !readdressed.is_empty();
+            if limited || (look && counting(&self.slices, &self.endpoints, name).iter().any(concerned)) {
                 self.dirty.insert(name.clone());
             }
         }
@@ -201,7 +285,9 @@ impl Builder {
     /// Resolves one Service into the table; says whether the table changed.
     fn refresh(&mut self, name: &NamespacedName) -> bool {
         let place = self.table.services.binary_search_by(|entry| entry.service.name.cmp(name));
+        let known = place.ok().and_then(|place| self.table.services.get(place)).map(Arc::clone);
         let Some(service) = self.services.get(name) else {
+            self.follow_detours(name, known.as_deref(), None);
             self.claim(name, BTreeMap::new());
             self.note_unheeded(name, None);
             return match place {
@@ -214,9 +300,16 @@ impl Builder {
         };
         let sets = counting(&self.slices, &self.endpoints, name);
         let vantage = Vantage { name: &self.node, nodes: &self.nodes };
-        let around =
-            Surroundings { filter: self.filter, vantage, sets, ruling: self.rules.of(name), places: &mut self.places };
+        let around = Surroundings {
+            filter: self.filter,
+            vantage,
+            sets,
+            ruling: self.rules.of(name),
+            places: &mut self.places,
+            detours: self.detours.as_mut(),
+        };
         let mut entry = resolve(service, around);
+        self.follow_detours(name, known.as_deref(), Some(&entry));
         let taken = self.claim(name, entry.frontends.iter().map(|frontend| (frontend.at, frontend.kind)).collect());
         entry.frontends.retain(|frontend| !taken.contains_key(&frontend.at));
         entry.notes.extend(taken.into_iter().map(|(at, by)| Note::Taken { at, by }));
@@ -231,6 +324,17 @@ impl Builder {
                 self.table.services.insert(place, Arc::new(entry));
                 true
             }
+        }
+    }
+
+    /// Keeps the count of aliases in step with an entry that takes the place of another: that of the new one is already
+    /// counted.
+    fn follow_detours(&mut self, name: &NamespacedName, old: Option<&ServiceEntry>, new: Option<&ServiceEntry>) {
+        if let Some(detours) = &mut self.detours {
+            if let Some(old) = old {
+                detours.release(old);
+            }
+            detours.note_lack(name, new);
         }
     }
 
@@ -306,10 +410,10 @@ impl Builder {
     }
 }
 
-/// Remembers the zone that a Node was in when the last table was made.
-fn touch(touched: &mut HashMap<Box<str>, Option<Box<str>>>, name: &str, known: Option<&Node>) {
+/// Remembers what a Node was like when the last table was made.
+fn touch(touched: &mut HashMap<Box<str>, Touched>, name: &str, known: Option<&Node>) {
     if !touched.contains_key(name) {
-        touched.insert(name.into(), known.and_then(Node::zone).map(Box::from));
+        touched.insert(name.into(), Touched::of(known));
     }
 }
 

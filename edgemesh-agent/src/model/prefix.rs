@@ -8,6 +8,17 @@ pub struct IpPrefix {
 }
 
 impl IpPrefix {
+    /// A network that is written down in the code: `network` is its first address, `length` within its family.
+    pub(crate) const fn written(network: IpAddr, length: u8) -> Self {
+        Self { network, length }
+    }
+
+    /// The network of that length with this address in it; None if the family has fewer bits.
+    pub fn new(address: IpAddr, length: u8) -> Option<Self> {
+        let bits = if address.is_ipv4() { 32 } else { 128 };
+        (length <= bits).then(|| Self { network: masked(address, length), length })
+    }
+
     /// The first address of the network.
     pub fn network(&self) -> IpAddr {
         self.network
@@ -21,6 +32,11 @@ impl IpPrefix {
     /// Whether the address lies in the network; never true for one of the other family.
     pub fn contains(&self, address: IpAddr) -> bool {
         masked(address, self.length) == self.network
+    }
+
+    /// Whether the two have an address in common.
+    pub fn overlaps(&self, other: &Self) -> bool {
+        self.contains(other.network) || other.contains(self.network)
     }
 }
 
@@ -36,10 +52,9 @@ impl FromStr for IpPrefix {
     fn from_str(text: &str) -> Result<Self, Self::Err> {
         let (address, length) = text.split_once('/').ok_or(ParsePrefixError)?;
         let address: IpAddr = address.parse().map_err(|_| ParsePrefixError)?;
-        let bits = if address.is_ipv4() { 32 } else { 128 };
         let digits = !length.is_empty() && length.bytes().all(|digit| digit.is_ascii_digit());
-        let length = length.parse().ok().filter(|&length| digits && length <= bits).ok_or(ParsePrefixError)?;
-        Ok(Self { network: masked(address, length), length })
+        let length = length.parse().ok().filter(|_| digits).ok_or(ParsePrefixError)?;
+        Self::new(address, length).ok_or(ParsePrefixError)
     }
 }
 
@@ -92,5 +107,8 @@ mod tests {
         assert!(contains("fd00::/8", "fdff::1") && !contains("fd00::/8", "fe80::1"));
         assert!(contains("192.0.2.1/32", "192.0.2.1") && !contains("192.0.2.1/32", "192.0.2.2"));
         assert!(contains("::/0", "fe80::1") && !contains("::/0", "127.0.0.1"));
+        let overlap = |a: &str, b: &str| a.parse::<IpPrefix>().unwrap().overlaps(&b.parse().unwrap());
+        assert!(overlap("10.0.0.0/8", "10.1.0.0/16") && overlap("10.1.0.0/16", "10.0.0.0/8"));
+        assert!(!overlap("10.0.0.0/16", "10.1.0.0/16") && !overlap("0.0.0.0/0", "::/0"));
     }
 }

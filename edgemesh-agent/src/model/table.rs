@@ -8,7 +8,8 @@ use std::{
     sync::Arc,
 };
 
-use super::{DestinationRule, NamespacedName, Place, Protocol, Service, ServicePort, Verdicts};
+use super::{DestinationRule, NamespacedName, Path, Place, Protocol, Service, ServicePort, Verdicts};
+use crate::alias::Aliases;
 
 /// Everything the agent knows of Services at one moment. Immutable; a change makes a new table that shares what did not
 /// change.
@@ -26,6 +27,10 @@ pub struct ServiceTable {
     /// By Service, the rules in force that ask for more than is done; the same allocation as that of the table before,
     /// unless something changed.
     pub unheeded: Arc<BTreeMap<NamespacedName, Arc<DestinationRule>>>,
+    /// Whom the aliases in it stand for; empty without a tunnel.
+    pub aliases: Aliases,
+    /// How many endpoints are out of reach, as no alias is left for them.
+    pub without_alias: usize,
 }
 
 impl ServiceTable {
@@ -57,7 +62,7 @@ pub struct ServiceEntry {
 #[derive(Clone, Debug, Eq, PartialEq)]
 pub struct ServedPort {
     pub port: ServicePort,
-    /// Ordered by address, each address once.
+    /// Ordered by address, each address once; with a tunnel, once for each node, as sites repeat addresses.
     pub endpoints: Vec<PortEndpoint>,
 }
 
@@ -72,6 +77,19 @@ pub struct PortEndpoint {
     pub verdicts: Verdicts,
     /// Its zone is that of its Node where the endpoint itself names none.
     pub place: Arc<Place>,
+    /// How it is reached from this node; None without a tunnel: then there is one way only.
+    pub path: Option<Arc<Path>>,
+}
+
+impl PortEndpoint {
+    /// Where connections to it are sent: its own address, or its alias with the same port where it is in another site.
+    /// None where it cannot be reached.
+    pub fn target(&self) -> Option<SocketAddr> {
+        match &self.path {
+            Some(path) => path.target(self.addr),
+            None => Some(self.addr),
+        }
+    }
 }
 
 /// An endpoint of a headless Service without a port.
@@ -81,6 +99,18 @@ pub struct PortlessEndpoint {
     pub ready: bool,
     pub terminating: bool,
     pub place: Arc<Place>,
+    /// As [`PortEndpoint::path`].
+    pub path: Option<Arc<Path>>,
+}
+
+impl PortlessEndpoint {
+    /// As [`PortEndpoint::target`].
+    pub fn target(&self) -> Option<IpAddr> {
+        match &self.path {
+            Some(path) => path.target(SocketAddr::new(self.ip, 0)).map(|target| target.ip()),
+            None => Some(self.ip),
+        }
+    }
 }
 
 /// An address, port and protocol that a Service answers on.
@@ -126,8 +156,8 @@ pub struct Frontend {
     pub kind: FrontendKind,
     /// Index into [`ServiceEntry::ports`].
     pub port: usize,
-    /// Where sockets on this node are sent, pods' and the host's: the eligible endpoints of the frontend's own family,
-    /// ordered; empty means that connections are refused.
+    /// Where sockets on this node are sent, pods' and the host's: the [targets](PortEndpoint::target) of the eligible
+    /// endpoints of the frontend's own family, ordered by endpoint; empty means that connections are refused.
     ///
     /// `externalTrafficPolicy` does not matter to them: inside the cluster there is no client address to preserve, so
     /// kube-proxy takes the short way too, with policy Cluster.

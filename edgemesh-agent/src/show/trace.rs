@@ -27,6 +27,7 @@ pub fn trace(report: &TraceReport) -> String {
     for note in &report.notes {
         line(&mut text, "note", note);
     }
+    text.push_str(&super::crossing::crossings(report));
     if !report.endpoints.is_empty() {
         text.push('\n');
         text.push_str(&endpoints(&report.endpoints));
@@ -102,8 +103,10 @@ fn kernel(report: &TraceReport) -> String {
 }
 
 fn endpoints(endpoints: &[TracedEndpoint]) -> String {
-    let mut rows =
-        vec![["ENDPOINT", "NODE", "ZONE", "ELIGIBLE", "IN KERNEL", "CHANCE", "REASON"].map(str::to_owned).to_vec()];
+    let paths = endpoints.iter().any(|endpoint| endpoint.path.is_some());
+    let mut head = vec!["ENDPOINT", "NODE", "ZONE", "ELIGIBLE", "IN KERNEL", "CHANCE", "REASON"];
+    head.extend(paths.then_some("PATH"));
+    let mut rows = vec![head.into_iter().map(str::to_owned).collect::<Vec<_>>()];
     // Nearly always all of one set have the same chance, which reads better as a fraction.
     let chosen = endpoints.iter().filter(|endpoint| endpoint.chance > 0.0);
     let equal = chosen.clone().map(|endpoint| endpoint.chance.to_bits()).collect::<BTreeSet<_>>().len() == 1;
@@ -117,7 +120,7 @@ fn endpoints(endpoints: &[TracedEndpoint]) -> String {
             _ if equal => format!("1/{count}"),
             chance => format!("{chance:.3}"),
         };
-        rows.push(vec![
+        let mut row = vec![
             endpoint.address.to_string(),
             endpoint.node.clone().unwrap_or_else(dash),
             endpoint.zone.clone().unwrap_or_else(dash),
@@ -125,7 +128,9 @@ fn endpoints(endpoints: &[TracedEndpoint]) -> String {
             endpoint.in_kernel.map_or_else(dash, yes),
             chance,
             endpoint.reason.clone(),
-        ]);
+        ];
+        row.extend(paths.then(|| super::path(&endpoint.path)));
+        rows.push(row);
     }
     columns(&rows)
 }

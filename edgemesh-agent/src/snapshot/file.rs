@@ -5,6 +5,8 @@ use std::{
     io::{self, BufReader, BufWriter, Write},
     os::unix::fs::{DirBuilderExt, FileTypeExt, MetadataExt, OpenOptionsExt},
     path::{Path, PathBuf},
+    thread,
+    time::Duration,
 };
 
 use nix::{
@@ -22,15 +24,19 @@ const BUFFER: usize = 64 << 10;
 /// Permissions that let others change what is there.
 const WRITABLE_BY_OTHERS: u32 = 0o022;
 
-/// The file of a snapshot.
+/// How long another writer in the same directory is waited for, and how often it is looked at.
+const LOCK_PATIENCE: u32 = 40;
+const LOCK_PAUSE: Duration = Duration::from_millis(50);
+
+/// The file of a snapshot, or another one that the agent keeps beside it.
 #[derive(Clone, Debug)]
-pub(super) struct SnapshotFile {
+pub(crate) struct SnapshotFile {
     path: PathBuf,
 }
 
 /// Why there is nothing to restore, though something is there.
 #[derive(Debug, thiserror::Error)]
-pub(super) enum Unusable {
+pub(crate) enum Unusable {
     #[error(transparent)]
     Flaw(#[from] Flaw),
     #[error("it is a symbolic link")]
@@ -48,12 +54,12 @@ pub(super) enum Unusable {
 }
 
 impl SnapshotFile {
-    pub(super) fn new(path: PathBuf) -> Self {
+    pub(crate) fn new(path: PathBuf) -> Self {
         // Without a trailing slash, which would turn the names of the files beside it into those of files within it.
         Self { path: path.components().collect() }
     }
 
-    pub(super) fn path(&self) -> &Path {
+    pub(crate) fn path(&self) -> &Path {
         &self.path
     }
 
@@ -63,6 +69,19 @@ impl SnapshotFile {
     ///
     /// What is there cannot be used.
     pub(super) fn read(&self) -> Result<Option<Contents>, Unusable> {
+        let Some(file) = self.open()? else { return Ok(None) };
+        if file.metadata().map_err(Flaw::Io)?.len() > format::MAX_SIZE {
+            return Err(Flaw::TooLarge.into());
+        }
+        Ok(Some(format::read(BufReader::with_capacity(BUFFER, file))?))
+    }
+
+    /// Opens it for reading; None where there is no file.
+    ///
+    /// # Errors
+    ///
+    /// What is there may be somebody else's.
+    pub(crate) fn open(&self) -> Result<Option<File>, Unusable> {
         let found = match fs::symlink_metadata(&self.path) {
             Ok(found) => found,
             Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
@@ -94,10 +113,7 @@ impl SnapshotFile {
         if metadata.mode() & WRITABLE_BY_OTHERS != 0 {
             return Err(Unusable::Mode(metadata.mode() & 0o7777));
         }
-        if metadata.len() > format::MAX_SIZE {
-            return Err(Flaw::TooLarge.into());
-        }
-        Ok(Some(format::read(BufReader::with_capacity(BUFFER, file))?))
+        Ok(Some(file))
     }
 
     /// Renames what is there, so that it can be looked at and is not in the way; the oldest of what was renamed before
@@ -106,7 +122,7 @@ impl SnapshotFile {
     /// # Errors
     ///
     /// It cannot be renamed; `InvalidInput` where it is neither a regular file nor a link.
-    pub(super) fn set_aside(&self) -> io::Result<PathBuf> {
+    pub(crate) fn set_aside(&self) -> io::Result<PathBuf> {
         let kind = fs::symlink_metadata(&self.path)?.file_type();
         if kind.is_dir() || kind.is_fifo() || kind.is_socket() || kind.is_block_device() || kind.is_char_device() {
             return Err(io::Error::new(io::ErrorKind::InvalidInput, "it is no regular file, and is left where it is"));
@@ -129,23 +145,25 @@ impl SnapshotFile {
     ///
     /// The old one is still there, and nothing else.
     pub(super) fn write(&self, contents: &Contents) -> io::Result<u64> {
+        self.replace(|out| format::write(contents, out))
+    }
+
+    /// As [`SnapshotFile::write`], for contents of any kind.
+    ///
+    /// # Errors
+    ///
+    /// The old one is still there, and nothing else.
+    pub(crate) fn replace(&self, fill: impl FnOnce(&mut BufWriter<File>) -> io::Result<()>) -> io::Result<u64> {
         let directory = self.directory();
         // Only what is missing gets this mode; one that was made for us may be open for reading.
         DirBuilder::new().recursive(true).mode(0o700).create(directory)?;
         if let Some(trouble) = trouble_with_directory(directory)? {
             return Err(io::Error::new(io::ErrorKind::PermissionDenied, format!("the directory {trouble}")));
         }
-        // Else two agents could rename each other's unfinished file.
-        let lock = Flock::lock(File::open(directory)?, FlockArg::LockExclusiveNonblock).map_err(|(_, errno)| {
-            if errno == Errno::EWOULDBLOCK {
-                io::Error::new(io::ErrorKind::ResourceBusy, "another agent is writing there")
-            } else {
-                errno.into()
-            }
-        })?;
+        let lock = lock(directory)?;
         let draft = self.beside("draft");
         remove_if_there(&draft)?;
-        let written = self.write_through(&draft, contents).inspect_err(|_| {
+        let written = self.write_through(&draft, fill).inspect_err(|_| {
             // What cannot be removed is removed next time.
             let _ = fs::remove_file(&draft);
         })?;
@@ -156,11 +174,15 @@ impl SnapshotFile {
         }
     }
 
-    fn write_through(&self, draft: &Path, contents: &Contents) -> io::Result<u64> {
+    fn write_through(
+        &self,
+        draft: &Path,
+        fill: impl FnOnce(&mut BufWriter<File>) -> io::Result<()>,
+    ) -> io::Result<u64> {
         // Whatever the umask is.
         let file = OpenOptions::new().write(true).create_new(true).mode(0o600).open(draft)?;
         let mut out = BufWriter::with_capacity(BUFFER, file);
-        format::write(contents, &mut out)?;
+        fill(&mut out)?;
         out.flush()?;
         let file = out.into_inner().map_err(io::IntoInnerError::into_error)?;
         file.sync_all()?;
@@ -174,7 +196,7 @@ impl SnapshotFile {
     /// # Errors
     ///
     /// Something cannot be removed.
-    pub(super) fn remove(&self) -> io::Result<Vec<PathBuf>> {
+    pub(crate) fn remove(&self) -> io::Result<Vec<PathBuf>> {
         let mut removed = Vec::new();
         let others = (1..=KEPT).map(|number| self.aside(number)).chain([self.beside("draft")]);
         for path in [self.path.clone()].into_iter().chain(others) {
@@ -203,6 +225,21 @@ impl SnapshotFile {
         name.push(suffix);
         PathBuf::from(name)
     }
+}
+
+/// Keeps others from writing there: two agents could rename each other's unfinished file. One agent has several files
+/// there, so whoever is there already is waited for.
+fn lock(directory: &Path) -> io::Result<Flock<File>> {
+    let mut file = File::open(directory)?;
+    for _ in 0..LOCK_PATIENCE {
+        match Flock::lock(file, FlockArg::LockExclusiveNonblock) {
+            Ok(lock) => return Ok(lock),
+            Err((given_back, Errno::EWOULDBLOCK)) => file = given_back,
+            Err((_, errno)) => return Err(errno.into()),
+        }
+        thread::sleep(LOCK_PAUSE);
+    }
+    Err(io::Error::new(io::ErrorKind::ResourceBusy, "another agent is writing there"))
 }
 
 /// What lets others than us decide what is in a directory, in words that follow its name.

@@ -94,7 +94,7 @@ struct SectionHead {
 
 /// Why bytes are no snapshot that can be used.
 #[derive(Debug, thiserror::Error)]
-pub(super) enum Flaw {
+pub(crate) enum Flaw {
     #[error("it is no snapshot of an edgemesh-agent")]
     Foreign,
     #[error("it has version {0} of the format, and this agent knows no later one than {VERSION}")]

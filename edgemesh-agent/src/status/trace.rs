@@ -1,5 +1,7 @@
 //! `edgemesh-agent trace`: what becomes of a connection to one address, and why.
 
+mod answer;
+mod crossing;
 mod notes;
 mod target;
 #[cfg(test)]
@@ -9,17 +11,18 @@ use std::{collections::BTreeSet, net::SocketAddr, num::NonZeroU32};
 
 use serde::{Deserialize, Serialize};
 
+pub use crossing::{Crossing, FarOutcome, FarRow};
 pub(super) use notes::owner;
 pub use target::{ParseTargetError, PortRef, Target, Unresolved};
 
+use super::PathRow;
 use crate::{
     dataplane::{Choice, ChosenBy, InForce, Share},
     model::{
         Frontend, FrontendAddr, FrontendKind, PortEndpoint, ServedPort, ServiceEntry, ServiceTable,
-        TrafficDistribution, TrafficPolicy, Verdict,
+        TrafficDistribution, TrafficPolicy, Verdict, Way,
     },
     net::client::{Client, Served},
-    show,
 };
 
 /// `edgemesh-agent trace`.
@@ -39,6 +42,10 @@ pub struct TraceReport {
     pub choice: Option<ChoiceRow>,
     /// Who was asked for.
     pub client: Option<ClientRow>,
+    /// The endpoints in question that only the tunnel reaches, with what becomes of a connection on its way there.
+    pub crossings: Vec<Crossing>,
+    /// How many more there are, of which nobody was asked.
+    pub crossings_left_out: usize,
     /// What else is to be known, each in a sentence.
     pub notes: Vec<String>,
 }
@@ -49,6 +56,8 @@ pub struct TraceReport {
 pub enum Outcome {
     /// It goes to a backend.
     Forwarded,
+    /// The address is an alias: this agent takes the connection and carries it to a pod of another node.
+    Carried,
     /// It fails at once, with ECONNREFUSED (EPERM before Linux 5.18).
     Refused,
     /// It goes on to the address itself.
@@ -126,10 +135,27 @@ pub struct TracedEndpoint {
     pub eligible: bool,
     /// Why it is or is not.
     pub reason: String,
-    /// Whether the kernel sends connections there; None where that is not known.
+    /// How it is reached; None without a tunnel.
+    pub path: Option<PathRow>,
+    /// Whether the kernel sends connections there, or to its alias; None where that is not known.
     pub in_kernel: Option<bool>,
     /// How likely a connection is to go there now, from 0 to 1.
     pub chance: f64,
+}
+
+impl TracedEndpoint {
+    fn is_remote(&self) -> bool {
+        self.path.as_ref().is_some_and(|path| path.way == Way::Remote.to_string())
+    }
+
+    /// Where the kernel is to send what is for it.
+    fn target(&self) -> Option<SocketAddr> {
+        match &self.path {
+            Some(path) if self.is_remote() => path.alias.map(|alias| SocketAddr::new(alias, self.address.port())),
+            Some(path) if path.way == Way::None.to_string() => None,
+            Some(_) | None => Some(self.address),
+        }
+    }
 }
 
 /// The backend that the client's next connection gets.
@@ -206,34 +232,36 @@ pub fn trace(facts: Facts<'_>) -> TraceReport {
         InForce::Frontend { shares, choice } if served => (&shares[..], *choice),
         InForce::Frontend { .. } | InForce::ServiceAddress | InForce::Nothing => (&[][..], None),
     };
+    let alias_of = |ip| facts.table.aliases.target(ip);
+    // Whoever's sockets these are: it is the kernel's routes that lead there.
+    let stands_for = alias_of(facts.at.addr.ip()).filter(|_| *in_force == InForce::Nothing);
     let outcome = match in_force {
+        _ if stands_for.is_some() => Outcome::Carried,
         _ if !served => Outcome::Untouched,
         InForce::Frontend { .. } if !shares.is_empty() => Outcome::Forwarded,
         InForce::Frontend { .. } | InForce::ServiceAddress => Outcome::Refused,
         InForce::Nothing => Outcome::Untouched,
     };
-    let answer = match outcome {
-        Outcome::Forwarded => {
-            let affine = found.as_ref().is_some_and(|found| found.frontend.affinity.is_some());
-            forwarded(shares, choice, affine, client.is_some())
-        }
-        Outcome::Refused => {
-            let why = match (in_force, &owner) {
-                (InForce::Frontend { .. }, _) => "no endpoint is eligible".to_owned(),
-                (_, Some(owner)) => format!("the address belongs to {owner}, which does not have this port"),
-                (_, None) => "the address belongs to a Service, which does not have this port".to_owned(),
-            };
-            format!("refused at once (ECONNREFUSED; EPERM before Linux 5.18): {why}")
-        }
-        Outcome::Untouched if !served => "left alone: the client's sockets are not translated".to_owned(),
-        Outcome::Untouched if others => "left alone: 127.0.0.1 is the pod's own".to_owned(),
-        Outcome::Untouched if kernel.state == KernelState::Off => {
-            "left alone by this agent: modules.edgeProxy.enable is false".to_owned()
-        }
-        Outcome::Untouched => "left alone: it goes to the address itself, as it would without EdgeMesh".to_owned(),
-    };
+    let certain = choice.map(|choice| choice.backend).or(match shares {
+        [only] => Some(only.backend),
+        _ => None,
+    });
+    let target = if outcome == Outcome::Carried { stands_for } else { certain.and_then(|at| alias_of(at.ip())) };
+    let answer = answer::sentence(&answer::Grounds {
+        outcome,
+        in_force,
+        shares,
+        choice,
+        affine: found.as_ref().is_some_and(|found| found.frontend.affinity.is_some()),
+        target,
+        owner: owner.as_ref(),
+        client: client.as_ref().map(|_| served),
+        own_loopback: others,
+        is_off: kernel.state == KernelState::Off,
+    });
     let mut notes = notes::of(facts.table, &facts.at, found.as_ref().map(|found| found.entry), &kernel, outcome);
     notes.extend(facts.client.iter().flat_map(|(_, client)| notes::of_client(client, &facts.cgroup)));
+    let (crossings, crossings_left_out) = crossing::of(facts.table, &facts.at, outcome, shares, choice);
     TraceReport {
         address: facts.at.to_string(),
         outcome,
@@ -243,6 +271,8 @@ pub fn trace(facts: Facts<'_>) -> TraceReport {
         kernel,
         choice: choice.map(ChoiceRow::from),
         client,
+        crossings,
+        crossings_left_out,
         notes,
     }
 }
@@ -250,34 +280,6 @@ pub fn trace(facts: Facts<'_>) -> TraceReport {
 fn equal_shares(backends: &[SocketAddr]) -> Vec<Share> {
     let chance = 1.0 / backends.len() as f64;
     backends.iter().map(|backend| Share { backend: *backend, chance }).collect()
-}
-
-/// Which backend it is, and for how long.
-fn forwarded(shares: &[Share], choice: Option<Choice>, affine: bool, known: bool) -> String {
-    match (choice, shares) {
-        (Some(Choice { backend, by: ChosenBy::Affinity { left } }), _) => format!(
-            "sent to {backend}, where the client was before; kept there for {}, counted anew from each connection",
-            show::seconds(left.as_secs())
-        ),
-        (Some(Choice { backend, by: ChosenBy::Hash }), _) => {
-            format!("sent to {backend}, as every connection of this client is: the choice is by who it is")
-        }
-        (None, [only]) => format!("sent to {}, the only backend", only.backend),
-        (None, _) => {
-            let equal =
-                shares.iter().all(|share| share.chance.to_bits() == shares.first().map_or(0, |s| s.chance.to_bits()));
-            let count = shares.len();
-            let chance =
-                if equal { format!("each with a chance of 1/{count}") } else { "by the chances below".to_owned() };
-            let more = match (affine, equal, known) {
-                (true, _, true) => "; nothing is remembered of this client, and it then stays there",
-                (true, _, false) => "; a client stays where it was (--from-pod says where that is)",
-                (false, false, _) => "; each client has its own (--from-pod says which)",
-                (false, true, _) => "",
-            };
-            format!("sent to one of {count} backends, {chance}{more}")
-        }
-    }
 }
 
 /// The port's endpoints, and what the kernel has beyond them.
@@ -298,16 +300,18 @@ fn endpoints(
     };
     let mut endpoints: Vec<TracedEndpoint> = found.into_iter().flat_map(Found::endpoints).collect();
     for endpoint in &mut endpoints {
-        endpoint.chance = chance(&endpoint.address);
-        endpoint.in_kernel = in_kernel.as_ref().map(|there| there.contains(&endpoint.address));
+        let target = endpoint.target();
+        endpoint.chance = target.map_or(0.0, |target| chance(&target));
+        endpoint.in_kernel = in_kernel.as_ref().map(|there| target.is_some_and(|target| there.contains(&target)));
     }
-    let known: BTreeSet<SocketAddr> = endpoints.iter().map(|endpoint| endpoint.address).collect();
+    let known: BTreeSet<SocketAddr> = endpoints.iter().filter_map(TracedEndpoint::target).collect();
     let gone = kernel.extra.iter().filter(|extra| !known.contains(extra)).map(|address| TracedEndpoint {
         address: *address,
         node: None,
         zone: None,
         eligible: false,
         reason: "no endpoint of the Service any more".to_owned(),
+        path: None,
         in_kernel: Some(true),
         chance: chance(address),
     });
@@ -383,6 +387,7 @@ impl Found<'_> {
                 zone: endpoint.place.zone.as_deref().map(str::to_owned),
                 eligible: own_family && verdict.eligible(),
                 reason: if own_family { verdict.to_string() } else { "of the other address family".to_owned() },
+                path: PathRow::of(endpoint),
                 in_kernel: None,
                 chance: 0.0,
             }

@@ -1,4 +1,4 @@
-//! Raises a two-node lab with real agents, and shows that pods reach Services through them.
+//! Raises labs with real agents, and shows that pods reach Services through them, on one LAN and across sites.
 
 use std::process::ExitCode;
 

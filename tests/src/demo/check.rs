@@ -1,4 +1,4 @@
-//! The rows of the demo's table: what a client sees of a Service, and what it should see.
+//! What a client sees of a Service on one LAN, and what it should see.
 
 use std::collections::BTreeSet;
 use std::net::{IpAddr, SocketAddr};
@@ -7,6 +7,7 @@ use std::time::Duration;
 use anyhow::{Context as _, Result, ensure};
 
 use super::example::ExampleService;
+use super::table::Row;
 use crate::lab::{App, Attempt, Pod, Reply, Transport};
 
 /// Connections after which every replica of a Service must have answered: with three, one is missed once in 10^10.
@@ -18,34 +19,17 @@ const STEP: Duration = Duration::from_secs(2);
 /// Connects per measured path.
 const ROUNDS: u32 = 300;
 
-/// One line of the table.
-#[derive(Debug)]
-pub(super) struct Row {
-    pub(super) what: String,
-    pub(super) expected: String,
-    pub(super) got: Result<String>,
-    /// The medians of `connect()` through the ClusterIP and directly to the pods.
-    pub(super) medians: Option<(Duration, Duration)>,
-}
-
-impl Row {
-    /// Whether the client got what was expected.
-    pub(super) fn passed(&self) -> bool {
-        self.got.as_ref().is_ok_and(|got| *got == self.expected)
-    }
-}
-
 /// Tries a Service as `client`, which is a `kind` ("pod" or "host").
 pub(super) fn rows(service: &ExampleService, kind: &str, client: &Pod) -> Vec<Row> {
     let client = &client.within(STEP);
     let name = &service.name;
-    let replicas: BTreeSet<&str> = service.backends.values().map(String::as_str).collect();
+    let replicas: BTreeSet<&str> = service.backends.iter().map(|backend| backend.pod.as_str()).collect();
     let all = replicas.into_iter().collect::<Vec<_>>().join(" ");
     let row = |what: &str, expected: &str, got: Result<String>| Row {
         what: format!("{kind}: {name}: {what}"),
         expected: expected.to_owned(),
         got,
-        medians: None,
+        figures: None,
     };
     let Some(frontend) = service.frontend else {
         return vec![row("headless, pods by their addresses", &all, direct(service, client))];
@@ -64,7 +48,7 @@ pub(super) fn rows(service: &ExampleService, kind: &str, client: &Pod) -> Vec<Ro
             row(&format!("HTTP to {frontend}"), &all, http_spread(client, frontend)),
             row("3 requests on one connection", "1 replica, 3 answers", keep_alive(client, frontend)),
         ],
-        App::Tcp => vec![row(
+        App::Tcp | App::Count | App::Reset | App::Echo | App::Source => vec![row(
             &format!("TCP to {frontend}"),
             &seen(&all, frontend),
             client.tcp(frontend).and_then(|reply| describe(&reply, client)),
@@ -81,7 +65,7 @@ pub(super) fn rows(service: &ExampleService, kind: &str, client: &Pod) -> Vec<Ro
     };
     if let Some(first) = rows.first_mut().filter(|row| row.passed()) {
         match medians(service, frontend, client) {
-            Ok(medians) => first.medians = Some(medians),
+            Ok(medians) => first.figures = Some(medians),
             Err(error) => first.got = Err(error.context("could not measure it")),
         }
     }
@@ -93,19 +77,21 @@ pub(super) fn rows(service: &ExampleService, kind: &str, client: &Pod) -> Vec<Ro
 pub(super) fn by_name(service: &ExampleService, kind: &str, client: &Pod) -> Row {
     let addresses: BTreeSet<IpAddr> = match service.frontend {
         Some(frontend) => BTreeSet::from([frontend.ip()]),
-        None => service.backends.keys().map(SocketAddr::ip).collect(),
+        None => service.backends.iter().map(|backend| backend.address.ip()).collect(),
     };
     let qtype = if addresses.iter().all(IpAddr::is_ipv4) { "A" } else { "AAAA" };
     let name = format!("{}.default.svc.cluster.local", service.name);
     Row {
         what: format!("{kind}: {}: {qtype} record of its name", service.name),
         expected: joined(&addresses.iter().map(ToString::to_string).collect()),
-        got: look_up(&client.within(STEP), &name, qtype),
-        medians: None,
+        got: look_up(&client.within(STEP), &name, qtype)
+            .map(|found| joined(&found.iter().map(ToString::to_string).collect())),
+        figures: None,
     }
 }
 
-fn look_up(client: &Pod, name: &str, qtype: &str) -> Result<String> {
+/// The addresses of a name, as the agent says.
+pub(super) fn look_up(client: &Pod, name: &str, qtype: &str) -> Result<BTreeSet<IpAddr>> {
     let output = client.run("dig", &["+short", "+tries=1", "+time=1", "@169.254.96.16", name, qtype])?;
     let said = String::from_utf8_lossy(&output.stdout).into_owned();
     ensure!(output.status.success(), "dig: {}", said.trim());
@@ -113,7 +99,7 @@ fn look_up(client: &Pod, name: &str, qtype: &str) -> Result<String> {
     for line in said.lines() {
         addresses.insert(line.parse::<IpAddr>().with_context(|| format!("dig says {line:?}"))?);
     }
-    Ok(joined(&addresses.iter().map(ToString::to_string).collect()))
+    Ok(addresses)
 }
 
 /// Which pod answered, with the address that getpeername() shows.
@@ -130,10 +116,10 @@ fn describe(reply: &Reply, client: &Pod) -> Result<String> {
 
 fn direct(service: &ExampleService, client: &Pod) -> Result<String> {
     let mut names = BTreeSet::new();
-    for address in service.backends.keys() {
-        names.insert(match service.transport() {
-            Transport::Tcp => client.tcp(*address)?.name,
-            Transport::Udp => client.udp(*address)?.name,
+    for backend in &service.backends {
+        names.insert(match service.app.transport() {
+            Transport::Tcp => client.tcp(backend.address)?.name,
+            Transport::Udp => client.udp(backend.address)?.name,
         });
     }
     Ok(joined(&names))
@@ -154,7 +140,7 @@ fn keep_alive(client: &Pod, frontend: SocketAddr) -> Result<String> {
 }
 
 /// The names in the answers to requests on one connection.
-fn http_names(client: &Pod, frontend: SocketAddr, requests: u32) -> Result<Vec<String>> {
+pub(super) fn http_names(client: &Pod, frontend: SocketAddr, requests: u32) -> Result<Vec<String>> {
     let report = client.http(frontend, requests)?;
     ensure!(report.peer == frontend, "getpeername() says {}, not {frontend}", report.peer);
     let name = |body: &str| body.split(' ').next().map(str::to_owned);
@@ -179,11 +165,11 @@ fn udp_source(client: &Pod, frontend: SocketAddr) -> Result<String> {
     Ok(reply.source.to_string())
 }
 
-fn medians(service: &ExampleService, frontend: SocketAddr, client: &Pod) -> Result<(Duration, Duration)> {
-    let groups = [vec![frontend], service.backends.keys().copied().collect()];
-    let quantiles = client.latency(service.transport(), &groups, ROUNDS)?;
+fn medians(service: &ExampleService, frontend: SocketAddr, client: &Pod) -> Result<[String; 2]> {
+    let groups = [vec![frontend], service.backends.iter().map(|backend| backend.address).collect()];
+    let quantiles = client.latency(service.app.transport(), &groups, ROUNDS)?;
     let [through, direct] = quantiles.as_slice() else { anyhow::bail!("two paths were not measured") };
-    Ok((through.p50, direct.p50))
+    Ok([through, direct].map(|of| format!("{:.1} µs", of.p50.as_secs_f64() * 1e6)))
 }
 
 fn joined(names: &BTreeSet<String>) -> String {

@@ -7,7 +7,7 @@ use std::path::Path;
 use anyhow::{Context as _, Result, bail, ensure};
 use serde::Deserialize;
 
-use crate::lab::{App, Transport};
+use crate::lab::App;
 
 /// All manifests of a directory.
 pub(super) struct Examples {
@@ -33,8 +33,16 @@ pub(super) struct ExampleService {
     pub(super) app: App,
     /// The address it is reached at; `None` where it is headless.
     pub(super) frontend: Option<SocketAddr>,
-    /// Its pods' names and the addresses they listen on.
-    pub(super) backends: BTreeMap<SocketAddr, String>,
+    pub(super) backends: Vec<Backend>,
+}
+
+/// A pod behind a Service.
+#[derive(Debug, PartialEq, Eq)]
+pub(super) struct Backend {
+    pub(super) pod: String,
+    pub(super) node: String,
+    /// Where it listens; pods of other nodes may have the same.
+    pub(super) address: SocketAddr,
 }
 
 #[derive(Deserialize)]
@@ -170,8 +178,8 @@ impl Examples {
         found
     }
 
-    fn backends(&self, service: &str, port: &str, frontend: Option<SocketAddr>) -> BTreeMap<SocketAddr, String> {
-        let mut found = BTreeMap::new();
+    fn backends(&self, service: &str, port: &str, frontend: Option<SocketAddr>) -> Vec<Backend> {
+        let mut found = Vec::new();
         for slice in &self.slices {
             if slice.metadata.labels.get("kubernetes.io/service-name").is_none_or(|name| name != service) {
                 continue;
@@ -180,7 +188,8 @@ impl Examples {
                 for endpoint in &slice.endpoints {
                     let same_family = |ip: &&IpAddr| frontend.is_none_or(|f| f.is_ipv4() == ip.is_ipv4());
                     for ip in endpoint.addresses.iter().filter(same_family) {
-                        found.insert(SocketAddr::new(*ip, port.port), endpoint.target_ref.name.clone());
+                        let (pod, node) = (endpoint.target_ref.name.clone(), endpoint.node_name.clone());
+                        found.push(Backend { pod, node, address: SocketAddr::new(*ip, port.port) });
                     }
                 }
             }
@@ -197,16 +206,6 @@ impl PortObject {
             (Some("http"), _) => App::Http,
             (Some("kubernetes.io/ws"), _) => App::WebSocket,
             _ => App::Tcp,
-        }
-    }
-}
-
-impl ExampleService {
-    /// The transport protocol below its application protocol.
-    pub(super) fn transport(&self) -> Transport {
-        match self.app {
-            App::Udp => Transport::Udp,
-            App::Tcp | App::Http | App::WebSocket => Transport::Tcp,
         }
     }
 }
@@ -233,13 +232,27 @@ mod tests {
         let of = |name: &str| services.iter().find(|service| service.name == name).unwrap();
         assert_eq!((of("headless").frontend, of("headless").backends.len()), (None, 2));
         assert_eq!((of("hostname").app, of("hostname").backends.len()), (App::Http, 3));
-        assert!(of("hostname-ipv6").backends.keys().all(SocketAddr::is_ipv6));
+        assert!(of("hostname-ipv6").backends.iter().all(|backend| backend.address.is_ipv6()));
         assert!(of("no-endpoints").backends.is_empty());
         assert_eq!(of("websocket").app, App::WebSocket);
         let pods = examples.pods();
         let replica = pods.iter().find(|pod| pod.name == "hostname-2").unwrap();
         assert_eq!((replica.node.as_str(), replica.ips.len()), ("edge2", 2));
         assert_eq!(replica.apps, [(App::Http, 8080)]);
+    }
+
+    #[test]
+    fn the_examples_of_sites_have_pods_with_the_same_address_on_all_nodes() {
+        let examples = Examples::read(Path::new("../manifests/examples/sites")).unwrap();
+        let services = examples.services();
+        let at = |node: &str| {
+            let all = services.iter().flat_map(|service| &service.backends);
+            all.filter(|backend| backend.node == node).map(|backend| backend.address).collect::<Vec<_>>()
+        };
+        assert_eq!((at("edge1").len(), at("edge1")), (5, at("edge2")));
+        assert!(at("edge1").contains(at("cloud").first().unwrap()));
+        let apps: Vec<App> = services.iter().filter(|s| s.name == "app-edge1").map(|service| service.app).collect();
+        assert_eq!(apps, [App::Http, App::WebSocket, App::Tcp, App::Udp]);
     }
 
     #[test]

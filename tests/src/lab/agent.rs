@@ -146,6 +146,7 @@ impl Node {
                 "controlSocket": CONTROL_SOCKET,
                 // Nodes of a lab see the machine's /var.
                 "metadataSnapshot": self.snapshot_path(),
+                "aliasFile": self.snapshot_path().with_file_name("aliases"),
             },
             "modules": {
                 // Its upstreams would be the machine's.
@@ -316,6 +317,25 @@ impl Agent {
         kill(pid, Signal::SIGTERM).with_context(|| format!("could not signal the agent of {}", self.node))?;
         place::wait(&mut process, DRAIN)?
             .ok_or_else(|| anyhow!("the agent of {} did not end within {DRAIN:?} after SIGTERM", self.node))
+    }
+
+    /// Stops it in its tracks (SIGSTOP): its sockets stay open, and nobody answers on them.
+    pub fn freeze(&self) -> Result<()> {
+        self.signal(Signal::SIGSTOP)
+    }
+
+    /// Lets it go on after [`Agent::freeze`] (SIGCONT).
+    pub fn thaw(&self) -> Result<()> {
+        self.signal(Signal::SIGCONT)
+    }
+
+    fn signal(&self, signal: Signal) -> Result<()> {
+        // As in `stop`.
+        let mut process = locked(&self.process);
+        let ended = place::wait(&mut process, Duration::ZERO)?;
+        ensure!(ended.is_none(), "the agent of {} has ended", self.node);
+        let pid = Pid::from_raw(i32::try_from(self.pid).context("a process id is out of range")?);
+        kill(pid, signal).with_context(|| format!("could not signal the agent of {}", self.node))
     }
 
     /// What it has logged and printed so far.

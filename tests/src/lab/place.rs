@@ -44,8 +44,6 @@ impl Capability {
     pub const SYS_PTRACE: Self = Self(19);
     /// CAP_SYS_ADMIN
     pub const SYS_ADMIN: Self = Self(21);
-    /// CAP_NET_BIND_SERVICE
-    pub const NET_BIND_SERVICE: Self = Self(10);
     /// CAP_SYS_RESOURCE
     pub const SYS_RESOURCE: Self = Self(24);
     /// CAP_PERFMON
@@ -65,7 +63,6 @@ impl Capability {
     fn named(name: &str) -> Result<Self> {
         Ok(match name {
             "NET_ADMIN" => Self::NET_ADMIN,
-            "NET_BIND_SERVICE" => Self::NET_BIND_SERVICE,
             "SYS_PTRACE" => Self::SYS_PTRACE,
             "SYS_ADMIN" => Self::SYS_ADMIN,
             "SYS_RESOURCE" => Self::SYS_RESOURCE,

@@ -3,16 +3,20 @@
 use std::net::{IpAddr, SocketAddr};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use std::time::Duration;
+use std::sync::atomic::{AtomicU32, Ordering};
+use std::time::{Duration, Instant};
 
-use anyhow::{Context as _, Result, bail};
+use anyhow::{Context as _, Result, bail, ensure};
 
 use super::DEADLINE;
 use super::shell::Shell;
 use crate::probe::message::{
-    App, Dial, Failure, FanReply, HammerReport, HttpReport, Measure, Quantiles, Reply, Request, Response, SpreadReport,
-    Transport,
+    App, BulkReport, Dial, Ending, Failure, FanReply, HammerReport, HttpReport, Measure, Quantiles, Rate, Reply,
+    Request, Response, SpreadReport, Tls, Transport, parse_greeting,
 };
+
+/// How long an answer to a question about the socket's address may take before it is asked again.
+const RETRANSMISSION: Duration = Duration::from_millis(500);
 
 /// A pod, or a node's own network ([`super::Node::host`]). It lives as long as the lab, with or without a handle.
 ///
@@ -26,6 +30,8 @@ pub struct Pod {
     cgroup: PathBuf,
     shell: Arc<Shell>,
     deadline: Duration,
+    /// 0 for any.
+    port: u16,
 }
 
 /// What came of a bare `connect()`.
@@ -40,6 +46,13 @@ pub enum Attempt {
 /// A connected socket inside a pod; dropping it closes the socket.
 #[derive(Debug)]
 pub struct Connection {
+    pod: Pod,
+    id: u64,
+}
+
+/// An unconnected UDP socket inside a pod; dropping it closes the socket.
+#[derive(Debug)]
+pub struct Datagrams {
     pod: Pod,
     id: u64,
 }
@@ -64,7 +77,7 @@ macro_rules! ask {
 
 impl Pod {
     pub(super) fn new(name: &str, ips: Vec<IpAddr>, shell: Arc<Shell>, cgroup: PathBuf) -> Self {
-        Self { name: name.to_owned(), ips, cgroup, shell, deadline: DEADLINE }
+        Self { name: name.to_owned(), ips, cgroup, shell, deadline: DEADLINE, port: 0 }
     }
 
     /// The pod's name, by which its servers name themselves.
@@ -122,6 +135,17 @@ impl Pod {
         Self { deadline, ..self.clone() }
     }
 
+    /// The same pod with connections from this local port, which several of them may have at once (SO_REUSEADDR).
+    #[must_use]
+    pub fn from_port(&self, port: u16) -> Self {
+        Self { port, ..self.clone() }
+    }
+
+    /// The same pod with other addresses.
+    pub(super) fn at(&self, ips: Vec<IpAddr>) -> Self {
+        Self { ips, ..self.clone() }
+    }
+
     /// Serves on `port` of each of the pod's addresses; returns them in the order of [`Pod::ips`].
     pub fn serve(&self, app: App, port: u16) -> Result<Vec<SocketAddr>> {
         self.ips.iter().map(|ip| self.serve_at(app, SocketAddr::new(*ip, port))).collect()
@@ -135,7 +159,12 @@ impl Pod {
 
     /// Carries TCP connections on one address to `backend`, as a userspace proxy does; port 0 picks a free one.
     pub fn proxy(&self, listen: SocketAddr, backend: SocketAddr) -> Result<SocketAddr> {
-        ask!(self, Request::Proxy { listen, backend }, self.deadline, Response::Serving(address) => address)
+        self.tls_proxy(listen, backend, Tls::Neither)
+    }
+
+    /// The same with TLS on one side; a pair of these carries connections encrypted.
+    pub fn tls_proxy(&self, listen: SocketAddr, backend: SocketAddr, tls: Tls) -> Result<SocketAddr> {
+        ask!(self, Request::Proxy { listen, backend, tls }, self.deadline, Response::Serving(address) => address)
     }
 
     /// Stops what [`Pod::serve`] started, and closes its connections.
@@ -173,6 +202,12 @@ impl Pod {
     pub fn udp_fan(&self, targets: &[SocketAddr]) -> Result<Vec<Result<FanReply, Failure>>> {
         let request = Request::UdpFan { targets: targets.to_vec(), deadline: self.deadline };
         ask!(self, request, self.deadline, Response::Fan(replies) => replies)
+    }
+
+    /// Binds a UDP socket that is connected to nobody, such as to `0.0.0.0:3478`; port 0 picks a free one.
+    pub fn bind_udp(&self, local: SocketAddr) -> Result<Datagrams> {
+        let id = ask!(self, Request::BindUdp { local }, self.deadline, Response::Opened(id) => id)?;
+        Ok(Datagrams { pod: self.clone(), id })
     }
 
     /// Calls `connect()` on a TCP socket, and no more.
@@ -228,6 +263,39 @@ impl Pod {
         ask!(self, request, bound, Response::Spread(report) => report)
     }
 
+    /// Holds `count` connections at once and exchanges `rounds` messages of many sizes on each, none like another: what
+    /// comes back must be the very same, whole and alone. Counts who answered each connection.
+    pub fn crowd(&self, transport: Transport, target: SocketAddr, count: u32, rounds: u32) -> Result<SpreadReport> {
+        let request = Request::Crowd { transport, dial: self.dial(target), count, rounds };
+        let bound = self.deadline.saturating_mul(rounds.saturating_add(4));
+        ask!(self, request, bound, Response::Spread(report) => report)
+    }
+
+    /// Sends so many bytes to an [`App::Tcp`] server on one connection, receives them again at the same time, and
+    /// compares.
+    pub fn bulk(&self, target: SocketAddr, bytes: u64) -> Result<BulkReport> {
+        // At a MiB a second, at the worst.
+        let bound = self.deadline.saturating_mul(4) + Duration::from_secs(bytes >> 20);
+        ask!(self, Request::Bulk { dial: self.dial(target), bytes }, bound, Response::Bulk(report) => report)
+    }
+
+    /// Receives from an [`App::Source`] server on one connection for `warm_up`, then counts for `length` what comes, in
+    /// bytes.
+    pub fn drain(&self, target: SocketAddr, warm_up: Duration, length: Duration) -> Result<Rate> {
+        let bound = warm_up.saturating_add(length).saturating_add(self.deadline * 2);
+        ask!(self, Request::Drain { dial: self.dial(target), warm_up, length }, bound, Response::Rate(rate) => rate)
+    }
+
+    /// Has `clients` make connections to an [`App::Echo`] server for `length`, each with a request of a few bytes, its
+    /// answer and a reset; counts the connections.
+    ///
+    /// # Errors
+    /// Also when one of them fails.
+    pub fn turnover(&self, target: SocketAddr, clients: u32, length: Duration) -> Result<Rate> {
+        let request = Request::Turnover { dial: self.dial(target), clients, length };
+        ask!(self, request, length.saturating_add(self.deadline * 2), Response::Rate(rate) => rate)
+    }
+
     /// Times `rounds` blocking connects per group of addresses, as [`Pod::measure`] does.
     pub fn latency(&self, transport: Transport, groups: &[Vec<SocketAddr>], rounds: u32) -> Result<Vec<Quantiles>> {
         self.measure(Measure::Connect(transport), groups, rounds)
@@ -253,7 +321,7 @@ impl Pod {
     }
 
     fn dial(&self, target: SocketAddr) -> Dial {
-        Dial { target, deadline: self.deadline }
+        Dial { target, deadline: self.deadline, port: self.port }
     }
 }
 
@@ -273,6 +341,27 @@ impl Connection {
         ask!(self.pod, request, self.pod.deadline * 2, Response::Reply(reply) => reply)
     }
 
+    /// Sends one byte over TCP, and waits for no answer.
+    pub fn say(&self) -> Result<()> {
+        let request = Request::Say { connection: self.id, deadline: self.pod.deadline };
+        ask!(self.pod, request, self.pod.deadline, Response::Done => ())
+    }
+
+    /// Reads to the end of a TCP connection and tells how it ended; `ETIMEDOUT` where it did not.
+    pub fn read_to_end(&self) -> Result<Ending> {
+        self.end(false)
+    }
+
+    /// Ends this side's direction of a TCP connection, then as [`Connection::read_to_end`].
+    pub fn finish(&self) -> Result<Ending> {
+        self.end(true)
+    }
+
+    fn end(&self, finish: bool) -> Result<Ending> {
+        let request = Request::ReadToEnd { connection: self.id, finish, deadline: self.pod.deadline };
+        ask!(self.pod, request, self.pod.deadline * 2, Response::Ended(ending) => ending)
+    }
+
     /// Connects the same UDP socket to another target.
     pub fn reconnect(&self, target: SocketAddr) -> Result<()> {
         ask!(self.pod, Request::Reconnect { connection: self.id, target }, self.pod.deadline, Response::Done => ())
@@ -283,6 +372,60 @@ impl Drop for Connection {
     fn drop(&mut self) {
         // A shell that is gone has closed it already.
         let _ = self.pod.shell.call(Request::Close { connection: self.id }, self.pod.deadline);
+    }
+}
+
+impl Datagrams {
+    /// Sends a datagram.
+    pub fn send(&self, target: SocketAddr, text: &str) -> Result<()> {
+        let request = Request::SendTo { socket: self.id, target, text: text.to_owned() };
+        ask!(self.pod, request, self.pod.deadline, Response::Done => ())
+    }
+
+    /// Waits for a datagram, from anybody; returns its source and what it says.
+    pub fn receive(&self) -> Result<(SocketAddr, String)> {
+        self.receive_within(self.pod.deadline)
+    }
+
+    fn receive_within(&self, deadline: Duration) -> Result<(SocketAddr, String)> {
+        let request = Request::Receive { socket: self.id, deadline };
+        ask!(self.pod, request, deadline, Response::Datagram(source, text) => (source, text))
+    }
+
+    /// Asks an [`App::Udp`] server, as a STUN server is asked, at which address it sees the socket (RFC 5389).
+    ///
+    /// # Errors
+    /// Also when the next datagram is of somebody else, who then got through.
+    pub fn mapped_by(&self, server: SocketAddr) -> Result<SocketAddr> {
+        static TRANSACTION: AtomicU32 = AtomicU32::new(0);
+        let question = format!("binding-{}", TRANSACTION.fetch_add(1, Ordering::Relaxed));
+        let end = Instant::now() + self.pod.deadline;
+        loop {
+            self.send(server, &question)?;
+            // Datagrams are lost, as while a link comes up; so STUN asks again (section 7.2.1).
+            match self.receive_within(RETRANSMISSION) {
+                Ok((source, text)) => {
+                    ensure!(source == server, "{source} answered what {server} was asked");
+                    let (_, mapped, echo) = parse_greeting(&text)?;
+                    // Else the second answer to an earlier question.
+                    if echo == question {
+                        return Ok(mapped);
+                    }
+                }
+                Err(error) => {
+                    if Instant::now() >= end {
+                        return Err(error);
+                    }
+                }
+            }
+        }
+    }
+}
+
+impl Drop for Datagrams {
+    fn drop(&mut self) {
+        // A shell that is gone has closed it already.
+        let _ = self.pod.shell.call(Request::CloseUdp { socket: self.id }, self.pod.deadline);
     }
 }
 

@@ -12,15 +12,18 @@ use std::sync::{Arc, Mutex};
 
 use anyhow::{Context as _, Result, ensure};
 
+use super::nat::{Forward, Nat, Router, Uplink};
 use super::netns::{self, Netns};
 use super::place::{self, Place};
 use super::pod::Pod;
 use super::shell::Shell;
 use super::subnet::{self, Subnet};
-use super::{Inner, binary, locked, remains};
+use super::{Inner, Transport, binary, locked, remains};
 
 /// The first node of a site has the address this far into the site's subnets.
 const FIRST_NODE: u32 = 11;
+/// The first router with an uplink into a site has the address this far into the site's IPv4 subnet.
+const FIRST_ROUTER: u32 = 101;
 /// The first pod that asks for no address has the address this far into its node's subnets.
 const FIRST_POD: u32 = 2;
 
@@ -35,6 +38,9 @@ struct SiteInner {
     lab: Arc<Inner>,
     bridge: String,
     subnets: Vec<Subnet>,
+    router: Option<Router>,
+    next_router: AtomicU32,
+    next_node: AtomicU32,
     nodes: Mutex<Vec<Node>>,
 }
 
@@ -44,35 +50,177 @@ struct SiteInner {
 #[derive(Debug, Clone)]
 pub struct Node {
     node: Arc<NodeInner>,
+    ips: Vec<IpAddr>,
+    host: Pod,
 }
 
 #[derive(Debug)]
 struct NodeInner {
     lab: Arc<Inner>,
     name: String,
-    ips: Vec<IpAddr>,
     pod_subnets: Vec<Subnet>,
     netns: Netns,
     mount: OwnedFd,
     pause: u32,
     cgroup: std::path::PathBuf,
-    host: Pod,
     next_pod: AtomicU32,
+    /// Links into sites other than its own.
+    more_links: AtomicU32,
 }
 
 impl Site {
     pub(super) fn new(lab: &Arc<Inner>, name: &str, subnets: &[&str]) -> Result<Self> {
-        let bridge = format!("site{}", lab.sites.fetch_add(1, Ordering::Relaxed));
-        let attempt = || format!("could not make the site {name}");
-        let subnets = subnet::parse_all(subnets).with_context(attempt)?;
-        // Without delay and snooping, a link carries packets, multicast too, from the moment it is up.
-        lab.backbone
-            .ip(&format!("link add {bridge} type bridge forward_delay 0 mcast_snooping 0\nlink set {bridge} up\n"))
-            .with_context(attempt)?;
-        Ok(Self { site: Arc::new(SiteInner { lab: Arc::clone(lab), bridge, subnets, nodes: Mutex::default() }) })
+        Self::make(lab, subnets, |_, _| Ok(None)).with_context(|| format!("could not make the site {name}"))
     }
 
-    /// Adds a node with `pod_subnets` for its pods, such as `10.244.1.0/24`, one per address family.
+    /// Adds a site behind a NAT router whose uplink is in this site; several levels of NAT are made so, too.
+    ///
+    /// `subnets` are those of its nodes, as those of [`super::Lab::site`], the first address of the IPv4 one being the
+    /// router's. They and the pods' may be the same as in other sites. The nodes' only way out is the router, for
+    /// IPv4 alone: IPv6 stays inside. Pods do not get beyond their site, as nothing masquerades for them.
+    pub fn behind(&self, name: &str, subnets: &[&str], nat: Nat) -> Result<Self> {
+        let make = |bridge: &str, subnets: &[Subnet]| {
+            let lan = ipv4_of(subnets).context("a site behind a NAT needs an IPv4 subnet")?;
+            Router::start(self, bridge, lan, nat).map(Some)
+        };
+        Self::make(self.lab(), subnets, make).with_context(|| format!("could not make the site {name}"))
+    }
+
+    fn make(
+        lab: &Arc<Inner>,
+        subnets: &[&str],
+        router: impl FnOnce(&str, &[Subnet]) -> Result<Option<Router>>,
+    ) -> Result<Self> {
+        let bridge = format!("site{}", lab.sites.fetch_add(1, Ordering::Relaxed));
+        let subnets = subnet::parse_all(subnets)?;
+        // Without delay and snooping, a link carries packets, multicast too, from the moment it is up.
+        lab.backbone
+            .ip(&format!("link add {bridge} type bridge forward_delay 0 mcast_snooping 0\nlink set {bridge} up\n"))?;
+        let router = router(&bridge, &subnets)?;
+        Ok(Self {
+            site: Arc::new(SiteInner {
+                lab: Arc::clone(lab),
+                bridge,
+                subnets,
+                router,
+                next_router: AtomicU32::new(FIRST_ROUTER),
+                next_node: AtomicU32::new(FIRST_NODE),
+                nodes: Mutex::default(),
+            }),
+        })
+    }
+
+    /// The address by which the site's router is known outside, which is the source of all that leaves the site.
+    pub fn public_ip(&self) -> Result<IpAddr> {
+        self.router()?.public_ip()
+    }
+
+    /// Has the site's router forward a port of its public address to the same port of a node, as the owner of a router
+    /// sets it up. It stays with the node's present address, and also when the router gets another one itself.
+    pub fn forward(&self, transport: Transport, port: u16, node: &Node) -> Result<()> {
+        let host = node.ips().iter().find(|ip| ip.is_ipv4());
+        let host = *host.with_context(|| format!("{} has no IPv4 address to forward to", node.name()))?;
+        let forward = Forward { transport, port, host };
+        self.router()?.forward(forward, &self.hosts()).context("could not have a router forward a port")
+    }
+
+    /// Cuts the uplink: from now on, packets into and out of the site vanish in silence.
+    pub fn cut_uplink(&self) -> Result<()> {
+        self.router()?.carry(false)
+    }
+
+    /// Heals a cut uplink; the router's mappings are as old as they are.
+    pub fn heal_uplink(&self) -> Result<()> {
+        self.router()?.carry(true)
+    }
+
+    /// Gives the site's router another public address, which is returned. It forgets all mappings, as routers do that
+    /// dial in anew.
+    pub fn renumber_uplink(&self) -> Result<IpAddr> {
+        let router = self.router()?;
+        router.replace(&self.hosts()).context("could not replace a router")?;
+        router.public_ip()
+    }
+
+    /// Gives a node other addresses in this site, as a lease that was lost does. Its pods keep theirs, and its
+    /// neighbours reach them. Older handles of the node go on telling the addresses that it has no more.
+    pub fn renumber(&self, node: Node) -> Result<Node> {
+        let name = node.name().to_owned();
+        self.renumber_node(node).with_context(|| format!("could not renumber the node {name}"))
+    }
+
+    fn renumber_node(&self, node: Node) -> Result<Node> {
+        let mut nodes = locked(&self.site.nodes);
+        let place = nodes.iter().position(|other| other.name() == node.name()).context("it is in another site")?;
+        let ips = self.next_ips();
+        let mut batch = String::new();
+        for (subnet, ip) in self.site.subnets.iter().zip(&node.ips) {
+            push(&mut batch, format_args!("address del {} dev eth0", subnet.with_prefix(*ip)));
+        }
+        for (subnet, ip) in self.site.subnets.iter().zip(&ips) {
+            add_address(&mut batch, *subnet, *ip, "eth0");
+        }
+        // Routes went with the addresses they belonged to.
+        self.add_default_route(&mut batch);
+        node.node.netns.ip(&batch)?;
+        let node = Node { host: node.host.at(ips.clone()), ips, node: node.node };
+        for (index, other) in nodes.iter().enumerate() {
+            if index != place {
+                node.add_routes_to(other)?;
+                other.add_routes_to(&node)?;
+            }
+        }
+        if let Some(old) = nodes.get_mut(place) {
+            *old = node.clone();
+        }
+        drop(nodes);
+        if let Some(router) = &self.site.router {
+            router.set_hosts(&self.hosts())?;
+        }
+        Ok(node)
+    }
+
+    pub(super) fn lab(&self) -> &Arc<Inner> {
+        &self.site.lab
+    }
+
+    /// The site's bridge, in the lab's backbone.
+    pub(super) fn bridge(&self) -> &str {
+        &self.site.bridge
+    }
+
+    fn router(&self) -> Result<&Router> {
+        self.site.router.as_ref().context("the site is not behind a router")
+    }
+
+    /// Where the next router with an uplink into this site is attached.
+    pub(super) fn next_uplink(&self) -> Result<Uplink> {
+        let site = &*self.site;
+        let subnet = ipv4_of(&site.subnets).context("an uplink needs a site with an IPv4 subnet")?;
+        let number = site.next_router.fetch_add(1, Ordering::Relaxed);
+        Ok(Uplink { ip: subnet.nth(number), subnet, gateway: site.router.as_ref().map(Router::gateway) })
+    }
+
+    /// The addresses of the next node, one per subnet.
+    fn next_ips(&self) -> Vec<IpAddr> {
+        let number = self.site.next_node.fetch_add(1, Ordering::Relaxed);
+        self.site.subnets.iter().map(|subnet| subnet.nth(number)).collect()
+    }
+
+    /// The IPv4 addresses that nodes have been given so far, those they have no more included.
+    fn hosts(&self) -> Vec<IpAddr> {
+        let numbers = FIRST_NODE..self.site.next_node.load(Ordering::Relaxed);
+        ipv4_of(&self.site.subnets).map_or_else(Vec::new, |subnet| numbers.map(|number| subnet.nth(number)).collect())
+    }
+
+    fn add_default_route(&self, batch: &mut String) {
+        if let Some(router) = &self.site.router {
+            push(batch, format_args!("route add default via {} dev eth0", router.gateway()));
+        }
+    }
+
+    /// Adds a node with `pod_subnets` for its pods, such as `10.244.1.0/24`, one per address family. The nodes of a site
+    /// have routes to each other's pods, as a CNI makes them, unless their subnets are the same.
     pub fn node(&self, name: &str, pod_subnets: &[&str]) -> Result<Node> {
         self.add_node(name, pod_subnets).with_context(|| format!("could not make the node {name}"))
     }
@@ -81,8 +229,7 @@ impl Site {
         check_name(name)?;
         let site = &*self.site;
         let mut nodes = locked(&site.nodes);
-        let number = FIRST_NODE + u32::try_from(nodes.len())?;
-        let ips: Vec<IpAddr> = site.subnets.iter().map(|subnet| subnet.nth(number)).collect();
+        let ips = self.next_ips();
         let pod_subnets = subnet::parse_all(pod_subnets)?;
         let netns = Netns::new()?;
         netns.sysctl(netns::QUIET)?;
@@ -104,6 +251,7 @@ impl Site {
         for (subnet, ip) in site.subnets.iter().zip(&ips) {
             add_address(&mut batch, *subnet, *ip, "eth0");
         }
+        self.add_default_route(&mut batch);
         netns.ip(&batch)?;
 
         let cgroup = site.lab.cgroup.join(name);
@@ -122,21 +270,26 @@ impl Site {
             node: Arc::new(NodeInner {
                 lab: Arc::clone(&site.lab),
                 name: name.to_owned(),
-                ips,
                 pod_subnets,
                 netns,
                 mount,
                 pause,
                 cgroup,
-                host,
                 next_pod: AtomicU32::new(FIRST_POD),
+                more_links: AtomicU32::new(0),
             }),
+            ips,
+            host,
         };
         for other in &*nodes {
             node.add_routes_to(other)?;
             other.add_routes_to(&node)?;
         }
         nodes.push(node.clone());
+        drop(nodes);
+        if let Some(router) = &site.router {
+            router.set_hosts(&self.hosts())?;
+        }
         Ok(node)
     }
 }
@@ -149,7 +302,7 @@ impl Node {
 
     /// The node's addresses in its site, one per subnet of the site.
     pub fn ips(&self) -> &[IpAddr] {
-        &self.node.ips
+        &self.ips
     }
 
     /// The cgroup of the node: its own processes are in `host` below it, its pods' in `pods/NAME`.
@@ -169,7 +322,32 @@ impl Node {
 
     /// The node itself, as a pod on the host network would see it.
     pub fn host(&self) -> &Pod {
-        &self.node.host
+        &self.host
+    }
+
+    /// Links the node into another site too, as a node that several LANs can reach is: `eth1`, then `eth2`. Nobody gets a
+    /// route to its pods, or it to anybody's, by that. Returns its addresses there.
+    pub fn also_in(&self, site: &Site) -> Result<Vec<IpAddr>> {
+        let ips = site.next_ips();
+        let node = &*self.node;
+        let name = format!("eth{}", node.more_links.fetch_add(1, Ordering::Relaxed) + 1);
+        let link = format!("node{}", node.lab.next_link());
+        let attempt = || format!("could not link the node {} into another site", node.name);
+        let backbone = format!(
+            "link add {link} type veth peer name {name} netns {}\nlink set {link} master {} up\n",
+            node.netns.path(),
+            site.site.bridge
+        );
+        node.lab.backbone.ip(&backbone).with_context(attempt)?;
+        let mut batch = format!("link set {name} up\n");
+        for (subnet, ip) in site.site.subnets.iter().zip(&ips) {
+            add_address(&mut batch, *subnet, *ip, &name);
+        }
+        node.netns.ip(&batch).with_context(attempt)?;
+        if let Some(router) = &site.site.router {
+            router.set_hosts(&site.hosts()).with_context(attempt)?;
+        }
+        Ok(ips)
     }
 
     /// Adds a pod with the next free address of each of the node's pod subnets.
@@ -260,14 +438,15 @@ impl Node {
         self.node.netns.sysctl(&[(name, value)])
     }
 
-    /// Has this node reach the pods of another node of its site through that node.
+    /// Has this node reach the pods of another node of its site through that node, unless it has pods of its own there.
     fn add_routes_to(&self, other: &Self) -> Result<()> {
         let mut batch = String::new();
-        for subnet in &other.node.pod_subnets {
+        // A node that has the subnet itself has no use for another's.
+        for subnet in other.node.pod_subnets.iter().filter(|subnet| !self.node.pod_subnets.contains(subnet)) {
             let same_family = |ip: &&IpAddr| ip.is_ipv4() == subnet.nth(0).is_ipv4();
-            let gateway = other.node.ips.iter().find(same_family);
+            let gateway = other.ips.iter().find(same_family);
             let gateway = gateway.with_context(|| format!("{} has no address to reach {subnet} by", other.name()))?;
-            push(&mut batch, format_args!("route add {subnet} via {gateway} dev eth0"));
+            push(&mut batch, format_args!("route replace {subnet} via {gateway} dev eth0"));
         }
         self.node.netns.ip(&batch)
     }
@@ -275,7 +454,7 @@ impl Node {
     /// Where the node's own processes run.
     pub(super) fn place(&self) -> Place<'_> {
         Place {
-            cgroup: Some(self.node.host.cgroup()),
+            cgroup: Some(self.host.cgroup()),
             mount: Some(self.node.mount.as_fd()),
             net: Some(self.node.netns.as_fd()),
             ..Place::default()
@@ -310,6 +489,10 @@ fn hold_mounts(lab: &Arc<Inner>, node: &str, netns: &Netns, cgroup: &Path) -> Re
     let path = format!("/proc/{pid}/ns/mnt");
     let mount = File::open(&path).with_context(|| format!("could not open {path}"))?;
     Ok((pid, mount.into()))
+}
+
+fn ipv4_of(subnets: &[Subnet]) -> Option<Subnet> {
+    subnets.iter().find(|subnet| subnet.nth(0).is_ipv4()).copied()
 }
 
 fn add_address(batch: &mut String, subnet: Subnet, ip: IpAddr, link: &str) {

@@ -11,18 +11,20 @@ use hyper::body::Bytes;
 use hyper::header::HOST;
 use hyper_util::rt::TokioIo;
 use nix::sys::socket::{
-    AddressFamily, SockFlag, SockType, SockaddrStorage, connect, setsockopt, socket,
-    sockopt::{Linger, ReceiveTimeout, SendTimeout},
+    AddressFamily, SockFlag, SockType, SockaddrStorage, bind, connect, setsockopt, socket,
+    sockopt::{Linger, ReceiveTimeout, ReuseAddr, SendTimeout},
 };
 use nix::sys::time::TimeVal;
 use tokio_tungstenite::tungstenite::Message;
 
-use super::message::{Dial, Failure, FanReply, HttpReply, HttpReport, Reply, Transport, parse_greeting, unspecified};
+use super::message::{
+    Dial, Ending, Failure, FanReply, HttpReply, HttpReport, Reply, Transport, parse_greeting, unspecified,
+};
 
 /// No greeting and no answer of a lab server is longer.
 const LONGEST: usize = 512;
 /// What clients send; servers send it back.
-const PAYLOAD: &str = "the quick brown fox";
+pub(super) const PAYLOAD: &str = "the quick brown fox";
 
 /// A connected socket to an echo server.
 pub(super) struct Connection {
@@ -89,6 +91,29 @@ impl Connection {
         }
     }
 
+    /// Sends one byte over TCP, and reads no answer.
+    pub(super) fn say(&mut self, deadline: Duration) -> Result<(), Failure> {
+        let Socket::Tcp(stream, ..) = &mut self.socket else { return Err(Failure::other("only TCP has an end")) };
+        set_deadline(stream, deadline)?;
+        stream.write_all(b"x").map_err(|error| Failure::from_io(&format!("send to {}", self.target), &error))
+    }
+
+    /// Reads a TCP connection to its end, after closing its own direction where it is to `finish`.
+    pub(super) fn read_to_end(&mut self, finish: bool, deadline: Duration) -> Result<Ending, Failure> {
+        let target = self.target;
+        let Socket::Tcp(stream, ..) = &mut self.socket else { return Err(Failure::other("only TCP has an end")) };
+        set_deadline(stream, deadline)?;
+        if finish {
+            stream
+                .shutdown(std::net::Shutdown::Write)
+                .map_err(|error| Failure::from_io(&format!("close one direction to {target}"), &error))?;
+        }
+        let (begin, mut rest) = (Instant::now(), Vec::new());
+        let error = stream.read_to_end(&mut rest).err();
+        let errno = error.and_then(|error| Failure::from_io("receive", &error).errno);
+        Ok(Ending { rest: String::from_utf8_lossy(&rest).into_owned(), errno, took: begin.elapsed() })
+    }
+
     /// Connects a UDP socket to another target.
     pub(super) fn reconnect(&mut self, target: SocketAddr) -> Result<(), Failure> {
         let Socket::Udp(socket) = &self.socket else { return Err(Failure::other("only UDP sockets reconnect")) };
@@ -117,6 +142,12 @@ pub(super) fn connect_blocking(transport: Transport, dial: Dial) -> Result<(Owne
     let fd = socket(family, kind, SockFlag::SOCK_CLOEXEC, None)
         .map_err(|errno| Failure::from_io("make a socket", &errno.into()))?;
     set_deadline(&fd, dial.deadline)?;
+    if dial.port != 0 {
+        let local = SockaddrStorage::from(unspecified(target, dial.port));
+        setsockopt(&fd, ReuseAddr, &true)
+            .and_then(|()| bind(fd.as_raw_fd(), &local))
+            .map_err(|errno| Failure::from_io(&format!("bind a socket to port {}", dial.port), &errno.into()))?;
+    }
     let address = SockaddrStorage::from(target);
     let begin = Instant::now();
     let outcome = connect(fd.as_raw_fd(), &address);
@@ -131,7 +162,7 @@ pub(super) struct Unconnected(UdpSocket);
 impl Unconnected {
     /// Makes a socket of the address family of `target`.
     pub(super) fn bind(target: SocketAddr) -> Result<Self, Failure> {
-        let socket = UdpSocket::bind(unspecified(target));
+        let socket = UdpSocket::bind(unspecified(target, 0));
         socket.map(Self).map_err(|error| Failure::from_io("bind an unconnected socket", &error))
     }
 
@@ -162,8 +193,8 @@ pub(super) fn reset_on_close(socket: &impl std::os::fd::AsFd) {
 /// Sends one datagram to each target from one unconnected socket, and collects who answers from where.
 pub(super) fn udp_fan(targets: &[SocketAddr], deadline: Duration) -> Result<Vec<Result<FanReply, Failure>>, Failure> {
     let first = *targets.first().ok_or_else(|| Failure::other("no targets"))?;
-    let socket =
-        UdpSocket::bind(unspecified(first)).map_err(|error| Failure::from_io("bind an unconnected socket", &error))?;
+    let socket = UdpSocket::bind(unspecified(first, 0))
+        .map_err(|error| Failure::from_io("bind an unconnected socket", &error))?;
     let payload = |index: usize| format!("to-{index}");
     let mut replies: Vec<Result<FanReply, Failure>> = Vec::with_capacity(targets.len());
     for (index, target) in targets.iter().enumerate() {
@@ -197,6 +228,15 @@ pub(super) fn udp_fan(targets: &[SocketAddr], deadline: Duration) -> Result<Vec<
 /// Whether a target of [`udp_fan`] may still answer.
 fn waits(reply: &Result<FanReply, Failure>) -> bool {
     matches!(reply, Err(Failure { errno: Some(errno), .. }) if errno == "ETIMEDOUT")
+}
+
+/// Waits for the next datagram to a socket, from anybody.
+pub(super) fn receive(socket: &UdpSocket, deadline: Duration) -> Result<(SocketAddr, String), Failure> {
+    set_deadline(socket, deadline)?;
+    let mut datagram = [0_u8; LONGEST];
+    let (length, source) =
+        socket.recv_from(&mut datagram).map_err(|error| Failure::from_io("receive a datagram", &error))?;
+    Ok((source, String::from_utf8_lossy(&datagram[..length]).into_owned()))
 }
 
 /// Sends GET requests one after the other on one connection.
@@ -263,7 +303,7 @@ pub(super) async fn websocket(dial: Dial) -> Result<Reply, Failure> {
 }
 
 /// Connects with a socket that async code can use.
-async fn connect_async(dial: Dial) -> Result<(tokio::net::TcpStream, SocketAddr, SocketAddr), Failure> {
+pub(super) async fn connect_async(dial: Dial) -> Result<(tokio::net::TcpStream, SocketAddr, SocketAddr), Failure> {
     let connecting = tokio::net::TcpStream::connect(dial.target);
     let stream = match tokio::time::timeout(dial.deadline, connecting).await {
         Ok(stream) => stream.map_err(|error| Failure::from_io(&format!("connect to {}", dial.target), &error))?,

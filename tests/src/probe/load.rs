@@ -1,13 +1,17 @@
 //! Many connections: spreading, timing, and hammering while something else changes.
 
+use std::collections::HashMap;
+use std::collections::hash_map::Entry;
 use std::net::SocketAddr;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 use std::thread::{JoinHandle, Scope, ScopedJoinHandle};
 use std::time::{Duration, Instant};
 
-use super::client::{Connection, Unconnected, connect_blocking, reset_on_close};
-use super::message::{Dial, Failure, HammerReport, Measure, Quantiles, Seen, SpreadReport, Transport, monotonic};
+use tokio::runtime::Runtime;
+
+use super::client::{Connection, Unconnected, connect_blocking, http, reset_on_close, websocket};
+use super::message::{App, Dial, Failure, HammerReport, Measure, Quantiles, Seen, SpreadReport, Transport, monotonic};
 
 /// More threads than this only fight for the processor.
 const MOST_AT_ONCE: u32 = 64;
@@ -42,13 +46,17 @@ pub(super) fn spread(transport: Transport, dial: Dial, count: u32, concurrency: 
 /// The groups take turns, so that what disturbs one disturbs all; in an order that differs from round to round, so that
 /// none always follows the same other one and pays for what that leaves the processors to do.
 pub(super) fn latency(
+    runtime: &Runtime,
     measure: Measure,
     groups: &[Vec<SocketAddr>],
     rounds: u32,
     deadline: Duration,
 ) -> Result<Vec<Quantiles>, Failure> {
     let first = groups.first().and_then(|group| group.first());
-    let sender = Unconnected::bind(*first.ok_or_else(|| Failure::other("nothing to time"))?)?;
+    let mut sockets = Sockets {
+        sender: Unconnected::bind(*first.ok_or_else(|| Failure::other("nothing to time"))?)?,
+        kept: HashMap::new(),
+    };
     if groups.iter().any(Vec::is_empty) {
         return Err(Failure::other("a group without targets cannot be timed"));
     }
@@ -60,9 +68,10 @@ pub(super) fn latency(
         for &index in &order {
             let group = &groups[index];
             let target = group[round % group.len()];
-            samples[index].push(time(measure, &sender, Dial { target, deadline })?);
+            samples[index].push(time(runtime, measure, &mut sockets, Dial { target, deadline, port: 0 })?);
         }
     }
+    sockets.kept.into_values().for_each(Connection::abort);
     Ok(samples.into_iter().map(quantiles).collect())
 }
 
@@ -76,24 +85,54 @@ fn shuffle(order: &mut [usize], state: &mut u64) {
     }
 }
 
-/// Times `measure` once. Nothing stays behind that the next round would meet: no port in TIME_WAIT, no answer unread.
-fn time(measure: Measure, sender: &Unconnected, dial: Dial) -> Result<Duration, Failure> {
+/// What serves for all rounds.
+struct Sockets {
+    sender: Unconnected,
+    /// Connections by their target.
+    kept: HashMap<SocketAddr, Connection>,
+}
+
+/// Times `measure` once. Nothing stays behind that the next round would meet: no answer unread, and, but for HTTP and
+/// WebSocket, no port in TIME_WAIT.
+fn time(runtime: &Runtime, measure: Measure, sockets: &mut Sockets, dial: Dial) -> Result<Duration, Failure> {
     match measure {
         Measure::Connect(transport) => {
             let (socket, took) = connect_blocking(transport, dial)?;
             reset_on_close(&socket);
             Ok(took)
         }
-        Measure::Send => sender.send(dial),
-        Measure::Exchange => {
+        Measure::Send => sockets.sender.send(dial),
+        Measure::Exchange => exchange(Transport::Tcp, dial),
+        Measure::RoundTrip => {
+            let connection = match sockets.kept.entry(dial.target) {
+                Entry::Occupied(kept) => kept.into_mut(),
+                Entry::Vacant(place) => place.insert(Connection::open(Transport::Tcp, dial)?),
+            };
             let begin = Instant::now();
-            let mut connection = Connection::open(Transport::Tcp, dial)?;
             connection.exchange(false, dial.deadline)?;
-            let took = begin.elapsed();
-            connection.abort();
-            Ok(took)
+            Ok(begin.elapsed())
+        }
+        Measure::Visit(App::Http) => timed(|| runtime.block_on(http(dial, "/", 1))),
+        Measure::Visit(App::WebSocket) => timed(|| runtime.block_on(websocket(dial))),
+        Measure::Visit(app @ (App::Tcp | App::Udp | App::Count | App::Reset | App::Echo | App::Source)) => {
+            exchange(app.transport(), dial)
         }
     }
+}
+
+fn exchange(transport: Transport, dial: Dial) -> Result<Duration, Failure> {
+    let begin = Instant::now();
+    let mut connection = Connection::open(transport, dial)?;
+    connection.exchange(false, dial.deadline)?;
+    let took = begin.elapsed();
+    connection.abort();
+    Ok(took)
+}
+
+fn timed<T>(work: impl FnOnce() -> Result<T, Failure>) -> Result<Duration, Failure> {
+    let begin = Instant::now();
+    work()?;
+    Ok(begin.elapsed())
 }
 
 /// A load that runs until it is stopped.

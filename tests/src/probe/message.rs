@@ -43,6 +43,8 @@ pub enum Request {
         listen: SocketAddr,
         /// Where it connects to.
         backend: SocketAddr,
+        /// Where it speaks TLS.
+        tls: Tls,
     },
     /// Closes a listener and its connections; answered by [`Response::Done`].
     StopServing {
@@ -71,6 +73,22 @@ pub enum Request {
         /// Of the family that the socket was opened for.
         target: SocketAddr,
     },
+    /// Sends one byte on a kept TCP socket and waits for no answer; [`Response::Done`].
+    Say {
+        /// From [`Response::Opened`].
+        connection: u64,
+        /// Bounds the sending.
+        deadline: Duration,
+    },
+    /// Reads a kept TCP socket to its end, whichever it is; [`Response::Ended`].
+    ReadToEnd {
+        /// From [`Response::Opened`].
+        connection: u64,
+        /// Whether this side ends its own direction before.
+        finish: bool,
+        /// Bounds the reading.
+        deadline: Duration,
+    },
     /// Closes a kept socket; [`Response::Done`].
     Close {
         /// From [`Response::Opened`].
@@ -84,6 +102,32 @@ pub enum Request {
         targets: Vec<SocketAddr>,
         /// Bounds the whole exchange.
         deadline: Duration,
+    },
+    /// Binds an unconnected UDP socket and keeps it; [`Response::Opened`].
+    BindUdp {
+        /// Port 0 picks one.
+        local: SocketAddr,
+    },
+    /// Sends a datagram from a socket of [`Request::BindUdp`]; [`Response::Done`].
+    SendTo {
+        /// From [`Response::Opened`].
+        socket: u64,
+        /// Of the family that the socket was bound for.
+        target: SocketAddr,
+        /// What it says.
+        text: String,
+    },
+    /// Waits for the next datagram to a socket of [`Request::BindUdp`]; [`Response::Datagram`].
+    Receive {
+        /// From [`Response::Opened`].
+        socket: u64,
+        /// Bounds the wait.
+        deadline: Duration,
+    },
+    /// Closes a socket of [`Request::BindUdp`]; [`Response::Done`].
+    CloseUdp {
+        /// From [`Response::Opened`].
+        socket: u64,
     },
     /// Sends HTTP/1.1 GETs one after the other on one connection; [`Response::Http`].
     Http {
@@ -106,6 +150,43 @@ pub enum Request {
         count: u32,
         /// How many at once.
         concurrency: u32,
+    },
+    /// Holds many connections at once and exchanges messages on all of them, each unlike any other; [`Response::Spread`].
+    Crowd {
+        /// TCP or UDP.
+        transport: Transport,
+        /// The server; the deadline bounds each step.
+        dial: Dial,
+        /// How many connections.
+        count: u32,
+        /// How many messages on each.
+        rounds: u32,
+    },
+    /// Sends much to an [`App::Tcp`] server and checks what comes back, while it sends; [`Response::Bulk`].
+    Bulk {
+        /// The server; the deadline bounds how long nothing may move.
+        dial: Dial,
+        /// How much, in bytes.
+        bytes: u64,
+    },
+    /// Receives from an [`App::Source`] server on one connection; [`Response::Rate`], in bytes.
+    Drain {
+        /// The server; the deadline bounds the connect, and the whole beyond its length.
+        dial: Dial,
+        /// What is received before does not count: windows grow in the first moments.
+        warm_up: Duration,
+        /// For how long it counts.
+        length: Duration,
+    },
+    /// Makes connections to an [`App::Echo`] server, one after the other for each client, with a request, its answer and
+    /// a reset on each; [`Response::Rate`], in connections.
+    Turnover {
+        /// The server; the deadline bounds each connection.
+        dial: Dial,
+        /// How many clients do so at once.
+        clients: u32,
+        /// For how long.
+        length: Duration,
     },
     /// Times one thing again and again, the groups taking turns in one thread; [`Response::Latency`].
     Latency {
@@ -150,10 +231,18 @@ pub enum Response {
     Connected(Duration),
     /// Per target, in the order of the request.
     Fan(Vec<Result<FanReply, Failure>>),
+    /// Where a datagram came from, and what it says.
+    Datagram(SocketAddr, String),
     /// A keep-alive connection.
     Http(HttpReport),
+    /// How a connection ended.
+    Ended(Ending),
     /// Who answered how often.
     Spread(SpreadReport),
+    /// What much data came to.
+    Bulk(BulkReport),
+    /// How much of something there was in a time.
+    Rate(Rate),
     /// Per group, in the order of the request.
     Latency(Vec<Quantiles>),
     /// The id of a running hammer.
@@ -173,6 +262,38 @@ pub enum App {
     Http,
     /// Greets with the text message `name client-address`, then echoes messages.
     WebSocket,
+    /// TCP: greets as [`App::Tcp`] does, hears everything out, answers with the number of bytes heard, and closes.
+    Count,
+    /// TCP: greets as [`App::Tcp`] does and resets the connection at the first byte.
+    Reset,
+    /// TCP: echoes, without a greeting.
+    Echo,
+    /// TCP: sends without end, and hears nothing.
+    Source,
+}
+
+/// Which of a proxy's two connections is TLS 1.3, by the certificates of [`crate::meta_server::pki`]. Every connection has
+/// a full handshake, in which the server alone shows a certificate.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Tls {
+    /// None.
+    Neither,
+    /// That of its client.
+    Accepted,
+    /// That to its backend.
+    Dialled,
+}
+
+impl App {
+    /// What its protocol runs on.
+    pub fn transport(self) -> Transport {
+        match self {
+            Self::Udp => Transport::Udp,
+            Self::Tcp | Self::Http | Self::WebSocket | Self::Count | Self::Reset | Self::Echo | Self::Source => {
+                Transport::Tcp
+            }
+        }
+    }
 }
 
 /// What a latency is of.
@@ -184,6 +305,11 @@ pub enum Measure {
     Send,
     /// A TCP connection to an [`App::Tcp`] server, a request of a few bytes and its answer, from the socket's making on.
     Exchange,
+    /// A request of a few bytes and its answer, on one TCP connection to each [`App::Tcp`] server for all rounds.
+    RoundTrip,
+    /// The same as [`Measure::Exchange`] with a server of this kind, in its own protocol: a message on a connected UDP socket,
+    /// a GET request, an upgrade to WebSocket and a message each way.
+    Visit(App),
 }
 
 /// The transport protocol of a client.
@@ -204,6 +330,8 @@ pub struct Dial {
     pub target: SocketAddr,
     /// Bounds every single step: connecting, sending, receiving.
     pub deadline: Duration,
+    /// The local port, which other sockets may have too (SO_REUSEADDR); 0 for any. HTTP and WebSocket take any.
+    pub port: u16,
 }
 
 /// One exchange with a server.
@@ -230,6 +358,28 @@ pub struct FanReply {
     pub name: String,
     /// The client's address as the server sees it.
     pub client: SocketAddr,
+}
+
+/// How a TCP connection ended, as its client saw it.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Ending {
+    /// What came before the end; bytes that are no UTF-8 are replaced.
+    pub rest: String,
+    /// The errno name, such as `ECONNRESET`; none where the server closed.
+    pub errno: Option<String>,
+    /// How long the end was waited for.
+    pub took: Duration,
+}
+
+/// Much data there and back.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct BulkReport {
+    /// How much came back as it was sent, in bytes.
+    pub received: u64,
+    /// Whether every byte that came back was the one that was sent, and the end came after the last.
+    pub intact: bool,
+    /// From the first byte to the end.
+    pub took: Duration,
 }
 
 /// HTTP requests on one connection.
@@ -259,6 +409,22 @@ pub struct SpreadReport {
     pub names: BTreeMap<String, u64>,
     /// Connections that failed, by errno name.
     pub failures: BTreeMap<String, u64>,
+}
+
+/// How much of something there was in a time.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Rate {
+    /// How much.
+    pub count: u64,
+    /// In which time; never zero.
+    pub took: Duration,
+}
+
+impl Rate {
+    /// How much a second.
+    pub fn per_second(self) -> f64 {
+        self.count as f64 / self.took.as_secs_f64()
+    }
 }
 
 /// The distribution of a measured duration.
@@ -377,11 +543,11 @@ pub fn v4_mapped(address: SocketAddr) -> SocketAddr {
     }
 }
 
-/// The address a socket of the target's family is bound to when it does not matter.
-pub(crate) fn unspecified(target: SocketAddr) -> SocketAddr {
+/// The address a socket of the target's family is bound to when only the port matters, or not even that (0).
+pub(crate) fn unspecified(target: SocketAddr, port: u16) -> SocketAddr {
     match target {
-        SocketAddr::V4(_) => SocketAddr::from(([0, 0, 0, 0], 0)),
-        SocketAddr::V6(_) => SocketAddr::from((Ipv6Addr::UNSPECIFIED, 0)),
+        SocketAddr::V4(_) => SocketAddr::from(([0, 0, 0, 0], port)),
+        SocketAddr::V6(_) => SocketAddr::from((Ipv6Addr::UNSPECIFIED, port)),
     }
 }
 

@@ -9,12 +9,16 @@ use http_body_util::Full;
 use hyper::body::Bytes;
 use hyper::service::service_fn;
 use hyper_util::rt::TokioIo;
+use nix::sys::socket::{setsockopt, sockopt::RcvBufForce};
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 use tokio::net::{TcpListener, TcpStream, UdpSocket};
 use tokio::task::JoinSet;
 use tokio_tungstenite::tungstenite::Message;
 
 use super::message::{App, Failure};
+
+/// Bytes of datagrams that may wait for a server.
+const CROWD: usize = 8 << 20;
 
 /// A bound server that does not serve yet.
 pub(super) enum Server {
@@ -30,8 +34,13 @@ impl Server {
         }
         let failed = |error: std::io::Error| Failure::from_io(&format!("listen on {listen}"), &error);
         match app {
-            App::Udp => Ok(Self::Datagram(UdpSocket::bind(listen).await.map_err(failed)?, name.into())),
-            App::Tcp | App::Http | App::WebSocket => {
+            App::Udp => {
+                let socket = UdpSocket::bind(listen).await.map_err(failed)?;
+                // A crowd that asks at once is not to fail for want of room in a server of the lab; root may have it.
+                let _ = setsockopt(&socket, RcvBufForce, &CROWD);
+                Ok(Self::Datagram(socket, name.into()))
+            }
+            App::Tcp | App::Http | App::WebSocket | App::Count | App::Reset | App::Echo | App::Source => {
                 Ok(Self::Stream(TcpListener::bind(listen).await.map_err(failed)?, app, name.into()))
             }
         }
@@ -67,6 +76,10 @@ async fn serve_streams(listener: &TcpListener, app: App, name: &Arc<str>) {
                     match app {
                         App::Http => serve_http(stream, client, &name).await,
                         App::WebSocket => serve_websocket(stream, client, &name).await,
+                        App::Count => serve_count(stream, client, &name).await,
+                        App::Reset => serve_reset(stream, client, &name).await,
+                        App::Echo => echo(stream).await,
+                        App::Source => serve_source(stream).await,
                         App::Tcp | App::Udp => serve_echo(stream, client, &name).await,
                     }
                 });
@@ -80,15 +93,38 @@ async fn serve_streams(listener: &TcpListener, app: App, name: &Arc<str>) {
 // The servers below end with the connection, whichever way it ends: the client is the one who judges.
 
 async fn serve_echo(mut stream: TcpStream, client: SocketAddr, name: &str) {
-    if stream.write_all(format!("{name} {client}\n").as_bytes()).await.is_err() {
-        return;
+    if stream.write_all(format!("{name} {client}\n").as_bytes()).await.is_ok() {
+        echo(stream).await;
     }
-    let mut buffer = [0_u8; 4096];
+}
+
+async fn echo(mut stream: TcpStream) {
+    let mut buffer = vec![0_u8; 65_536];
     while let Ok(length @ 1..) = stream.read(&mut buffer).await {
         if stream.write_all(&buffer[..length]).await.is_err() {
             return;
         }
     }
+}
+
+async fn serve_count(mut stream: TcpStream, client: SocketAddr, name: &str) {
+    if stream.write_all(format!("{name} {client}\n").as_bytes()).await.is_err() {
+        return;
+    }
+    if let Ok(heard) = tokio::io::copy(&mut stream, &mut tokio::io::sink()).await {
+        let _ = stream.write_all(heard.to_string().as_bytes()).await;
+    }
+}
+
+async fn serve_reset(mut stream: TcpStream, client: SocketAddr, name: &str) {
+    if stream.write_all(format!("{name} {client}\n").as_bytes()).await.is_ok() && stream.read_u8().await.is_ok() {
+        let _ = stream.set_zero_linger();
+    }
+}
+
+async fn serve_source(mut stream: TcpStream) {
+    let piece = vec![b's'; 65_536];
+    while stream.write_all(&piece).await.is_ok() {}
 }
 
 async fn serve_http(stream: TcpStream, client: SocketAddr, name: &str) {
@@ -101,6 +137,8 @@ async fn serve_http(stream: TcpStream, client: SocketAddr, name: &str) {
 }
 
 async fn serve_websocket(stream: TcpStream, client: SocketAddr, name: &str) {
+    // The greeting follows the upgrade at once, and would wait for the client's kernel to acknowledge that.
+    let _ = stream.set_nodelay(true);
     let Ok(mut socket) = tokio_tungstenite::accept_async(stream).await else { return };
     if socket.send(Message::text(format!("{name} {client}"))).await.is_err() {
         return;
@@ -110,28 +148,6 @@ async fn serve_websocket(stream: TcpStream, client: SocketAddr, name: &str) {
         if echo && socket.send(message).await.is_err() {
             return;
         }
-    }
-}
-
-/// Carries each connection to `backend`, until dropped.
-pub(super) async fn proxy(listener: TcpListener, backend: SocketAddr) {
-    let mut connections = JoinSet::new();
-    loop {
-        tokio::select! {
-            accepted = listener.accept() => {
-                let Ok((stream, _)) = accepted else { continue };
-                connections.spawn(carry(stream, backend));
-            }
-            Some(_) = connections.join_next() => {}
-        }
-    }
-}
-
-async fn carry(mut stream: TcpStream, backend: SocketAddr) {
-    let Ok(mut onward) = TcpStream::connect(backend).await else { return };
-    // Neither side may wait for more to send: small messages are what is carried.
-    if stream.set_nodelay(true).and_then(|()| onward.set_nodelay(true)).is_ok() {
-        let _ = tokio::io::copy_bidirectional(&mut stream, &mut onward).await;
     }
 }
 

@@ -2,19 +2,21 @@
 
 use std::collections::HashMap;
 use std::io::{BufRead as _, Write as _};
-use std::net::SocketAddr;
+use std::net::{SocketAddr, UdpSocket};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use anyhow::{Context as _, Result};
-use tokio::net::TcpListener;
 use tokio::runtime::Runtime;
 use tokio::task::JoinHandle;
 
 use super::client::{self, Connection, connect_blocking};
+use super::crowd;
 use super::load::{self, Hammer};
-use super::message::{Answer, App, Call, Failure, Request, Response};
-use super::serve::{self, Server};
+use super::message::{Answer, App, Call, Failure, Request, Response, Tls};
+use super::proxy::Proxy;
+use super::rate;
+use super::serve::Server;
 
 /// Answers requests until standard input ends.
 pub(super) fn run() -> Result<()> {
@@ -27,6 +29,7 @@ pub(super) fn run() -> Result<()> {
         next: AtomicU64::new(1),
         servers: Mutex::default(),
         connections: Mutex::default(),
+        sockets: Mutex::default(),
         hammers: Mutex::default(),
     });
     for line in std::io::stdin().lock().lines() {
@@ -47,6 +50,7 @@ struct Shell {
     next: AtomicU64,
     servers: Mutex<HashMap<(App, SocketAddr), JoinHandle<()>>>,
     connections: Mutex<HashMap<u64, Connection>>,
+    sockets: Mutex<HashMap<u64, Arc<UdpSocket>>>,
     hammers: Mutex<HashMap<u64, Hammer>>,
 }
 
@@ -54,7 +58,7 @@ impl Shell {
     fn answer(&self, request: Request) -> Result<Response, Failure> {
         match request {
             Request::Serve { name, app, listen } => self.serve(&name, app, listen),
-            Request::Proxy { listen, backend } => self.proxy(listen, backend),
+            Request::Proxy { listen, backend, tls } => self.proxy(listen, backend, tls),
             Request::StopServing { app, listen } => {
                 let server = locked(&self.servers).remove(&(app, listen));
                 let server =
@@ -85,11 +89,37 @@ impl Shell {
                 locked(&self.connections).insert(connection, taken);
                 outcome.map(|()| Response::Done)
             }
+            Request::Say { connection, deadline } => {
+                let mut taken = take(&self.connections, connection)?;
+                let outcome = taken.say(deadline);
+                locked(&self.connections).insert(connection, taken);
+                outcome.map(|()| Response::Done)
+            }
+            Request::ReadToEnd { connection, finish, deadline } => {
+                let mut taken = take(&self.connections, connection)?;
+                let ending = taken.read_to_end(finish, deadline);
+                locked(&self.connections).insert(connection, taken);
+                ending.map(Response::Ended)
+            }
             Request::Close { connection } => take(&self.connections, connection).map(|_| Response::Done),
             Request::Connect(transport, dial) => {
                 connect_blocking(transport, dial).map(|(_, took)| Response::Connected(took))
             }
             Request::UdpFan { targets, deadline } => client::udp_fan(&targets, deadline).map(Response::Fan),
+            Request::BindUdp { local } => {
+                let socket = UdpSocket::bind(local);
+                let socket = socket.map_err(|error| Failure::from_io(&format!("bind {local}"), &error))?;
+                Ok(Response::Opened(self.keep(&self.sockets, Arc::new(socket))))
+            }
+            Request::SendTo { socket, target, text } => {
+                let sent = self.socket(socket)?.send_to(text.as_bytes(), target);
+                sent.map(|_| Response::Done).map_err(|error| Failure::from_io(&format!("send to {target}"), &error))
+            }
+            Request::Receive { socket, deadline } => {
+                let (source, text) = client::receive(&*self.socket(socket)?, deadline)?;
+                Ok(Response::Datagram(source, text))
+            }
+            Request::CloseUdp { socket } => take(&self.sockets, socket).map(|_| Response::Done),
             Request::Http { dial, path, requests } => {
                 self.runtime.block_on(client::http(dial, &path, requests)).map(Response::Http)
             }
@@ -97,8 +127,18 @@ impl Shell {
             Request::Spread { transport, dial, count, concurrency } => {
                 load::spread(transport, dial, count, concurrency).map(Response::Spread)
             }
+            Request::Crowd { transport, dial, count, rounds } => {
+                self.runtime.block_on(crowd::crowd(transport, dial, count, rounds)).map(Response::Spread)
+            }
+            Request::Bulk { dial, bytes } => self.runtime.block_on(crowd::bulk(dial, bytes)).map(Response::Bulk),
+            Request::Drain { dial, warm_up, length } => {
+                self.runtime.block_on(rate::drain(dial, warm_up, length)).map(Response::Rate)
+            }
+            Request::Turnover { dial, clients, length } => {
+                self.runtime.block_on(rate::turnover(dial, clients, length)).map(Response::Rate)
+            }
             Request::Latency { measure, groups, rounds, deadline } => {
-                load::latency(measure, &groups, rounds, deadline).map(Response::Latency)
+                load::latency(&self.runtime, measure, &groups, rounds, deadline).map(Response::Latency)
             }
             Request::StartHammer { transport, dial, concurrency } => {
                 let hammer = Hammer::start(transport, dial, concurrency);
@@ -116,12 +156,16 @@ impl Shell {
         Ok(Response::Serving(address))
     }
 
-    fn proxy(&self, listen: SocketAddr, backend: SocketAddr) -> Result<Response, Failure> {
-        let failed = |error: std::io::Error| Failure::from_io(&format!("listen on {listen}"), &error);
-        let listener = self.runtime.block_on(TcpListener::bind(listen)).map_err(failed)?;
-        let address = listener.local_addr().map_err(failed)?;
-        self.runtime.spawn(serve::proxy(listener, backend));
+    fn proxy(&self, listen: SocketAddr, backend: SocketAddr, tls: Tls) -> Result<Response, Failure> {
+        let proxy = self.runtime.block_on(Proxy::bind(listen, backend, tls))?;
+        let address = proxy.address()?;
+        self.runtime.spawn(proxy.run());
         Ok(Response::Serving(address))
+    }
+
+    fn socket(&self, id: u64) -> Result<Arc<UdpSocket>, Failure> {
+        let socket = locked(&self.sockets).get(&id).cloned();
+        socket.ok_or_else(|| Failure::other(format!("{id} is not open")))
     }
 
     fn keep<T>(&self, kept: &Mutex<HashMap<u64, T>>, value: T) -> u64 {

@@ -7,12 +7,15 @@ mod churn;
 mod cleanup;
 mod dns;
 mod health;
+mod mesh;
 mod meta_server;
+mod nat;
 mod outside;
 mod policy;
 mod restart;
 mod rules;
 mod sight;
+mod sites;
 mod snapshot;
 mod translation;
 

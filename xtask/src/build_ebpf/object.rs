@@ -1,4 +1,4 @@
-//! What has to be in the eBPF object.
+//! What has to be in the eBPF objects.
 
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -11,8 +11,41 @@ use aya_obj::{
 };
 use object::{Architecture, Object as _, ObjectSection as _};
 
+/// An object and all that the agent looks for in it.
+#[derive(Debug)]
+pub(crate) struct Expected {
+    /// What cargo calls the binary.
+    pub(crate) binary: &'static str,
+    /// What the agent's build calls the file, without its extensions.
+    pub(crate) name: &'static str,
+    pub(crate) programs: &'static [(&'static str, CgroupSockAddrAttachType)],
+    pub(crate) classifiers: &'static [&'static str],
+    /// Programs that look sockets up.
+    pub(crate) lookups: &'static [&'static str],
+    pub(crate) maps: &'static [&'static str],
+}
+
+pub(crate) const OBJECTS: [Expected; 2] = [
+    Expected {
+        binary: "edgemesh-ebpf",
+        name: "edgemesh",
+        programs: PROGRAMS,
+        classifiers: CLASSIFIERS,
+        lookups: &[],
+        maps: MAPS,
+    },
+    Expected {
+        binary: "edgemesh-aliases",
+        name: "edgemesh-aliases",
+        programs: &[],
+        classifiers: &[],
+        lookups: &["aliases"],
+        maps: &["ALIAS_SOCKETS"],
+    },
+];
+
 /// Each program with the hook its section names.
-pub(crate) const PROGRAMS: &[(&str, CgroupSockAddrAttachType)] = &[
+const PROGRAMS: &[(&str, CgroupSockAddrAttachType)] = &[
     ("connect4", Connect4),
     ("connect6", Connect6),
     ("sendmsg4", UDPSendMsg4),
@@ -24,9 +57,9 @@ pub(crate) const PROGRAMS: &[(&str, CgroupSockAddrAttachType)] = &[
 ];
 
 /// The programs for packets, which find their hook when they are attached.
-pub(crate) const CLASSIFIERS: &[&str] = &["uplink_ingress", "uplink_egress", "guest_ingress", "guest_egress"];
+const CLASSIFIERS: &[&str] = &["uplink_ingress", "uplink_egress", "guest_ingress", "guest_egress"];
 
-pub(crate) const MAPS: &[&str] = &[
+const MAPS: &[&str] = &[
     "FRONTENDS",
     "BACKENDS",
     "SERVICE_ADDRS",
@@ -57,6 +90,7 @@ pub(crate) struct Contents {
     /// Each program with its hook; no hook for another kind of program.
     programs: BTreeMap<String, Option<CgroupSockAddrAttachType>>,
     classifiers: BTreeSet<String>,
+    lookups: BTreeSet<String>,
     maps: BTreeSet<String>,
     btf: bool,
     licence: Option<String>,
@@ -84,9 +118,13 @@ impl Contents {
         let hook = |section: &ProgramSection| {
             if let ProgramSection::CgroupSockAddr { attach_type } = section { Some(*attach_type) } else { None }
         };
-        let classifiers = loaded.programs.iter().filter(|(_, p)| matches!(p.section, ProgramSection::SchedClassifier));
+        let named = |is: &dyn Fn(&ProgramSection) -> bool| {
+            let found = loaded.programs.iter().filter(|(_, program)| is(&program.section));
+            found.map(|(name, _)| name.clone()).collect()
+        };
         Ok(Self {
-            classifiers: classifiers.map(|(name, _)| name.clone()).collect(),
+            classifiers: named(&|section| matches!(section, ProgramSection::SchedClassifier)),
+            lookups: named(&|section| matches!(section, ProgramSection::SkLookup)),
             programs: loaded.programs.iter().map(|(name, program)| (name.clone(), hook(&program.section))).collect(),
             maps: loaded.maps.keys().cloned().collect(),
             btf: loaded.btf.is_some() && loaded.btf_ext.is_some(),
@@ -95,9 +133,9 @@ impl Contents {
     }
 
     /// What is not as it has to be, a line each.
-    pub(crate) fn problems(&self, programs: &[(&str, CgroupSockAddrAttachType)], maps: &[&str]) -> Vec<String> {
+    pub(crate) fn problems(&self, expected: &Expected) -> Vec<String> {
         let mut problems = Vec::new();
-        for (name, hook) in programs {
+        for (name, hook) in expected.programs {
             match self.programs.get(*name) {
                 None => problems.push(format!("program {name} is missing")),
                 // The type has no equality of its own.
@@ -107,9 +145,13 @@ impl Contents {
                 Some(_) => {}
             }
         }
-        let missing = super::missing(CLASSIFIERS, &self.classifiers);
-        problems.extend(missing.iter().map(|name| format!("classifier {name} is missing")));
-        problems.extend(super::missing(maps, &self.maps).iter().map(|map| format!("map {map} is missing")));
+        for (kind, wanted, found) in [
+            ("classifier", expected.classifiers, &self.classifiers),
+            ("socket lookup", expected.lookups, &self.lookups),
+            ("map", expected.maps, &self.maps),
+        ] {
+            problems.extend(super::missing(wanted, found).iter().map(|name| format!("{kind} {name} is missing")));
+        }
         if !self.btf {
             problems.push("no BTF (.BTF and .BTF.ext): is the linker called with --btf?".to_owned());
         }
@@ -132,6 +174,7 @@ mod tests {
         Contents {
             programs: PROGRAMS.iter().map(|(name, hook)| ((*name).to_owned(), Some(*hook))).collect(),
             classifiers: CLASSIFIERS.iter().map(|name| (*name).to_owned()).collect(),
+            lookups: BTreeSet::new(),
             maps: MAPS.iter().map(|map| (*map).to_owned()).collect(),
             btf: true,
             licence: Some("Dual MIT/GPL".to_owned()),
@@ -143,7 +186,7 @@ mod tests {
         let mut contents = complete();
         contents.programs.insert("later".to_owned(), None);
         contents.maps.insert(".rodata".to_owned());
-        assert_eq!(contents.problems(PROGRAMS, MAPS), Vec::<String>::new());
+        assert_eq!(contents.problems(&OBJECTS[0]), Vec::<String>::new());
     }
 
     #[test]
@@ -156,7 +199,7 @@ mod tests {
         contents.classifiers.remove("guest_egress");
         contents.btf = false;
         contents.licence = Some("Apache-2.0".to_owned());
-        let problems = contents.problems(PROGRAMS, MAPS);
+        let problems = contents.problems(&OBJECTS[0]);
         assert_eq!(problems.len(), 7, "{problems:#?}");
         for part in [
             "sendmsg6 is missing",
@@ -169,8 +212,12 @@ mod tests {
         ] {
             assert!(problems.iter().any(|problem| problem.contains(part)), "{part} in {problems:#?}");
         }
+        assert_eq!(
+            complete().problems(&OBJECTS[1]),
+            ["socket lookup aliases is missing", "map ALIAS_SOCKETS is missing"]
+        );
         contents.licence = None;
-        assert!(contents.problems(PROGRAMS, MAPS).iter().any(|problem| problem.starts_with("no licence section")));
+        assert!(contents.problems(&OBJECTS[0]).iter().any(|problem| problem.starts_with("no licence section")));
     }
 
     #[test]

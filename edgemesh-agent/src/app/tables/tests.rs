@@ -33,7 +33,7 @@ impl Bench {
         let (tell, adopted_frontends) = oneshot::channel();
         tell.send(adopted).unwrap();
         let builder = Builder::new(Default::default(), "edge1");
-        let task = Tables { builder, received, publish, snapshot, adopted: adopted_frontends };
+        let task = Tables { builder, received, publish, snapshot, adopted: adopted_frontends, ways: None };
         tasks.spawn(task.run(readiness.block("the metadata source")));
         Self { events, tables, readiness, tasks }
     }

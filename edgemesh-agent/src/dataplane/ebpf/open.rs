@@ -19,6 +19,7 @@ use aya::{
 };
 use edgemesh_common::{
     Addr,
+    alias::{NO_RANGE_V4, NO_RANGE_V6},
     layout::{
         Affinity, AffinityKey, Backend, BackendKey, CounterKey, Counters, Frontend, FrontendKey, Member, MemberKey,
         Ring, RingKey, UdpSocket,
@@ -27,8 +28,8 @@ use edgemesh_common::{
 };
 use tracing::{debug, info};
 
-use super::{hooks, mounts, pins::Pins, tap::Tap, tc};
-use crate::{config::EbpfConfig, net};
+use super::{aliases::in_words, hooks, mounts, pins::Pins, tap::Tap, tc};
+use crate::{alias::AliasRanges, config::EbpfConfig, net};
 
 /// The compiled eBPF object, absent from builds made before `cargo xtask build-ebpf`.
 #[cfg(bpf_object)]
@@ -193,7 +194,7 @@ impl Opened {
 
 /// Loads and adopts. When this returns, translation by whatever the maps hold is in force, unless an agent with another
 /// layout was here: then its translation goes on until [`Opened::attach`].
-pub(super) fn open(config: &EbpfConfig) -> Result<Opened, OpenError> {
+pub(super) fn open(config: &EbpfConfig, aliases: Option<AliasRanges>) -> Result<Opened, OpenError> {
     let bytes = OBJECT.ok_or(OpenError::NoObject)?;
     let (cgroup_directory, cgroup) = mounts::open_cgroup(config.cgroup_root.as_deref())?;
     let pins = Pins::new(&config.pin_directory);
@@ -204,11 +205,14 @@ pub(super) fn open(config: &EbpfConfig) -> Result<Opened, OpenError> {
         u32::from(is_helper_supported(ProgramType::CgroupSockAddr, BpfHelper::BPF_FUNC_set_retval).unwrap_or(false));
     let host_netns = net::netns_cookie().ok().flatten().unwrap_or(0);
     let nat_ports = tc::ports();
+    let (alias_v4, alias_v6) = aliases.map_or((NO_RANGE_V4, NO_RANGE_V6), in_words);
     let mut loader = EbpfLoader::new();
     loader
         .override_global("HAS_SET_RETVAL", &has_set_retval, true)
         .override_global("HOST_NETNS", &host_netns, true)
         .override_global("NAT_PORTS", &nat_ports, true)
+        .override_global("ALIAS_RANGE_V4", &alias_v4, true)
+        .override_global("ALIAS_RANGE_V6", &alias_v6, true)
         .map_max_entries("FRONTENDS", config.max_frontends.saturating_add(RESERVED))
         .map_max_entries("SERVICE_ADDRS", config.max_frontends)
         .map_max_entries("RINGS", config.max_frontends)
@@ -262,7 +266,8 @@ pub(super) fn open(config: &EbpfConfig) -> Result<Opened, OpenError> {
         traffic: None,
         knows_host: host_netns != 0,
     };
-    opened.traffic = Some(tc::Traffic::new(packet_maps, Arc::clone(&opened.object), &opened.pins, config));
+    opened.traffic =
+        Some(tc::Traffic::new(packet_maps, Arc::clone(&opened.object), &opened.pins, config, aliases.is_some()));
     if opened.pins.awaits_switch() {
         info!("an agent with another map layout was here: its translation goes on until the new maps are complete");
     } else {

@@ -38,7 +38,9 @@ pub enum Feature {
     Tcx,
     /// Programs on packets, by the qdisc `clsact`.
     Clsact,
+    /// With maps of sockets, what gives the agent the traffic to aliases.
     SkLookup,
+    SockMap,
 }
 
 /// What the lack of a [`Feature`] means.
@@ -57,7 +59,7 @@ impl Feature {
     fn all() -> Vec<Self> {
         let hooks = PROGRAMS.iter().rev().map(|(name, _)| Self::SockAddr(name));
         let maps = [Self::SkStorage, Self::RingBuffer, Self::LruHash, Self::LpmTrie];
-        let others = [Self::SetRetval, Self::NetnsCookie, Self::Tcx, Self::Clsact, Self::SkLookup];
+        let others = [Self::SetRetval, Self::NetnsCookie, Self::Tcx, Self::Clsact, Self::SkLookup, Self::SockMap];
         [Self::Cgroup2, Self::Bpf, Self::ScratchCgroup]
             .into_iter()
             .chain(hooks)
@@ -84,6 +86,7 @@ impl Feature {
             Self::Tcx => "Linux 6.6 with CONFIG_NET_XGRESS",
             Self::Clsact => "Linux 4.5 with CONFIG_NET_SCH_INGRESS and CONFIG_NET_CLS_BPF",
             Self::SkLookup => "Linux 5.9",
+            Self::SockMap => "Linux 5.12, before with CONFIG_BPF_STREAM_PARSER",
         }
     }
 
@@ -103,7 +106,7 @@ impl Feature {
             Self::SetRetval => Need::Costs("a refused call fails with EPERM instead of ECONNREFUSED"),
             // Only where tcx is missing, too; see `Report::losses`.
             Self::Clsact => Need::Costs("Services are not translated for traffic from outside the node"),
-            Self::Tcx | Self::LpmTrie | Self::SkLookup => Need::Free,
+            Self::Tcx | Self::LpmTrie | Self::SkLookup | Self::SockMap => Need::Free,
         }
     }
 }
@@ -125,6 +128,7 @@ impl fmt::Display for Feature {
             Self::Tcx => "tcx",
             Self::Clsact => "clsact",
             Self::SkLookup => "sk_lookup",
+            Self::SockMap => "sockmap",
         };
         f.write_str(name)
     }

@@ -50,6 +50,11 @@ pub(super) fn tcx_create(program: BorrowedFd<'_>, interface: u32, egress: bool) 
     bpf_fd(BPF_LINK_CREATE, &LinkCreate::new(program, interface, hook))
 }
 
+/// Attaches a program that looks sockets up to a network namespace, by a link as [`link_create`]'s. Linux 5.9.
+pub(super) fn lookup_create(program: BorrowedFd<'_>, netns: BorrowedFd<'_>) -> io::Result<OwnedFd> {
+    bpf_fd(BPF_LINK_CREATE, &LinkCreate::new(program, netns.as_raw_fd() as u32, bpf_attach_type::BPF_SK_LOOKUP))
+}
+
 #[repr(C)]
 struct LinkCreate {
     prog_fd: RawFd,
@@ -211,6 +216,12 @@ pub(super) fn load_return(kind: bpf_prog_type, hook: bpf_attach_type, value: i32
 /// The index of the interface that a tcx link is attached to; 0 once that interface is gone.
 pub(super) fn link_interface(link: BorrowedFd<'_>) -> io::Result<u32> {
     // Both are at the beginning of what is particular to the kind of link, the index in four bytes of it.
+    Ok(link_info(link)?.cgroup as u32)
+}
+
+/// The inode number of the network namespace that a link of [`lookup_create`] is attached to; 0 once that is gone.
+pub(super) fn link_namespace(link: BorrowedFd<'_>) -> io::Result<u32> {
+    // Both are at the beginning of what is particular to the kind of link, the number in four bytes of it.
     Ok(link_info(link)?.cgroup as u32)
 }
 

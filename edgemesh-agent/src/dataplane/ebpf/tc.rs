@@ -1,8 +1,9 @@
 //! The programs for packets: loading them, and keeping them on the right interfaces.
 //!
 //! Which interfaces these are follows from the node's links, addresses and routes ([`choose`]), of which netlink tells
-//! each change, and from the tables: no uplink is touched before a Service can be reached from outside. What cannot be
-//! attached is a condition and never an end; sockets are served without it.
+//! each change, and from the tables: no uplink is touched before a Service can be reached from outside, unless there are
+//! aliases to keep the outside from. What cannot be attached is a condition and never an end; sockets are served without
+//! it.
 
 mod attach;
 mod choose;
@@ -23,7 +24,7 @@ use aya::{
     maps::{HashMap, MapData, MapError, PerCpuArray},
     programs::{ProgramError, SchedClassifier},
 };
-use edgemesh_common::nat::{DROP_REASONS, GUEST, Interface, UPLINK};
+use edgemesh_common::nat::{DROP_REASONS, GUARD_ONLY, GUEST, Interface, UPLINK};
 use futures::StreamExt;
 use rtnetlink::{Handle, MulticastGroup, new_connection, new_multicast_connection};
 use serde::Serialize;
@@ -104,6 +105,8 @@ impl Maps {
 pub(super) struct Traffic {
     attacher: Attacher,
     drops: PerCpuArray<MapData, u64>,
+    /// Whether there are aliases, which uplinks must not reach.
+    guard: bool,
 }
 
 /// What it takes to attach.
@@ -149,7 +152,7 @@ impl Sight {
     pub fn drops(&self) -> BTreeMap<&'static str, u64> {
         // In the order of the `DROP_` constants.
         const REASONS: [&str; DROP_REASONS as usize] =
-            ["no_port_left", "source_range", "no_route", "ttl_expired", "wrong_node", "unwritable"];
+            ["no_port_left", "source_range", "no_route", "ttl_expired", "wrong_node", "unwritable", "alias"];
         let count = |(index, reason): (u32, &'static str)| {
             let counted: u64 = self.drops.get(&index, 0).ok()?.iter().sum();
             (counted > 0).then_some((reason, counted))
@@ -159,7 +162,7 @@ impl Sight {
 }
 
 impl Traffic {
-    pub(super) fn new(maps: Maps, object: Arc<Mutex<Object>>, pins: &Pins, config: &EbpfConfig) -> Self {
+    pub(super) fn new(maps: Maps, object: Arc<Mutex<Object>>, pins: &Pins, config: &EbpfConfig, guard: bool) -> Self {
         let attacher = Attacher {
             programs: Programs { object, loaded: OnceCell::new() },
             interfaces: maps.interfaces,
@@ -168,7 +171,7 @@ impl Traffic {
             guests: config.guest_interfaces.clone(),
             tcx: config.tcx,
         };
-        Self { attacher, drops: maps.drops }
+        Self { attacher, drops: maps.drops, guard }
     }
 }
 
@@ -212,11 +215,12 @@ impl Ebpf {
         conditions: &Conditions,
         tasks: &Tasks,
     ) -> io::Result<Option<Sight>> {
-        let Some(Traffic { attacher, drops }) = self.opened.traffic.take() else { return Ok(None) };
+        let Some(Traffic { attacher, drops, guard }) = self.opened.traffic.take() else { return Ok(None) };
         let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
         let sight = Sight { interfaces: Arc::default(), drops: Arc::new(drops) };
         let (stop, shown, conditions) = (tasks.stopping(), Arc::clone(&sight.interfaces), conditions.clone());
-        let follower = Follower { attacher, tables, conditions, shown, attached: BTreeMap::new(), outside: false };
+        let follower =
+            Follower { attacher, tables, conditions, shown, attached: BTreeMap::new(), outside: false, guard };
         tasks.spawn(async move {
             let followed = tokio::task::spawn_blocking(move || runtime.block_on(follower.run(stop)));
             if followed.await.is_err() {
@@ -237,6 +241,7 @@ struct Follower {
     /// Whether there was anything to serve for the outside since the start: uplinks are not given up with the last such
     /// Service, as its connections go on.
     outside: bool,
+    guard: bool,
 }
 
 /// An interface that this agent has attached to.
@@ -349,7 +354,7 @@ impl Follower {
         let node: Vec<IpAddr> = demand.node.iter().copied().collect();
         let picture = picture::take(netlink).await?;
         let Attacher { uplinks, guests, .. } = &self.attacher;
-        let wish = Wish { uplinks, guests, node: &node, outside: self.outside };
+        let wish = Wish { uplinks, guests, node: &node, outside: self.outside, guard: self.guard };
         let chosen = choose::choose(&picture, wish);
 
         let held: BTreeSet<u32> = attach::pinned(&self.attacher.pins)
@@ -384,8 +389,13 @@ impl Follower {
                     self.attached.insert(*index, Attached { name: chosen.name.clone(), interface });
                 }
                 Err(why) => {
+                    let open = if self.guard && chosen.interface.flags & UPLINK != 0 {
+                        ", and what is sent to aliases from there is not kept out"
+                    } else {
+                        ""
+                    };
                     let message = format!(
-                        "cannot serve traffic from the {} {}: {why}; sockets on this node are served all the same",
+                        "cannot serve traffic from the {} {}: {why}; sockets on this node are served all the same{open}",
                         role(chosen.interface),
                         chosen.name
                     );
@@ -420,7 +430,10 @@ impl Follower {
             let off = fs::read_to_string(path).is_ok_and(|text| text.trim() == "0");
             let four = family == "IPv4";
             let concerned = self.attached.values().any(|attached| {
-                let Interface { v4, v6, .. } = attached.interface;
+                let Interface { v4, v6, flags } = attached.interface;
+                if flags & GUARD_ONLY != 0 {
+                    return false;
+                }
                 (if four { v4 } else { v6 }) != edgemesh_common::Addr::default()
             });
             if off && concerned {

@@ -211,7 +211,8 @@ fn endpoints(entry: &ServiceEntry, selection: Selection<'_>, qtype: u16) -> Vec<
     let mut all: BTreeMap<IpAddr, Known<'_>> = BTreeMap::new();
     for (index, port) in entry.ports.iter().enumerate() {
         for endpoint in &port.endpoints {
-            let known = all.entry(endpoint.addr.ip()).or_insert(Known {
+            let ip = endpoint.target().unwrap_or(endpoint.addr).ip();
+            let known = all.entry(ip).or_insert(Known {
                 ready: false,
                 terminating: endpoint.terminating,
                 place: &endpoint.place,
@@ -225,7 +226,12 @@ fn endpoints(entry: &ServiceEntry, selection: Selection<'_>, qtype: u16) -> Vec<
     }
     for endpoint in &entry.portless {
         let (ready, terminating, place) = (endpoint.ready, endpoint.terminating, &endpoint.place);
-        all.entry(endpoint.ip).or_insert(Known { ready, terminating, place, ports: Vec::new() });
+        all.entry(endpoint.target().unwrap_or(endpoint.ip)).or_insert(Known {
+            ready,
+            terminating,
+            place,
+            ports: Vec::new(),
+        });
     }
     let explained = all.into_iter().map(|(ip, known)| {
         let label = label_of(ip, known.place);

@@ -198,7 +198,8 @@ impl Headless {
         let mut targets = Vec::new();
         for (served, port) in entry.ports.iter().zip(0..=u16::MAX) {
             for endpoint in served.endpoints.iter().filter(|endpoint| endpoint.ready) {
-                let (ip, name) = (endpoint.addr.ip(), hostname(&endpoint.place));
+                let Some(ip) = endpoint.target().map(|target| target.ip()) else { continue };
+                let name = hostname(&endpoint.place);
                 // All addresses of one hostname are one target.
                 let first = endpoints.partition_point(|other| {
                     let by_name = order(other.hostname(), name);
@@ -316,12 +317,13 @@ fn hostname(place: &Place) -> Option<&str> {
     place.hostname.as_deref().filter(|name| (1..=MAX_LABEL).contains(&name.len()))
 }
 
-/// Address and place of each published endpoint; once for each port it has.
+/// Address and place of each published endpoint; once for each port it has. One of another site has its alias, by which
+/// clients on this node reach it.
 fn published(entry: &ServiceEntry) -> impl Iterator<Item = (IpAddr, &Arc<Place>)> {
     let with_ports = entry.ports.iter().flat_map(|port| &port.endpoints).filter(|endpoint| endpoint.ready);
     let portless = entry.portless.iter().filter(|endpoint| endpoint.ready);
-    let with_ports = with_ports.map(|endpoint| (endpoint.addr.ip(), &endpoint.place));
-    with_ports.chain(portless.map(|endpoint| (endpoint.ip, &endpoint.place)))
+    let with_ports = with_ports.filter_map(|endpoint| Some((endpoint.target()?.ip(), &endpoint.place)));
+    with_ports.chain(portless.filter_map(|endpoint| Some((endpoint.target()?, &endpoint.place))))
 }
 
 /// Hostnames come first.
@@ -369,10 +371,15 @@ fn dashed(label: &[u8]) -> Option<IpAddr> {
 
 /// Whether there is a published endpoint with the address, and no hostname.
 fn published_at(ports: &[ServedPort], ip: IpAddr) -> bool {
+    let unnamed = |endpoint: &PortEndpoint| endpoint.ready && hostname(&endpoint.place).is_none();
     let at = |port: &ServedPort| {
+        if port.endpoints.first().is_some_and(|endpoint| endpoint.path.is_some()) {
+            // Aliases are in no order.
+            let reached = |endpoint: &PortEndpoint| endpoint.target().is_some_and(|target| target.ip() == ip);
+            return port.endpoints.iter().any(|endpoint| reached(endpoint) && unnamed(endpoint));
+        }
         let from = port.endpoints.partition_point(|endpoint| endpoint.addr < SocketAddr::new(ip, 0));
-        let mut found = port.endpoints.iter().skip(from).take_while(|endpoint| endpoint.addr.ip() == ip);
-        found.any(|endpoint: &PortEndpoint| endpoint.ready && hostname(&endpoint.place).is_none())
+        port.endpoints.iter().skip(from).take_while(|endpoint| endpoint.addr.ip() == ip).any(unnamed)
     };
     ports.iter().any(at)
 }

@@ -11,6 +11,7 @@ use crate::{
 
 mod explained;
 mod promises;
+mod sites;
 mod specification;
 
 const DOMAIN: &str = "cluster.local";

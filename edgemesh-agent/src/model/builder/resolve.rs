@@ -11,6 +11,7 @@ use super::super::{
     Protocol, ServedPort, Service, ServiceEntry, ServiceKind, ServicePort, SessionAffinity, TrafficPolicy, Vantage,
     Verdict, Verdicts, judge, rule::Ruling, shared::Shared,
 };
+use super::detours::Detours;
 use crate::config::ServiceFilter;
 
 /// What a Service is resolved in.
@@ -22,6 +23,8 @@ pub(super) struct Surroundings<'a> {
     /// The DestinationRule that counts for the Service.
     pub(super) ruling: Option<Ruling>,
     pub(super) places: &'a mut Shared<Place>,
+    /// None without a tunnel.
+    pub(super) detours: Option<&'a mut Detours>,
 }
 
 /// The entry of a Service, as if no other wanted one of its frontends.
@@ -44,7 +47,7 @@ pub(super) fn resolve(service: &Arc<Service>, mut around: Surroundings<'_>) -> S
         .map(|port| ServedPort { port: port.clone(), endpoints: endpoints_of(service, port, &mut around) })
         .collect();
     let portless = match service.kind {
-        ServiceKind::Headless => portless(service, &ports, around.sets),
+        ServiceKind::Headless => portless(service, &ports, &mut around),
         ServiceKind::ClusterIp | ServiceKind::NodePort | ServiceKind::LoadBalancer | ServiceKind::ExternalName => {
             Vec::new()
         }
@@ -153,7 +156,12 @@ impl Backends {
     fn of(service: &Service, endpoints: &[PortEndpoint], v4: bool) -> Self {
         let under = |policy: TrafficPolicy| -> Arc<[SocketAddr]> {
             let family = endpoints.iter().filter(|endpoint| endpoint.addr.is_ipv4() == v4);
-            family.filter(|endpoint| endpoint.verdicts.under(policy).eligible()).map(|endpoint| endpoint.addr).collect()
+            let eligible = family.filter(|endpoint| endpoint.verdicts.under(policy).eligible());
+            // The one place where an endpoint of another site becomes an address of this node.
+            let mut targets: Vec<SocketAddr> = eligible.filter_map(PortEndpoint::target).collect();
+            targets.sort_unstable();
+            targets.dedup();
+            targets.into()
         };
         let cluster = under(TrafficPolicy::Cluster);
         let local =
@@ -169,7 +177,9 @@ impl Backends {
 
 /// All endpoints of a port, merged over the sets and judged.
 fn endpoints_of(service: &Service, port: &ServicePort, around: &mut Surroundings<'_>) -> Vec<PortEndpoint> {
-    let mut merged: BTreeMap<SocketAddr, PortEndpoint> = BTreeMap::new();
+    // Sites repeat addresses, so where several are reached, an address is a different endpoint on each node.
+    let several_sites = around.detours.is_some();
+    let mut merged: BTreeMap<(SocketAddr, Option<&str>), PortEndpoint> = BTreeMap::new();
     for subset in around.sets.iter().flat_map(|set| &set.subsets) {
         let matching = subset.ports.iter().filter(|p| p.name == port.name && p.protocol == port.protocol);
         for target in matching {
@@ -181,12 +191,14 @@ fn endpoints_of(service: &Service, port: &ServicePort, around: &mut Surroundings
                     terminating: endpoint.terminating,
                     verdicts: Verdicts { cluster: Verdict::NotReady, local: Verdict::NotReady },
                     place: in_zone(&endpoint.place, &around.vantage, around.places),
+                    path: None,
                 };
                 // While a pod moves between slices it may be in both; the better word about it counts.
-                match merged.get(&found.addr) {
+                let key = (found.addr, endpoint.place.node.as_deref().filter(|_| several_sites));
+                match merged.get(&key) {
                     Some(known) if rank(known) >= rank(&found) => {}
                     Some(_) | None => {
-                        merged.insert(found.addr, found);
+                        merged.insert(key, found);
                     }
                 }
             }
@@ -194,26 +206,41 @@ fn endpoints_of(service: &Service, port: &ServicePort, around: &mut Surroundings
     }
     let mut endpoints: Vec<PortEndpoint> = merged.into_values().collect();
     judge(service, &mut endpoints, &around.vantage);
+    if let Some(detours) = around.detours.as_deref_mut() {
+        for endpoint in &mut endpoints {
+            endpoint.path = Some(detours.path_of(&endpoint.place, endpoint.addr.ip(), around.vantage.nodes));
+        }
+    }
     endpoints
 }
 
 /// The endpoints, merged over the sets, that are in none of the ports.
-fn portless(service: &Service, ports: &[ServedPort], sets: &[Arc<EndpointSet>]) -> Vec<PortlessEndpoint> {
-    let mut merged: BTreeMap<IpAddr, PortlessEndpoint> = BTreeMap::new();
-    for endpoint in sets.iter().flat_map(|set| &set.subsets).flat_map(|subset| &subset.endpoints) {
+fn portless(service: &Service, ports: &[ServedPort], around: &mut Surroundings<'_>) -> Vec<PortlessEndpoint> {
+    let several_sites = around.detours.is_some();
+    let mut merged: BTreeMap<(IpAddr, Option<&str>), PortlessEndpoint> = BTreeMap::new();
+    for endpoint in around.sets.iter().flat_map(|set| &set.subsets).flat_map(|subset| &subset.endpoints) {
         let ip = endpoint.address;
+        let same_node = |other: &PortEndpoint| !several_sites || other.place.node == endpoint.place.node;
         let has_port = |port: &ServedPort| {
             let first = port.endpoints.partition_point(|other| other.addr.ip() < ip);
-            port.endpoints.get(first).is_some_and(|other| other.addr.ip() == ip)
+            let mut there = port.endpoints.iter().skip(first).take_while(|other| other.addr.ip() == ip);
+            there.any(same_node)
         };
         let ready = endpoint.ready || service.publish_not_ready;
-        if ports.iter().any(has_port) || merged.get(&ip).is_some_and(|known| known.ready >= ready) {
+        let key = (ip, endpoint.place.node.as_deref().filter(|_| several_sites));
+        if ports.iter().any(has_port) || merged.get(&key).is_some_and(|known| known.ready >= ready) {
             continue;
         }
         let (terminating, place) = (endpoint.terminating, Arc::clone(&endpoint.place));
-        merged.insert(ip, PortlessEndpoint { ip, ready, terminating, place });
+        merged.insert(key, PortlessEndpoint { ip, ready, terminating, place, path: None });
     }
-    merged.into_values().collect()
+    let mut endpoints: Vec<PortlessEndpoint> = merged.into_values().collect();
+    if let Some(detours) = around.detours.as_deref_mut() {
+        for endpoint in &mut endpoints {
+            endpoint.path = Some(detours.path_of(&endpoint.place, endpoint.ip, around.vantage.nodes));
+        }
+    }
+    endpoints
 }
 
 /// The place with the zone of its node, where it names none itself: core/v1 Endpoints never do.

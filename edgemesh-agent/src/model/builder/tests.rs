@@ -8,6 +8,7 @@ use crate::model::{
     TrafficDistribution, TrafficPolicy, changes,
 };
 
+mod detours;
 mod frontends;
 mod rules;
 

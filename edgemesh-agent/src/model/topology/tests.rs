@@ -37,6 +37,7 @@ fn endpoint(place: Place) -> PortEndpoint {
         terminating: false,
         verdicts: Verdicts { cluster: NotReady, local: NotReady },
         place: Arc::new(place),
+        path: None,
     }
 }
 

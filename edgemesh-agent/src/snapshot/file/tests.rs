@@ -182,7 +182,7 @@ fn on_a_small_disk(test: impl FnOnce(&Bench) + Send + 'static) {
     if !geteuid().is_root() {
         return;
     }
-    let thread = std::thread::spawn(|| {
+    let thread = thread::spawn(|| {
         let bench = Bench::written();
         unshare(CloneFlags::CLONE_NEWNS).unwrap();
         let nothing = None::<&str>;

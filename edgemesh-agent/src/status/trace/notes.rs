@@ -4,7 +4,7 @@ use std::collections::BTreeSet;
 
 use super::{KernelRow, KernelState, Outcome};
 use crate::{
-    model::{FrontendAddr, FrontendKind, NamespacedName, Note, Protocol, ServiceEntry, ServiceTable},
+    model::{FrontendAddr, FrontendKind, NamespacedName, Note, Path, Protocol, ServiceEntry, ServiceTable, Way},
     net::client::{Client, Served},
 };
 
@@ -122,9 +122,20 @@ fn of_neighbour(entry: &ServiceEntry, at: &FrontendAddr) -> Vec<String> {
         }
     }
     for served in entry.ports.iter().filter(|served| served.port.protocol == at.protocol) {
-        if served.endpoints.iter().any(|endpoint| endpoint.addr == at.addr) {
-            notes
-                .push(format!("it is an endpoint of {name}, port {}: connections go straight there", served.port.port));
+        let endpoint = format!("it is an endpoint of {name}, port {}", served.port.port);
+        for found in served.endpoints.iter().filter(|endpoint| endpoint.addr == at.addr) {
+            let node = found.place.node.as_deref().unwrap_or("no node");
+            let note = match found.path.as_deref().map_or(Way::Direct, Path::way) {
+                Way::Local | Way::Direct => format!("{endpoint}: connections go straight there"),
+                Way::Remote => {
+                    let alias = found.target().map_or_else(String::new, |alias| format!(" {alias}"));
+                    format!(
+                        "{endpoint}, on {node}, which only the tunnel reaches: from here connect to its alias{alias}"
+                    )
+                }
+                Way::None => format!("{endpoint}, on {node}: there is no way to it from here"),
+            };
+            notes.push(note);
         }
     }
     notes

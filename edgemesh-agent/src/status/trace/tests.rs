@@ -1,3 +1,5 @@
+mod crossing;
+
 use std::{num::NonZeroU16, sync::Arc, time::Duration};
 
 use super::*;
@@ -7,6 +9,7 @@ use crate::{
         Builder, Endpoint, EndpointPort, EndpointSet, Event, NamespacedName, Object, Place, Protocol, Service,
         ServiceKind, ServicePort, SessionAffinity, Subset,
     },
+    show,
 };
 
 fn port(name: &str, protocol: Protocol, number: u16) -> ServicePort {

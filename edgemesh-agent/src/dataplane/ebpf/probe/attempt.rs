@@ -79,6 +79,7 @@ impl Attempts {
             Feature::NetnsCookie => sock_addr(BpfHelper::BPF_FUNC_get_netns_cookie),
             Feature::Tcx => self.tcx.clone(),
             Feature::Clsact => self.clsact.clone(),
+            Feature::SockMap => map(MapType::SockMap),
             Feature::SkLookup => {
                 let program =
                     sys::load_return(bpf_prog_type::BPF_PROG_TYPE_SK_LOOKUP, bpf_attach_type::BPF_SK_LOOKUP, PASS);

@@ -1,13 +1,19 @@
 //! Which interfaces get programs: decided from a picture of the node's links, addresses and routes.
 
-use std::{collections::BTreeMap, net::IpAddr};
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    net::IpAddr,
+};
 
 use edgemesh_common::{
     Addr,
-    nat::{GUEST, Interface, NO_LINK_HEADER, UPLINK},
+    nat::{GUARD_ONLY, GUEST, Interface, NO_LINK_HEADER, UPLINK},
 };
 
-use crate::net::picture::{Header, Link, Picture, Route, matches_any};
+use crate::net::{
+    picture::{Header, Link, Picture, Route, matches_any},
+    uplinks,
+};
 
 /// What the configuration and the tables say.
 #[derive(Clone, Copy, Debug, Default)]
@@ -20,6 +26,9 @@ pub(super) struct Wish<'a> {
     pub(super) node: &'a [IpAddr],
     /// Whether there is anything to serve for the outside.
     pub(super) outside: bool,
+    /// Whether there are aliases to keep the outside from: all that other machines are behind, as [`uplinks::choose`] has it
+    /// for DNS, besides where Services are served.
+    pub(super) guard: bool,
 }
 
 /// An interface that is to have programs.
@@ -32,6 +41,8 @@ pub(super) struct Chosen {
 /// The interfaces that are to have programs, by index.
 pub(super) fn choose(picture: &Picture, wish: Wish<'_>) -> BTreeMap<u32, Chosen> {
     let mut chosen = BTreeMap::new();
+    let outside: BTreeSet<u32> =
+        uplinks::choose(picture, wish.uplinks).into_iter().map(|uplink| uplink.index).collect();
     for link in &picture.links {
         let header = match link.header {
             Header::Ethernet => 0,
@@ -42,6 +53,9 @@ pub(super) fn choose(picture: &Picture, wish: Wish<'_>) -> BTreeMap<u32, Chosen>
             GUEST
         } else if wish.outside && is_uplink(picture, wish, link) {
             UPLINK
+        } else if wish.guard && (outside.contains(&link.index) || is_uplink(picture, wish, link)) {
+            // Services are served where their clients are to be expected; aliases are nobody's outside this node.
+            UPLINK | GUARD_ONLY
         } else {
             continue;
         };
@@ -75,6 +89,7 @@ fn address(picture: &Picture, wish: Wish<'_>, link: &Link, four: bool) -> Addr {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::net::picture::Kind;
 
     fn ip(text: &str) -> IpAddr {
         text.parse().unwrap()
@@ -88,13 +103,13 @@ mod tests {
     fn picture() -> Picture {
         Picture {
             links: vec![
-                Link { header: Header::Other, ..link(1, "lo") },
-                link(2, "eth0"),
-                link(3, "eth1"),
+                Link { header: Header::Other, kind: Kind::Loopback, ..link(1, "lo") },
+                Link { kind: Kind::Hardware, ..link(2, "eth0") },
+                Link { kind: Kind::Hardware, ..link(3, "eth1") },
                 link(4, "flannel.1"),
-                link(5, "cni0"),
-                Link { master: Some(5), ..link(6, "veth1234") },
-                Link { master: Some(5), ..link(7, "tap0") },
+                Link { kind: Kind::Bridge, ..link(5, "cni0") },
+                Link { master: Some(5), kind: Kind::Pair, ..link(6, "veth1234") },
+                Link { master: Some(5), kind: Kind::Pair, ..link(7, "tap0") },
                 Link { header: Header::None, ..link(8, "wg0") },
             ],
             addresses: vec![
@@ -135,6 +150,37 @@ mod tests {
         let guests = ["tap*".to_owned()];
         let chosen = choose(&picture(), Wish { guests: &guests, ..Wish::default() });
         assert_eq!((names(&chosen, UPLINK), names(&chosen, GUEST)), (vec![], vec!["tap0"]));
+    }
+
+    #[test]
+    fn aliases_are_guarded_from_all_other_machines_whatever_else_is_served_there() {
+        let node = [ip("192.168.1.10")];
+        let wish = Wish { node: &node, guard: true, ..Wish::default() };
+        let guarded = choose(&picture(), wish);
+        assert_eq!(names(&guarded, GUARD_ONLY), ["eth0", "eth1", "flannel.1", "wg0"], "a LAN without a gateway, too");
+        let serving = choose(&picture(), Wish { outside: true, ..wish });
+        assert_eq!(names(&serving, UPLINK), ["eth0", "eth1", "flannel.1", "wg0"]);
+        assert_eq!(names(&serving, GUARD_ONLY), ["eth1"], "where no Service is served");
+    }
+
+    #[test]
+    fn aliases_are_guarded_on_what_is_made_of_hardware_and_pods_are_not_kept_out() {
+        let mut picture = picture();
+        let port = |index, name, kind, master| Link { kind, master: Some(master), ..link(index, name) };
+        picture.links.extend([
+            Link { kind: Kind::Above(3), ..link(10, "eth1.100") },
+            port(11, "eth2", Kind::Hardware, 12),
+            link(12, "bond0"),
+            port(13, "eth3", Kind::Hardware, 14),
+            Link { kind: Kind::Bridge, ..link(14, "br0") },
+            port(15, "veth5678", Kind::Pair, 14),
+            Link { kind: Kind::Pair, ..link(16, "cali9") },
+            link(17, "antrea-gw0"),
+        ]);
+        picture.routes.push(Route { index: 16, leads_away: false });
+        let guarded = choose(&picture, Wish { guard: true, ..Wish::default() });
+        let expected = ["eth0", "eth1", "flannel.1", "wg0", "eth1.100", "eth2", "bond0", "eth3"];
+        assert_eq!(names(&guarded, GUARD_ONLY), expected);
     }
 
     #[test]

@@ -275,7 +275,7 @@ fn groups_and_keys_follow_the_labels_of_other_nodes() {
 #[test]
 fn endpoints_are_small_and_share_what_many_of_them_have() {
     assert_eq!(size_of::<Endpoint>(), 32);
-    assert_eq!(size_of::<PortEndpoint>(), 48);
+    assert_eq!(size_of::<PortEndpoint>(), 56);
     let mut builder = builder([
         put(service("a", &["10.96.0.1"])),
         put(service("b", &["10.96.0.2"])),

@@ -8,6 +8,7 @@ use aya::{
 };
 use edgemesh_common::{
     Addr,
+    alias::{range_v4, range_v6},
     layout::{Backend, Frontend, FrontendKey, SCOPE_OUTSIDE},
 };
 use nix::sched::{CloneFlags, unshare};
@@ -32,6 +33,7 @@ const NODE: [&str; 2] = ["192.168.10.11", "fd00:10::11"];
 struct Bench {
     object: Object,
     uplink: u32,
+    interfaces: HashMap<MapData, u32, Interface>,
     frontends: HashMap<MapData, FrontendKey, Frontend>,
     generation: u32,
 }
@@ -54,15 +56,20 @@ impl Bench {
             route add default via 192.168.10.1
             route add default via fd00:10::1
             route add 10.244.2.0/24 via 192.168.10.12
-            route add fd00:10:244:2::/64 via fd00:10::12";
+            route add fd00:10:244:2::/64 via fd00:10::12
+            route add local 198.18.0.0/16 dev lo
+            route add local fd00:a11a::/64 dev lo";
         for line in batch.lines() {
             let output = Command::new("ip").args(line.split_whitespace()).output().unwrap();
             assert!(output.status.success(), "{line}: {}", String::from_utf8_lossy(&output.stderr));
         }
         fs::write("/proc/sys/net/ipv4/ip_forward", "1").unwrap();
         fs::write("/proc/sys/net/ipv6/conf/all/forwarding", "1").unwrap();
+        let network: std::net::Ipv6Addr = "fd00:a11a::".parse().unwrap();
         let mut object = EbpfLoader::new()
             .override_global("NAT_PORTS", &[1024_u16, 31_744], true)
+            .override_global("ALIAS_RANGE_V4", &range_v4([198, 18, 0, 0], 16), true)
+            .override_global("ALIAS_RANGE_V6", &range_v6(network.octets(), 64), true)
             .load(OBJECT.expect("build-ebpf was run"))
             .unwrap();
         drop(load_all(&mut object).unwrap());
@@ -71,7 +78,13 @@ impl Bench {
         let [v4, v6] = NODE.map(|ip| Addr::from(ip.parse::<IpAddr>().unwrap()));
         interfaces.insert(uplink, Interface { v4, v6, flags: UPLINK }, 0).unwrap();
         let frontends = hash_map(&mut object, "FRONTENDS").unwrap();
-        Self { object, uplink, frontends, generation: 0 }
+        Self { object, uplink, interfaces, frontends, generation: 0 }
+    }
+
+    /// Has the uplink let in all but what is for aliases, and nothing else be done there.
+    fn guard_only(&mut self) {
+        let [v4, v6] = NODE.map(|ip| Addr::from(ip.parse::<IpAddr>().unwrap()));
+        self.interfaces.insert(self.uplink, Interface { v4, v6, flags: UPLINK | GUARD_ONLY }, 0).unwrap();
     }
 
     /// Serves `frontend` for the outside by `backend`, or by nobody.
@@ -356,6 +369,58 @@ fn whatever_arrives_comes_out_whole_or_as_it_was() {
                 let (verdict, _) = bench.run(program, &frame);
                 assert!([NEXT, DROP, REDIRECT].contains(&verdict), "{verdict}");
             }
+        }
+    });
+}
+
+#[test]
+fn nothing_that_is_addressed_to_an_alias_comes_in_whatever_it_is() {
+    const ALIASES: [&str; 2] = ["198.18.7.7:80", "[fd00:a11a::77]:80"];
+    const OTHERS: [&str; 2] = ["198.19.7.7:80", "[fd00:a11b::77]:80"];
+    const ICMP: [u8; 2] = [1, 58];
+    const GRE: u8 = 47;
+    with_bench(|bench| {
+        for guard_only in [false, true] {
+            if guard_only {
+                bench.guard_only();
+            }
+            for family in 0..2 {
+                for proto in [TCP, UDP, ICMP[family], GRE] {
+                    for flags in [SYN, ACK, RST] {
+                        let make = Make { flags, ..Make::new(CLIENTS[family], ALIASES[family], proto) };
+                        assert_eq!(bench.run("uplink_ingress", &make.frame()).0, DROP, "{make:?}");
+                        let other = Make { flags, ..Make::new(CLIENTS[family], OTHERS[family], proto) };
+                        let frame = other.frame();
+                        assert_eq!(bench.run("uplink_ingress", &frame), (NEXT, frame), "{other:?}");
+                    }
+                }
+            }
+            let udp = Make::new(CLIENTS[0], ALIASES[0], UDP);
+            for fragment in udp.fragments(16) {
+                assert_eq!(bench.run("uplink_ingress", &fragment).0, DROP);
+            }
+        }
+    });
+}
+
+#[test]
+fn a_service_with_a_backend_in_another_site_is_served_for_the_outside_and_a_mere_guard_serves_none() {
+    const ALIASES: [&str; 2] = ["198.18.7.7:7001", "[fd00:a11a::77]:7001"];
+    with_bench(|bench| {
+        for (family, make) in kinds() {
+            bench.serve(FRONTENDS[family], make.proto, Some(ALIASES[family]));
+            let (verdict, seen) = bench.see("uplink_ingress", &make.frame());
+            assert_eq!((verdict, seen.src, seen.dst), (NEXT, make.src, ALIASES[family].parse().unwrap()), "{make:?}");
+            let answer = Make { src: seen.dst, dst: seen.src, flags: SYN | ACK, ..make.clone() };
+            let (verdict, seen) = bench.see("uplink_egress", &answer.frame());
+            assert_eq!((verdict, seen.src, seen.dst), (NEXT, make.dst, make.src), "{make:?}");
+        }
+        bench.guard_only();
+        for (family, make) in kinds() {
+            let frame = make.frame();
+            assert_eq!(bench.run("uplink_ingress", &frame), (NEXT, frame.clone()), "{make:?}");
+            let answer = Make { src: ALIASES[family].parse().unwrap(), dst: make.src, ..make.clone() }.frame();
+            assert_eq!(bench.run("uplink_egress", &answer), (NEXT, answer.clone()), "{make:?}");
         }
     });
 }
