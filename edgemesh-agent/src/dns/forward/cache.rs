@@ -235,19 +235,25 @@ impl Cache {
             return known.into_iter().for_each(|place| self.remove(place));
         }
         self.bytes += size;
-        match known.and_then(|place| Some((place, self.entries.get_mut(place)?))) {
+        let newest = match known.and_then(|place| Some((place, self.entries.get_mut(place)?))) {
             Some((place, old)) => {
                 self.bytes -= std::mem::replace(old, entry).size();
-                // It was asked for again; and as the oldest it might be what has to go for its own sake.
+                // It was asked for again.
                 self.entries.touch(place, self.most_again());
+                place
             }
             None => {
                 let key = Arc::clone(&entry.key);
-                self.index.insert(key, self.entries.push(entry));
+                let place = self.entries.push(entry);
+                self.index.insert(key, place);
+                place
             }
-        }
+        };
         while self.index.len() > self.bounds.entries || self.bytes > self.bounds.bytes {
-            let Some(oldest) = self.entries.last(List::Once).or_else(|| self.entries.last(List::Again)) else { break };
+            // What has just come does not go for its own sake: nothing would ever get in where all that was asked for again
+            // fills the room.
+            let oldest = |list| self.entries.last(list).filter(|place| *place != newest);
+            let Some(oldest) = oldest(List::Once).or_else(|| oldest(List::Again)) else { break };
             self.remove(oldest);
             self.counts.evicted += 1;
         }

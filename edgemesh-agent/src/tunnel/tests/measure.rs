@@ -174,3 +174,43 @@ async fn figures() {
         println!("{what:<24} {:>9.0} new connections/s", median(rates));
     }
 }
+
+/// What is resident, in KiB.
+fn resident() -> f64 {
+    let status = std::fs::read_to_string("/proc/self/status").unwrap();
+    let line = status.lines().find(|line| line.starts_with("VmRSS:")).unwrap();
+    line.split_whitespace().nth(1).unwrap().parse().unwrap()
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+#[ignore = "for people: what streams, connections and nodes take, both ends together"]
+async fn memory() {
+    const STREAMS: usize = 1000;
+    const NODES: usize = 50;
+    crate::allocator::share_heaps();
+    let echo = echo().await;
+    for what in ["TCP, TLS", "QUIC", "TCP, TLS, over a relay"] {
+        let (near, _others) = nodes(what).await;
+        let before = resident();
+        let mut streams = Vec::new();
+        for _ in 0..STREAMS {
+            let mut stream = open(&near, "far", echo).await;
+            say(&mut stream, b"hello").await;
+            streams.push(stream);
+        }
+        println!("{what:<24} {:>9.1} KiB a stream, with the echo", (resident() - before) / STREAMS as f64);
+    }
+    for transports in [vec![Transport::Tcp], vec![Transport::Quic]] {
+        let port = free_port();
+        let hub = start(Settings { port, transports: transports.clone(), ..settings("hub") });
+        let before = resident();
+        let mut members = Vec::new();
+        for number in 0..NODES {
+            let relays = vec![relay_at("hub", port)];
+            let member = Settings { relays, transports: transports.clone(), ..settings(&format!("member-{number}")) };
+            members.push(start(member));
+        }
+        until(&hub, "met", |peers| peers.nodes().count() == NODES).await;
+        println!("{transports:?} {:>9.1} KiB a node and its connection", (resident() - before) / NODES as f64);
+    }
+}
