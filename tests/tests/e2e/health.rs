@@ -240,6 +240,6 @@ fn probe_tells_what_the_kernel_offers_and_what_is_in_the_way() -> Result<()> {
     let output = node.agent(&["probe", "-o", "json", "--config-file", &config]).output(START)?;
     let answer: Value = serde_json::from_slice(&output.stdout)?;
     assert_eq!(answer["tier"], "full");
-    assert_eq!(answer["features"].as_array().map(Vec::len), Some(21));
+    assert_eq!(answer["features"].as_array().map(Vec::len), Some(22));
     Ok(())
 }
