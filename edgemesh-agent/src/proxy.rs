@@ -1,6 +1,6 @@
 //! The userspace leg: what is sent to an alias is taken here and carried to the pod that it stands for.
 //!
-//! The kernel gives this agent all TCP and UDP to the range of the aliases ([`crate::dataplane::ebpf::AliasSockets`]). Of
+//! The kernel gives this agent all TCP and UDP to the range of the aliases ([`crate::dataplane::ebpf::divert_aliases`]). Of
 //! a connection, the local address is the alias and the port that the client asked for; the newest table says who that is
 //! ([`crate::alias::Aliases`]); [`Dial`] gets there; and bytes or datagrams are passed on both ways until both ends are
 //! done. What does not get there is reset at once, so that the client hears of it as if the pod itself had refused.

@@ -16,7 +16,7 @@ const DEADLINE: Duration = Duration::from_secs(3);
 
 impl Sight {
     /// Completes each crossing with the way that the tunnel takes now and with what the node there says. All nodes are
-    /// asked at once, and those that are silent are said to be after [`DEADLINE`].
+    /// asked at once, and those that are silent are said to be after 3 s.
     pub async fn follow(&self, protocol: model::Protocol, crossings: &mut [Crossing]) {
         let protocol = match protocol {
             model::Protocol::Tcp => Protocol::Tcp,

@@ -38,6 +38,8 @@ pub(super) struct Place<'a> {
 pub struct Capability(u8);
 
 impl Capability {
+    /// CAP_NET_BIND_SERVICE
+    pub const NET_BIND_SERVICE: Self = Self(10);
     /// CAP_NET_ADMIN
     pub const NET_ADMIN: Self = Self(12);
     /// CAP_SYS_PTRACE
@@ -62,6 +64,7 @@ impl Capability {
 
     fn named(name: &str) -> Result<Self> {
         Ok(match name {
+            "NET_BIND_SERVICE" => Self::NET_BIND_SERVICE,
             "NET_ADMIN" => Self::NET_ADMIN,
             "SYS_PTRACE" => Self::SYS_PTRACE,
             "SYS_ADMIN" => Self::SYS_ADMIN,
