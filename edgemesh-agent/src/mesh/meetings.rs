@@ -5,7 +5,7 @@
 //! that of the aliases: a line for each, the node and its address. What cannot be read of it is met anew.
 
 use std::{
-    collections::BTreeMap,
+    collections::{BTreeMap, BTreeSet},
     fmt::Write as _,
     io::{self, Read as _, Write as _},
     net::IpAddr,
@@ -35,14 +35,13 @@ impl Met {
     /// Takes what is true at `now`: who is connected, and at which addresses directly.
     pub(super) fn follow(&mut self, connected: &BTreeMap<Box<str>, Vec<IpAddr>>, now: Instant) {
         for (node, addresses) in connected {
-            for address in addresses {
-                self.0.retain(|(other, at), _| at != address || other == node);
-                self.0.insert((node.clone(), *address), now);
-            }
+            self.0.extend(addresses.iter().map(|address| ((node.clone(), *address), now)));
         }
-        self.0.retain(|(node, _), seen| {
+        let taken: BTreeSet<IpAddr> = connected.values().flatten().copied().collect();
+        self.0.retain(|(node, address), seen| {
             let believed = if connected.contains_key(node) { ELSEWHERE } else { BELIEVED };
-            now.saturating_duration_since(*seen) < believed
+            // Several may be there at once, as those of a site behind one NAT are.
+            *seen == now || (!taken.contains(address) && now.saturating_duration_since(*seen) < believed)
         });
     }
 
@@ -142,6 +141,16 @@ mod tests {
         met.follow(&connected(&[("edge2", &["192.168.1.2"])]), now);
         met.follow(&connected(&[("edge4", &["192.168.1.2"])]), now + SECOND);
         assert_eq!(met.all(), meetings(&[("edge4", "192.168.1.2")]));
+    }
+
+    #[test]
+    fn several_nodes_may_be_at_one_address() {
+        let (mut met, now) = (Met::default(), Instant::now());
+        let site = connected(&[("edge2", &["203.0.113.2"]), ("edge3", &["203.0.113.2"])]);
+        for seconds in 0..3 {
+            met.follow(&site, now + SECOND * seconds);
+            assert_eq!(met.all(), meetings(&[("edge2", "203.0.113.2"), ("edge3", "203.0.113.2")]));
+        }
     }
 
     #[test]
