@@ -6,7 +6,7 @@ use futures::future::join_all;
 
 use super::{Sight, peer_row};
 use crate::{
-    model,
+    alias, model,
     status::{Crossing, FarOutcome, FarRow, PeerRow},
     tunnel::{Answer, Fate, NodeName, OpenError, Protocol},
 };
@@ -35,7 +35,7 @@ impl Sight {
         let Ok(node) = crossing.node.parse::<NodeName>() else {
             return (None, FarRow::of(FarOutcome::NoPath, "that is no name of a node"));
         };
-        match tunnel.ask(&node, protocol, crossing.endpoint, DEADLINE).await {
+        match tunnel.ask(&node, protocol, alias::stream_target(crossing.endpoint), DEADLINE).await {
             Ok(answer) => {
                 let far = far_row(&answer);
                 (Some(peer_row(answer.path)), far)

@@ -10,7 +10,12 @@ pub(super) fn crossings(report: &TraceReport) -> String {
     let mut text = String::new();
     for crossing in &report.crossings {
         let Crossing { node, endpoint, alias, path, far } = crossing;
-        let _ = writeln!(text, "\n{alias} is the alias of {endpoint} on {node}");
+        let whose = if endpoint.ip().is_unspecified() {
+            format!("port {} of the node {node} itself", endpoint.port())
+        } else {
+            format!("{endpoint} on {node}")
+        };
+        let _ = writeln!(text, "\n{alias} is the alias of {whose}");
         let _ = writeln!(text, "  tunnel: {}", path.as_ref().map_or_else(|| no_path(far), way));
         if let Some(said) = said(far) {
             let _ = writeln!(text, "  {node}: {said}");
