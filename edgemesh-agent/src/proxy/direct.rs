@@ -221,7 +221,7 @@ fn refusal_of(error: &io::Error) -> Refusal {
 mod tests {
     use std::time::Duration;
 
-    use tokio::{io::AsyncReadExt, net::TcpListener, task::JoinHandle, time::timeout};
+    use tokio::{io::AsyncReadExt, net::TcpListener, task::JoinSet, time::timeout};
 
     use super::*;
 
@@ -239,12 +239,13 @@ mod tests {
     }
 
     /// A client, a server and what joins them.
-    async fn joined() -> (TcpStream, TcpStream, JoinHandle<(Result<(), Cut>, u64, u64)>) {
+    async fn joined() -> (TcpStream, TcpStream, JoinSet<(Result<(), Cut>, u64, u64)>) {
         let (client, mut near) = pair().await;
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let direct = Direct::connect(listener.local_addr().unwrap(), soon()).await.unwrap();
         let (server, _) = listener.accept().await.unwrap();
-        let carrying = tokio::spawn(async move {
+        let mut carrying = JoinSet::new();
+        carrying.spawn(async move {
             let (up, down) = (AtomicU64::new(0), AtomicU64::new(0));
             let ended = direct.carry(&mut near, Passed { up: &up, down: &down }).await;
             (ended, up.into_inner(), down.into_inner())
@@ -254,7 +255,7 @@ mod tests {
 
     #[tokio::test]
     async fn each_direction_ends_by_itself_and_all_bytes_are_counted() {
-        let (mut client, mut server, carrying) = joined().await;
+        let (mut client, mut server, mut carrying) = joined().await;
         client.write_all(&vec![7; 1 << 20]).await.unwrap();
         client.shutdown().await.unwrap();
         let mut received = Vec::new();
@@ -264,21 +265,21 @@ mod tests {
         drop(server);
         let mut answer = String::new();
         timeout(LONG, client.read_to_string(&mut answer)).await.unwrap().unwrap();
-        let (ended, up, down) = timeout(LONG, carrying).await.unwrap().unwrap();
+        let (ended, up, down) = timeout(LONG, carrying.join_next()).await.unwrap().unwrap().unwrap();
         assert_eq!((&*answer, ended.is_ok(), up, down), ("done", true, 1 << 20, 4));
     }
 
     #[tokio::test]
     async fn a_reset_is_passed_on_also_by_a_side_that_has_sent_its_last_byte() {
         for half_closed in [false, true] {
-            let (mut client, mut server, carrying) = joined().await;
+            let (mut client, mut server, mut carrying) = joined().await;
             if half_closed {
                 client.shutdown().await.unwrap();
                 assert_eq!(timeout(LONG, server.read(&mut [0])).await.unwrap().unwrap(), 0);
             }
             client.set_zero_linger().unwrap();
             drop(client);
-            let (ended, ..) = timeout(LONG, carrying).await.unwrap().unwrap();
+            let (ended, ..) = timeout(LONG, carrying.join_next()).await.unwrap().unwrap().unwrap();
             assert!(matches!(ended, Err(Cut::Socket(_))), "{half_closed}: {ended:?}");
             let told = timeout(LONG, server.write_all(&[0; 64])).await.unwrap();
             let told = match told {
@@ -291,10 +292,10 @@ mod tests {
 
     #[tokio::test]
     async fn given_up_both_sides_are_reset() {
-        let (mut client, mut server, carrying) = joined().await;
+        let (mut client, mut server, mut carrying) = joined().await;
         client.write_all(b"begun").await.unwrap();
         timeout(LONG, server.read_exact(&mut [0; 5])).await.unwrap().unwrap();
-        carrying.abort();
+        carrying.abort_all();
         for side in [&mut client, &mut server] {
             let error = timeout(LONG, side.read(&mut [0])).await.unwrap().unwrap_err();
             assert_eq!(error.kind(), io::ErrorKind::ConnectionReset);

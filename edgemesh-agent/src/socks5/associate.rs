@@ -171,7 +171,9 @@ impl<D: Dial> Association<D> {
     /// Gives a datagram of the client to its flow, which is made if need be; None if it is dropped.
     fn pass(&mut self, from: SocketAddr, datagram: &[u8]) -> Option<()> {
         let (destination, at) = parse_datagram(datagram)?;
-        self.port.get_or_insert(from.port());
+        if self.port.is_none() {
+            self.port = Some(from.port());
+        }
         let (address, payload) = (datagram.get(DATAGRAM_PREFIX..at)?, datagram.get(at..)?);
         // A datagram may be empty, and takes room all the same.
         let size = u32::try_from(payload.len().max(1)).ok()?;

@@ -149,14 +149,15 @@ async fn bind_when_free<D>(server: &Server<D>, address: SocketAddr) -> Option<Tc
             }
             Err(error) => error,
         };
-        let advice = match error.kind() {
-            io::ErrorKind::AddrInUse => {
-                let found = tokio::task::spawn_blocking(move || holder::find(Port::Tcp(address))).await.ok().flatten();
-                let holder = found.map_or_else(String::new, |holder| format!(", as {holder} has it"));
-                format!("{holder}; stop it, or set modules.edgeProxy.socks5Proxy.listenPort")
-            }
-            io::ErrorKind::AddrNotAvailable => "; bring the device of commonConfig.bridgeDeviceName back".to_owned(),
-            _ => String::new(),
+        let kind = error.kind();
+        let advice = if kind == io::ErrorKind::AddrInUse {
+            let found = tokio::task::spawn_blocking(move || holder::find(Port::Tcp(address))).await.ok().flatten();
+            let holder = found.map_or_else(String::new, |holder| format!(", as {holder} has it"));
+            format!("{holder}; stop it, or set modules.edgeProxy.socks5Proxy.listenPort")
+        } else if kind == io::ErrorKind::AddrNotAvailable {
+            "; bring the device of commonConfig.bridgeDeviceName back".to_owned()
+        } else {
+            String::new()
         };
         let message =
             format!("cannot serve SOCKS5 on {address}: {error}{advice}; tried again every {} s", REBIND.as_secs());

@@ -63,12 +63,12 @@ impl Known<'_> {
         match &question.destination.host {
             _ if question.destination.port == 0 => Err(Refusal::Failed("nothing is at port 0".to_owned()).into()),
             Host::Nonsense => Err(Failure::UnknownHost),
-            Host::Ip(ip) => self.to_address(*ip, question).map(|route| vec![route]),
-            Host::Name(name) => self.to_name(name, question),
+            Host::Ip(ip) => self.by_address(*ip, question).map(|route| vec![route]),
+            Host::Name(name) => self.by_name(name, question),
         }
     }
 
-    fn to_name(&self, name: &str, question: &Question<'_>) -> Result<Vec<Route>, Failure> {
+    fn by_name(&self, name: &str, question: &Question<'_>) -> Result<Vec<Route>, Failure> {
         let domain = self.domain.to_string();
         let within = name.strip_suffix(&*domain).and_then(|name| name.strip_suffix('.'));
         let below_node = within.unwrap_or(name).strip_suffix(".node");
@@ -81,7 +81,7 @@ impl Known<'_> {
             let (addresses, later) = found;
             not_yet |= later;
             if !addresses.is_empty() {
-                return self.to_addresses(&addresses, question);
+                return self.by_addresses(&addresses, question);
             }
         }
         // Where the source does not tell of all nodes, the tunnel may know better.
@@ -127,10 +127,10 @@ impl Known<'_> {
     }
 
     /// The ways to the first of them that there are ways to.
-    fn to_addresses(&self, addresses: &[IpAddr], question: &Question<'_>) -> Result<Vec<Route>, Failure> {
+    fn by_addresses(&self, addresses: &[IpAddr], question: &Question<'_>) -> Result<Vec<Route>, Failure> {
         let (mut routes, mut failure) = (Vec::new(), Failure::UnknownHost);
         for ip in addresses {
-            match self.to_address(*ip, question) {
+            match self.by_address(*ip, question) {
                 Ok(route) => routes.push(route),
                 Err(error) => failure = error,
             }
@@ -141,7 +141,7 @@ impl Known<'_> {
         if routes.is_empty() { Err(failure) } else { Ok(routes) }
     }
 
-    fn to_address(&self, ip: IpAddr, question: &Question<'_>) -> Result<Route, Failure> {
+    fn by_address(&self, ip: IpAddr, question: &Question<'_>) -> Result<Route, Failure> {
         let at = SocketAddr::new(ip, question.destination.port);
         if self.ranges.contains(ip) {
             return self.by_alias(at);

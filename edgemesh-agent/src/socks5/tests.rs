@@ -69,9 +69,10 @@ async fn echo(name: &'static str, tasks: &Tasks) -> SocketAddr {
         let address = listener.local_addr().unwrap();
         // The same port of both, which somebody else may have.
         let Ok(socket) = UdpSocket::bind(address).await else { continue };
+        let each = tasks.clone();
         tasks.spawn(async move {
             while let Ok((mut stream, _)) = listener.accept().await {
-                tokio::spawn(async move {
+                each.spawn(async move {
                     stream.write_all(name.as_bytes()).await.unwrap();
                     let (mut from, mut to) = stream.split();
                     let _ = tokio::io::copy(&mut from, &mut to).await;

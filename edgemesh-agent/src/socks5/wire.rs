@@ -153,7 +153,7 @@ pub(super) async fn read_request(stream: &mut (impl AsyncRead + Unpin)) -> Resul
 
 /// An answer to a request with the address that a client of UDP sends to; else, that address says nothing.
 pub(super) fn reply(code: u8, bound: Option<(IpAddr, u16)>) -> Vec<u8> {
-    let (ip, port) = bound.unwrap_or((Ipv4Addr::UNSPECIFIED.into(), 0));
+    let (ip, port) = bound.unwrap_or_else(|| (Ipv4Addr::UNSPECIFIED.into(), 0));
     let mut reply = vec![VERSION, code, 0];
     match ip {
         IpAddr::V4(ip) => {
