@@ -56,14 +56,14 @@ pub trait ReceiveDatagram: Send + 'static {
     fn receive(&mut self) -> impl Future<Output = io::Result<Bytes>> + Send;
 }
 
-/// Why there is no way to a pod.
+/// Why there is no way to a pod, or a node.
 #[derive(Clone, Debug, Eq, PartialEq, thiserror::Error)]
 pub enum Refusal {
     /// Nothing listens there.
-    #[error("the pod refuses the connection")]
+    #[error("the connection is refused there")]
     Refused,
     /// Its node does not get to it.
-    #[error("its node does not reach the pod")]
+    #[error("its node does not get there")]
     Unreachable,
     /// The tunnel does not get to its node.
     #[error("no path leads to its node")]

@@ -59,7 +59,7 @@ impl Through {
     }
 
     /// Where to connect for a target on this node; None for one on another.
-    fn here(&self, node: &str, protocol: Protocol, target: Target) -> Option<Result<SocketAddr, Refusal>> {
+    pub(crate) fn here(&self, node: &str, protocol: Protocol, target: Target) -> Option<Result<SocketAddr, Refusal>> {
         let own = self.0.own.as_ref().filter(|own| own.name.as_str() == node)?;
         Some(match own.policy.decide(&own.name, protocol, target) {
             Decision::Allowed(addr) => match always_refused(addr.ip()) {

@@ -281,7 +281,13 @@ fn an_operator_gets_to_any_node_by_its_name_and_to_no_other() -> Result<()> {
     let refused = world.client.tcp(SocketAddr::new(alias, 2222)).err().context("a port that nobody allows answers")?;
     ensure!(edgemesh_tests::lab::errno(&refused) == Some("ECONNRESET"), "{refused:#}");
     let trace = stdout(&world.edge1.cli(&["trace", &format!("{alias}:22")])?);
-    ensure!(trace.contains("port 22 of the node edge2 itself"), "{trace}");
+    ensure!(trace.contains("port 22 of the node edge2 itself") && trace.contains("node:22 in its"), "{trace}");
+    let own = dig(&["edge1.node.cluster.local", "A"])?;
+    let trace = stdout(&world.edge1.cli(&["trace", &format!("{own}:22")])?);
+    ensure!(
+        trace.contains("not needed, as that is this node") && trace.contains("edge1: allowed; it answered"),
+        "{trace}"
+    );
 
     let bytes = scp_mib()? << 20;
     let (source, target) = (world.lab.directory().join("sent"), world.lab.directory().join("received"));
@@ -324,8 +330,8 @@ fn what_comes_to_nothing_is_told_by_its_code_counted_and_logged() -> Result<()> 
         ("edge1:2222", 2, "not_allowed", "in its edgeTunnel.allowedTargets"),
         ("www.example.org:80", 2, "outside", "outside the mesh"),
         ("192.0.2.1:80", 2, "outside", "outside the mesh"),
-        ("edge2:53", 5, "refused", "refuse"),
-        ("web.default:81", 5, "refused", "refuse"),
+        ("edge2:53", 5, "refused", "refused there"),
+        ("web.default:81", 5, "refused", "refused there"),
         ("web.default:80", 6, "timed_out", "not reached in time"),
     ] {
         let before = world.failures(reason)?;
