@@ -121,9 +121,7 @@ impl Sites<'_> {
         for way in [&up, &down] {
             rows.extend(way.by_name(self.examples));
         }
-        for way in [&there, &up] {
-            rows.extend(way.node());
-        }
+        rows.extend(there.node());
         Ok(rows)
     }
 
