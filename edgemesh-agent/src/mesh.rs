@@ -28,7 +28,7 @@ use crate::{
     model::ServiceTable,
     proxy::Through,
     status::{PeerRow, RelayRow, TunnelCounts, TunnelStatus},
-    tunnel::{Counters, DialPolicy, NodeName, PathKind, PeerView, Peers, Transport},
+    tunnel::{Counters, DialPolicy, Host, NodeName, PathKind, PeerView, Peers, Transport},
 };
 
 pub use meetings::MeetingsFile;
@@ -120,7 +120,13 @@ fn own(
     tasks: &Tasks,
     threads: &Threads,
 ) -> (Through, Arc<Policy>) {
-    let policy = Arc::new(Policy::new(node, config.common.aliases, config.tunnel.allowed_targets.clone()));
+    let addresses = config.tunnel.relays.iter().flat_map(|relay| &relay.addresses);
+    let world = addresses.filter_map(|address| match &address.host {
+        Host::Ip(ip) => Some(ip.to_canonical()),
+        Host::Name(_) => None,
+    });
+    let targets = config.tunnel.allowed_targets.clone();
+    let policy = Arc::new(Policy::new(node, config.common.aliases, targets, world.collect()));
     tasks.spawn_on(threads.handle(), follow::tables(Arc::clone(&policy), tables, tasks.stopping()));
     let shared: Arc<dyn DialPolicy> = Arc::<Policy>::clone(&policy);
     // A name that is none is said to be so where the tunnel would be started.

@@ -2,7 +2,7 @@
 
 use std::{
     collections::HashMap,
-    net::{IpAddr, SocketAddr, UdpSocket},
+    net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, UdpSocket},
     sync::{Arc, OnceLock, PoisonError, RwLock},
 };
 
@@ -21,6 +21,8 @@ pub(super) struct Policy {
     node: Box<str>,
     ranges: AliasRanges,
     targets: Vec<AllowedTarget>,
+    /// Addresses of the world outside: those of the relays.
+    world: Vec<IpAddr>,
     /// Where this node listens for others, which is where it is.
     own: OnceLock<watch::Receiver<Vec<SocketAddr>>>,
     /// Written for each table, for as long as its changes take.
@@ -38,8 +40,8 @@ struct Endpoints {
 }
 
 impl Policy {
-    pub(super) fn new(node: &str, ranges: AliasRanges, targets: Vec<AllowedTarget>) -> Self {
-        Self { node: node.into(), ranges, targets, own: OnceLock::new(), endpoints: RwLock::default() }
+    pub(super) fn new(node: &str, ranges: AliasRanges, targets: Vec<AllowedTarget>, world: Vec<IpAddr>) -> Self {
+        Self { node: node.into(), ranges, targets, world, own: OnceLock::new(), endpoints: RwLock::default() }
     }
 
     /// Where to learn the addresses of this node.
@@ -65,15 +67,12 @@ impl Policy {
     }
 
     /// The address by which this node dials itself: that of its Node object, as that is what others know it by and what
-    /// its services are bound to, if they are not bound to all; else the one that it speaks to the world from, which a
-    /// bridge of containers has not; else any. IPv4 comes first.
+    /// its services are bound to, if they are not bound to all; else the one that it speaks to relays from, or to the rest
+    /// of the world, which a bridge of containers has not; else any. IPv4 comes first.
     fn own_address(&self) -> Option<IpAddr> {
         let table = Arc::clone(&self.endpoints.read().unwrap_or_else(PoisonError::into_inner).table);
-        choose_own(
-            self.own_addresses(),
-            table.node(&self.node).map_or(&[][..], |node| &node.addresses),
-            source_for_world,
-        )
+        let listed = table.node(&self.node).map_or(&[][..], |node| &node.addresses);
+        choose_own(self.own_addresses(), listed, |v4| source_for(&self.world, v4))
     }
 
     /// Where the tunnel listens; before it does, what the system says.
@@ -126,13 +125,19 @@ fn choose_own(mut own: Vec<IpAddr>, listed: &[IpAddr], source: impl Fn(bool) -> 
     })
 }
 
-/// The address of this node that packets to the world have, by its routes. To connect a UDP socket sends nothing.
-fn source_for_world(v4: bool) -> Option<IpAddr> {
-    // Addresses of documentation (RFC 5737, RFC 3849), to which only default routes lead.
-    let (any, world) = if v4 { ("0.0.0.0:0", "192.0.2.1:9") } else { ("[::]:0", "[2001:db8::1]:9") };
-    let socket = UdpSocket::bind(any).ok()?;
-    socket.connect(world).ok()?;
-    Some(socket.local_addr().ok()?.ip())
+/// The address of this node that packets to the `world` have, by its routes; to one of its own, that very one. To connect a
+/// UDP socket sends nothing.
+fn source_for(world: &[IpAddr], v4: bool) -> Option<IpAddr> {
+    // Of documentation (RFC 5737, RFC 3849), to which only default routes lead.
+    let elsewhere: IpAddr =
+        if v4 { Ipv4Addr::new(192, 0, 2, 1).into() } else { Ipv6Addr::new(0x2001, 0xdb8, 0, 0, 0, 0, 0, 1).into() };
+    let any: IpAddr = if v4 { Ipv4Addr::UNSPECIFIED.into() } else { Ipv6Addr::UNSPECIFIED.into() };
+    let of_family = world.iter().copied().filter(|ip| ip.is_ipv4() == v4);
+    of_family.chain([elsewhere]).find_map(|ip| {
+        let socket = UdpSocket::bind(SocketAddr::new(any, 0)).ok()?;
+        socket.connect(SocketAddr::new(ip, 9)).ok()?;
+        Some(socket.local_addr().ok()?.ip())
+    })
 }
 
 fn refuse(rule: &str) -> Decision {
@@ -272,7 +277,7 @@ mod tests {
     fn policy(targets: &[&str]) -> Policy {
         let ranges =
             AliasRanges { v4: "198.18.0.0/16".parse().unwrap(), v6: "fd6d:e54a:1a5e:a11a::/64".parse().unwrap() };
-        Policy::new("edge1", ranges, targets.iter().map(|target| target.parse().unwrap()).collect())
+        Policy::new("edge1", ranges, targets.iter().map(|target| target.parse().unwrap()).collect(), Vec::new())
     }
 
     fn rule(policy: &Policy, protocol: Protocol, target: impl Into<Target>) -> Option<String> {
@@ -361,6 +366,13 @@ mod tests {
         policy.set_own(own);
         let decision = policy.decide(&"edge2".parse().unwrap(), Protocol::Tcp, Target::Node { port: 22 });
         assert_eq!(decision, Decision::Allowed("192.168.1.7:22".parse().unwrap()));
+    }
+
+    #[test]
+    fn the_address_for_the_world_is_the_one_that_a_relay_is_spoken_to_from() {
+        let loopback = IpAddr::V4(Ipv4Addr::LOCALHOST);
+        assert_eq!(source_for(&[loopback], true), Some(loopback), "a relay that is this node");
+        assert_ne!(source_for(&[loopback], false), Some(loopback));
     }
 
     #[test]

@@ -121,7 +121,9 @@ impl Sites<'_> {
         for way in [&up, &down] {
             rows.extend(way.by_name(self.examples));
         }
-        rows.extend(there.node());
+        for way in [&there, &up] {
+            rows.extend(way.node());
+        }
         Ok(rows)
     }
 
