@@ -79,6 +79,7 @@ impl Driver<'_> {
                 }
             }
         }
+        self.serves = serves;
         if serves && external.is_empty() {
             // A reservation without an address of the relay is void.
             external.extend(self.own_addresses());
