@@ -59,6 +59,9 @@ const SETTLED: Duration = Duration::from_secs(1);
 /// Addresses that others have confirmed and that are kept: the newest.
 const MAX_CONFIRMED: usize = 4;
 
+/// How long after a connection has ended its memory is given back, with that of others that end meanwhile.
+const ENDED: Duration = Duration::from_secs(2);
+
 /// How long listeners may take to tell their addresses before anything is dialled.
 const LISTENING: Duration = Duration::from_secs(1);
 
@@ -173,6 +176,8 @@ enum Task {
     Stage(NodeName),
     /// Try for a direct path to a node that is reached through a relay; the number of attempts so far.
     Upgrade(NodeName, u32),
+    /// Try for QUIC to a relay.
+    RelayByQuic(NodeName),
     /// Have both TCP and QUIC to a relay.
     Transports(NodeName),
     /// Close relayed paths that a direct one, or another relayed one, has made needless.
@@ -181,6 +186,10 @@ enum Task {
     Shed(NodeName),
     /// Try for TCP to a node that is reached over QUIC.
     TryTcp(NodeName),
+    /// Try for QUIC to a node that is reached through a relay.
+    TryQuic(NodeName),
+    /// Give the memory of connections that have ended back to the system.
+    GiveBack,
     /// Tell of changed addresses of this node, and try again for direct paths.
     Moved,
     /// Connect to a neighbour; the number of attempts so far.
@@ -377,10 +386,13 @@ impl<'a> Driver<'a> {
         match task {
             Task::Stage(node) => self.next_stage(&node),
             Task::Upgrade(node, attempt) => self.upgrade(&node, attempt),
+            Task::RelayByQuic(node) => self.relay_by_quic(&node),
             Task::Transports(node) => self.complete_transports(&node),
             Task::Retire(node) => self.retire(&node),
             Task::Shed(node) => self.shed(&node),
             Task::TryTcp(node) => self.try_tcp(&node),
+            Task::TryQuic(node) => self.try_quic(&node),
+            Task::GiveBack => drop(tokio::task::spawn_blocking(crate::allocator::give_back)),
             Task::Moved => self.on_moved(),
             Task::Neighbour(peer, attempt) => self.dial_neighbour(peer, attempt),
             Task::Listen(address) => match self.swarm.listen_on(address.clone()) {

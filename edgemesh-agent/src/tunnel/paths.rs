@@ -359,7 +359,10 @@ impl Peers {
         let better = |path: &Path, than: &Path| {
             let works = !path.is_doubtful() && path.rtt().is_some() && path.kind() <= than.kind();
             let transport = path.transport.cmp(&than.transport);
-            works && (transport.is_lt() || transport.is_eq() && path.leading && !than.leading)
+            // Of two that one side has dialled, that side keeps the older; the other may see them in another order.
+            let one_of_two =
+                if path.leading == than.leading { path.ours && path.since < than.since } else { path.leading };
+            works && (transport.is_lt() || transport.is_eq() && one_of_two)
         };
         direct().filter(|path| direct().any(|other| better(other, path))).cloned().collect()
     }

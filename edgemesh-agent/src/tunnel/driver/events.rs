@@ -17,7 +17,7 @@ use libp2p::{
 use tracing::{debug, info, warn};
 
 use super::{
-    Driver, MAX_CONFIRMED, MAX_STRANGERS, Purpose, SETTLED, STRANGER, Task, random,
+    Driver, ENDED, MAX_CONFIRMED, MAX_STRANGERS, Purpose, SETTLED, STRANGER, Task, random,
     upgrade::{RETIRE, SHED, TRY_TCP},
 };
 use crate::tunnel::{
@@ -316,6 +316,9 @@ impl Driver<'_> {
     }
 
     fn on_closed(&mut self, connection: ConnectionId, why: &str) {
+        if !self.schedule.values().any(|task| *task == Task::GiveBack) {
+            self.after(ENDED, Task::GiveBack);
+        }
         self.outbound.remove(&connection);
         self.ping_failures.remove(&connection);
         self.payload.remove(&connection);

@@ -21,6 +21,9 @@ pub(super) const RETIRE: Duration = Duration::from_secs(30);
 /// How long an idle QUIC connection is kept beside one of TCP.
 pub(super) const SHED: Duration = Duration::from_secs(5);
 
+/// How long TCP is tried alone.
+pub(super) const HEAD_START: Duration = Duration::from_millis(500);
+
 /// When TCP is tried beside QUIC.
 pub(super) const TRY_TCP: Duration = Duration::from_secs(1);
 
@@ -50,8 +53,10 @@ impl Driver<'_> {
     pub(super) fn upgrade(&mut self, node: &NodeName, attempt: u32) {
         let Some(path) = self.peers.paths(node).first().filter(|path| !path.is_direct()) else { return };
         let peer = path.peer;
-        for transport in [Transport::Tcp, Transport::Quic] {
-            self.dial(peer, self.addresses(&peer, transport), Purpose::Other);
+        if self.dial(peer, self.addresses(&peer, Transport::Tcp), Purpose::Other) {
+            self.after(HEAD_START, Task::TryQuic(node.clone()));
+        } else {
+            self.try_quic(node);
         }
         if attempt > 0 && self.core.settings.hole_punching {
             // Holes are punched when a circuit begins, with the addresses that are known then, and not later.
@@ -102,6 +107,13 @@ impl Driver<'_> {
         if busy {
             self.after(SHED, Task::Shed(node.clone()));
         }
+    }
+
+    /// A node that TCP has not reached directly is tried by QUIC.
+    pub(super) fn try_quic(&mut self, node: &NodeName) {
+        let Some(path) = self.peers.paths(node).first().filter(|path| !path.is_direct()) else { return };
+        let peer = path.peer;
+        self.dial(peer, self.addresses(&peer, Transport::Quic), Purpose::Other);
     }
 
     /// A node that was met by QUIC is tried by TCP as well, which moves more bytes for the same work.

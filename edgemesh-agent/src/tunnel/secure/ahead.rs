@@ -10,7 +10,7 @@ use std::{
 use futures::{AsyncRead, AsyncWrite, io::IoSlice};
 
 /// Bytes read from the socket at once: a record is 16 KiB and a little.
-const READ: usize = 32 * 1024;
+const READ: usize = 64 * 1024;
 
 /// Buffers that a thread keeps for the next connection that is read.
 const SPARE: usize = 4;
