@@ -63,6 +63,7 @@ use crate::{
     net::{Device, sock_diag},
     proxy,
     snapshot::SnapshotState,
+    socks5,
     status::{self, DataplaneStatus, Status},
 };
 
@@ -94,6 +95,8 @@ pub struct Sight {
     pub aliases: Option<proxy::Sight>,
     /// None without a tunnel.
     pub tunnel: Option<mesh::Sight>,
+    /// None where SOCKS5 is not served.
+    pub socks5: Option<socks5::Sight>,
     /// How many backends may have series of their own in the metrics.
     pub max_backend_series: u32,
     /// Held while an answer is rendered whose size grows with the cluster: one at a time, for the memory it takes.
@@ -147,6 +150,7 @@ impl Sight {
             device: self.device.clone(),
             aliases: self.aliases.as_ref().map(|aliases| aliases.status(&table.aliases)),
             tunnel: self.tunnel.as_ref().map(mesh::Sight::status),
+            socks5: self.socks5.as_ref().map(socks5::Sight::status),
             services: table.services.len(),
             frontends: frontends().count(),
             backends: frontends().map(|frontend| frontend.backends.len()).sum(),
@@ -469,6 +473,7 @@ mod tests {
             device: None,
             aliases: None,
             tunnel: None,
+            socks5: None,
             max_backend_series: 0,
             rendering: Arc::new(Semaphore::new(1)),
         }

@@ -9,6 +9,8 @@
 //! - [`Book`] gives them out and keeps them;
 //! - [`AliasFile`] keeps them across restarts.
 //!
+//! A node itself has one, too, for each family: its name in DNS leads there.
+//!
 //! All but the file is free of IO, and time is an argument.
 
 mod book;
@@ -20,7 +22,7 @@ use std::net::IpAddr;
 
 pub use book::Book;
 pub use file::{AliasFile, Unreadable};
-pub use lookup::{Aliases, Target};
+pub use lookup::{Aliases, NODE_ITSELF, Target, stream_target};
 pub use reach::{Meetings, Overrides, Reach};
 
 use crate::model::IpPrefix;

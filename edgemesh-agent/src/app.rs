@@ -3,6 +3,7 @@
 mod aliases;
 mod dns;
 mod rules;
+mod socks5;
 mod tables;
 
 use std::{
@@ -72,7 +73,7 @@ pub struct Bound {
     control_socket: PathBuf,
     tasks: Tasks,
     dataplane: Option<thread::JoinHandle<()>>,
-    /// None without a tunnel.
+    /// None where nothing is carried.
     threads: Option<Threads>,
 }
 
@@ -107,12 +108,15 @@ async fn build_on(
     let source = kube::start(&config.source, node, events, restored, conditions.clone(), tasks)?;
     let builder = Builder::new(config.proxy.filter, node);
     let device = ensure_device(&config, &conditions).await;
-    let threads = config.tunnel.enable.then(Threads::start).transpose().map_err(StartError::Thread)?;
+    let serves_socks5 = config.proxy.enable && config.proxy.socks5.enable;
+    let carries = config.tunnel.enable || serves_socks5;
+    let threads = carries.then(Threads::start).transpose().map_err(StartError::Thread)?;
     // Whom the tunnel has met, it tells; until it runs, those whom the agent before had met.
     let met = config.common.alias_file.as_deref().filter(|_| config.tunnel.enable).map(MeetingsFile::beside);
     let met = tokio::task::spawn_blocking(move || met.map(|file| file.read()).unwrap_or_default()).await;
     let (meet, meetings) = watch::channel(Arc::new(met.unwrap_or_default()));
-    let detour = Detour::prepare(&config, device.as_ref(), threads.as_ref(), &conditions).await;
+    let of_tunnel = threads.as_ref().filter(|_| config.tunnel.enable);
+    let detour = Detour::prepare(&config, device.as_ref(), of_tunnel, &conditions).await;
     let (builder, ways, carrying) = match detour {
         Some(detour) => {
             let entered = detour.enter(builder, &config, node, meetings, tasks);
@@ -216,13 +220,22 @@ async fn build_on(
         }
         None => None,
     };
-    let (aliases, tunnel) = match (carrying, &threads) {
+    let (through, aliases, tunnel) = match (carrying, &threads) {
         (Some(carrying), Some(threads)) => {
             let (through, sight) = mesh::start(&config, node, tables.clone(), meet, &conditions, tasks, threads);
-            let aliases = carrying.start(tables.clone(), Arc::new(through), &conditions, tasks, threads);
-            (Some(aliases), Some(sight))
+            let aliases = carrying.start(tables.clone(), Arc::new(through.clone()), &conditions, tasks, threads);
+            (Some(through), Some(aliases), Some(sight))
         }
-        (None, _) | (_, None) => (None, None),
+        (None, Some(threads)) => {
+            (Some(mesh::without_tunnel(&config, node, tables.clone(), tasks, threads)), None, None)
+        }
+        (_, None) => (None, None, None),
+    };
+    let socks5 = match (through, &threads) {
+        (Some(through), Some(threads)) if serves_socks5 => {
+            Some(socks5::start(&config, node, through, tables.clone(), dns.as_ref(), &conditions, tasks, threads))
+        }
+        _ => None,
     };
     let sight = Sight {
         node: node.into(),
@@ -237,6 +250,7 @@ async fn build_on(
         device,
         aliases,
         tunnel,
+        socks5,
         max_backend_series: config.common.max_backend_series,
         rendering: Arc::new(Semaphore::new(1)),
     };

@@ -173,6 +173,25 @@ pub struct ProxyConfig {
     pub filter: ServiceFilter,
     pub dataplane: DataplaneMode,
     pub ebpf: EbpfConfig,
+    pub socks5: Socks5Config,
+}
+
+/// `socks5Proxy`.
+#[derive(Clone, Debug, Eq, PartialEq)]
+pub struct Socks5Config {
+    /// Default false. Without `edgeProxy.enable` it means nothing, as in EdgeMesh.
+    pub enable: bool,
+    /// Port on the node-local addresses; default 10800.
+    pub listen_port: u16,
+    /// The directory with the files `username` and `password` that clients log in with; None (`credentialsPath: ""`, the
+    /// default) asks nobody for either.
+    pub credentials: Option<PathBuf>,
+}
+
+impl Default for Socks5Config {
+    fn default() -> Self {
+        Self { enable: false, listen_port: 10_800, credentials: None }
+    }
 }
 
 /// `serviceFilterMode`: which Services are proxied, by the label `service.edgemesh.kubeedge.io/service-proxy-name`.

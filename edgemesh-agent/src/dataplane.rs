@@ -10,6 +10,7 @@ use std::{
     time::{Duration, Instant},
 };
 
+pub(crate) use ebpf::choice_of;
 pub use latency::Latency;
 pub use run::{Handle, spawn, supervise};
 

@@ -35,12 +35,19 @@ pub use self::explain::{CachedRow, DnsReport, ForwardedRow, NamedEndpointRow, Up
 pub use self::serve::{Limits, Listener};
 use self::{
     forward::{Forwarder, ForwarderStatus},
-    serve::{Core, Guard, Listening},
+    serve::{Core, Listening},
     stats::{Counters, Stats},
     zone::{Zone, ZoneSettings},
 };
-use crate::{conditions::Conditions, lifecycle::Tasks, model::ServiceTable};
+use crate::{
+    conditions::Conditions,
+    lifecycle::Tasks,
+    model::ServiceTable,
+    net::guard::{Guard, Guarded},
+};
 
+/// Pods come first: they get answers also while nobody knows who is outside.
+const GUARDED: Guarded = Guarded { what: "DNS", condition: "DnsOpenToOutside", while_unknown: true };
 /// How long the tasks may take to end after a stop signal.
 const DRAIN_DEADLINE: Duration = Duration::from_secs(3);
 
@@ -92,7 +99,7 @@ impl Dns {
         tasks: &Tasks,
     ) -> io::Result<Self> {
         // Large tables of routes are no affair of the thread that answers.
-        let guard = Guard::start(settings.closed_to.clone(), conditions, tasks);
+        let guard = Guard::start(GUARDED, settings.closed_to.clone(), conditions, tasks);
         let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
         let group = tasks.group();
         let started = {
@@ -138,7 +145,7 @@ impl Dns {
         let (listening, guard) = (dns.listening.clone(), dns.guard.clone());
         let (conditions, of_tasks) = (conditions.clone(), tasks.clone());
         tasks.spawn(async move {
-            let mut follow = zone.map(|zone| Follow { zone, core: Arc::clone(&core), tables });
+            let mut follow = zone.map(|zone| Follow { zone, to: Arc::clone(&core), tables });
             // No query finds less than the table that is there already.
             if let Some(follow) = &mut follow {
                 follow.publish().await;
@@ -151,6 +158,11 @@ impl Dns {
             }
         });
         dns
+    }
+
+    /// Its zone, also for others; None where all names are asked of upstreams.
+    pub fn zones(&self) -> Option<Zones> {
+        self.zone.as_ref().map(|_| Zones(Source::Dns(Arc::clone(&self.core))))
     }
 
     /// What `status` says of it.
@@ -169,21 +181,78 @@ impl Dns {
     }
 }
 
+/// The cluster's names, for who wants to look one up and sends no queries. Clones are one.
+#[derive(Clone, Debug)]
+pub struct Zones(Source);
+
+#[derive(Clone, Debug)]
+enum Source {
+    Dns(Arc<Core>),
+    Own(watch::Receiver<Option<Arc<Zone>>>),
+}
+
+impl Zones {
+    /// Makes zones of tables until the agent stops, where DNS has none to share.
+    pub fn follow(zone: ZoneSettings, tables: watch::Receiver<Arc<ServiceTable>>, tasks: &Tasks) -> Self {
+        let (publish, zones) = watch::channel(None);
+        let (mut follow, of_tasks) = (Follow { zone, to: publish, tables }, tasks.clone());
+        tasks.spawn(async move {
+            follow.publish().await;
+            follow.run(&of_tasks).await;
+        });
+        Self(Source::Own(zones))
+    }
+
+    /// The newest; None before the first.
+    pub fn newest(&self) -> Option<Arc<Zone>> {
+        match &self.0 {
+            Source::Dns(core) => core.zone(),
+            Source::Own(zones) => zones.borrow().clone(),
+        }
+    }
+}
+
+/// Where zones go.
+trait Publish {
+    fn newest(&self) -> Option<Arc<Zone>>;
+    fn publish(&self, zone: Arc<Zone>);
+}
+
+impl Publish for Arc<Core> {
+    fn newest(&self) -> Option<Arc<Zone>> {
+        self.zone()
+    }
+
+    fn publish(&self, zone: Arc<Zone>) {
+        Core::publish(self, zone);
+    }
+}
+
+impl Publish for watch::Sender<Option<Arc<Zone>>> {
+    fn newest(&self) -> Option<Arc<Zone>> {
+        self.borrow().clone()
+    }
+
+    fn publish(&self, zone: Arc<Zone>) {
+        self.send_replace(Some(zone));
+    }
+}
+
 /// Makes a zone of each table.
-struct Follow {
+struct Follow<P> {
     zone: ZoneSettings,
-    core: Arc<Core>,
+    to: P,
     tables: watch::Receiver<Arc<ServiceTable>>,
 }
 
-impl Follow {
+impl<P: Publish> Follow<P> {
     async fn publish(&mut self) {
         let table = Arc::clone(&self.tables.borrow_and_update());
-        let (settings, previous) = (self.zone.clone(), self.core.zone());
+        let (settings, previous) = (self.zone.clone(), self.to.newest());
         let built = tokio::task::spawn_blocking(move || Zone::build(&table, &settings, previous.as_deref())).await;
         match built {
-            Ok(zone) => self.core.publish(Arc::new(zone)),
-            Err(error) => warn!("DNS goes on with the Services it knew: their zone could not be built: {error}"),
+            Ok(zone) => self.to.publish(Arc::new(zone)),
+            Err(error) => warn!("names stay those of the Services of before: their zone could not be built: {error}"),
         }
     }
 

@@ -24,6 +24,7 @@ pub mod net;
 pub mod proxy;
 pub mod show;
 pub mod snapshot;
+pub mod socks5;
 pub mod status;
 pub mod telemetry;
 pub mod tunnel;

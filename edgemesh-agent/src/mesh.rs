@@ -28,10 +28,12 @@ use crate::{
     model::ServiceTable,
     proxy::Through,
     status::{PeerRow, RelayRow, TunnelCounts, TunnelStatus},
-    tunnel::{Counters, NodeName, PathKind, PeerView, Peers, Transport},
+    tunnel::{Counters, DialPolicy, NodeName, PathKind, PeerView, Peers, Transport},
 };
 
 pub use meetings::MeetingsFile;
+
+use policy::Policy;
 
 /// More would only cost memory: a node of this size has other work for its cores.
 const MOST_THREADS: usize = 4;
@@ -91,12 +93,39 @@ pub fn start(
     tasks: &Tasks,
     threads: &Threads,
 ) -> (Through, Sight) {
-    let through = Through::default();
+    let (through, policy) = own(config, node, tables, tasks, threads);
     let sight = Sight { through: through.clone(), relays: Arc::default() };
-    let follower = follow::Follower::new(config, node, meet, through.clone(), sight.clone(), conditions.clone());
-    tasks.spawn_on(threads.handle(), follow::tables(follower.policy(), tables, tasks.stopping()));
+    let follower =
+        follow::Follower::new(config, node, policy, meet, through.clone(), sight.clone(), conditions.clone());
     tasks.spawn_on(threads.handle(), follower.run(tasks.stopping()));
     (through, sight)
+}
+
+/// The way to this node alone, without a tunnel.
+pub fn without_tunnel(
+    config: &AgentConfig,
+    node: &str,
+    tables: watch::Receiver<Arc<ServiceTable>>,
+    tasks: &Tasks,
+    threads: &Threads,
+) -> Through {
+    own(config, node, tables, tasks, threads).0
+}
+
+/// What dials this node itself, and the rules for it, which others are held to as well.
+fn own(
+    config: &AgentConfig,
+    node: &str,
+    tables: watch::Receiver<Arc<ServiceTable>>,
+    tasks: &Tasks,
+    threads: &Threads,
+) -> (Through, Arc<Policy>) {
+    let policy = Arc::new(Policy::new(node, config.common.aliases, config.tunnel.allowed_targets.clone()));
+    tasks.spawn_on(threads.handle(), follow::tables(Arc::clone(&policy), tables, tasks.stopping()));
+    let shared: Arc<dyn DialPolicy> = Arc::<Policy>::clone(&policy);
+    // A name that is none is said to be so where the tunnel would be started.
+    let through = node.parse().map_or_else(|_| Through::default(), |node| Through::new(node, shared));
+    (through, policy)
 }
 
 impl Sight {

@@ -1,6 +1,7 @@
 //! `/metrics` in OpenMetrics text; docs/metrics.md names and explains each family.
 
 mod dns;
+mod socks5;
 mod tunnel;
 
 use std::{collections::BTreeMap, fmt::Write as _, net::SocketAddr, sync::Arc};
@@ -127,6 +128,9 @@ pub fn render(
     if let Some(tunnel) = &status.tunnel {
         tunnel::add(&mut registry, tunnel);
     }
+    if let Some(socks5) = &status.socks5 {
+        socks5::add(&mut registry, &socks5.counts);
+    }
     if let Some(latency) = latency {
         let help = "Seconds from a change's arrival at the source until it was in force in the kernel";
         registry.register("dataplane_change_seconds", help, latency.histogram());
@@ -179,7 +183,12 @@ pub fn render(
 /// What is carried to pods of other sites.
 fn add_aliases(registry: &mut Registry, aliases: &AliasStatus) {
     let proxy = &aliases.proxy;
-    gauge(registry, "aliases", "Addresses of this node that stand for pods of other sites", whole(aliases.in_use));
+    gauge(
+        registry,
+        "aliases",
+        "Addresses of this node that stand for pods of other sites and for nodes",
+        whole(aliases.in_use),
+    );
     let open = |count: u64| i64::try_from(count).unwrap_or(i64::MAX);
     gauge(registry, "alias_connections_open", "Connections carried to other sites now", open(proxy.open_connections));
     gauge(registry, "alias_flows_open", "Clients of UDP carried to other sites now", open(proxy.open_flows));
@@ -433,6 +442,7 @@ mod tests {
             device: None,
             aliases: None,
             tunnel: None,
+            socks5: None,
             services: 1,
             frontends: 2,
             backends: 0,

@@ -25,7 +25,7 @@ pub use prefix::{IpPrefix, ParsePrefixError};
 pub use rule::{DestinationRule, Ignored};
 pub(crate) use shared::Shared;
 pub use table::{
-    Balance, Frontend, FrontendAddr, FrontendKind, Note, PortEndpoint, PortlessEndpoint, ServedPort, ServiceEntry,
-    ServiceTable,
+    Balance, Frontend, FrontendAddr, FrontendKind, KnownNode, Note, PortEndpoint, PortlessEndpoint, ServedPort,
+    ServiceEntry, ServiceTable,
 };
 pub use topology::{Nodes, Vantage, Verdict, Verdicts, judge};

@@ -2,8 +2,10 @@
 //! ending the UDP sockets of backends that are gone.
 
 pub mod client;
+pub mod crowd;
 pub mod datagrams;
 mod device;
+pub mod guard;
 pub mod holder;
 mod keepalive;
 pub mod picture;

@@ -8,6 +8,7 @@
 mod buffers;
 mod counters;
 mod dial;
+mod direct;
 mod sockets;
 mod tcp;
 mod through;
@@ -19,13 +20,14 @@ use tokio::sync::{Semaphore, watch};
 
 pub use counters::{Counters, ProxyStatus, RefusalCount, Sight};
 pub use dial::{Carry, Dial, ReceiveDatagram, Refusal, SendDatagram};
+pub use direct::{Direct, DirectFlow};
 pub use sockets::Sockets;
-pub use through::{Receiver, Sender, Through};
+pub use through::{Far, Flow, Receiver, Sender, Through};
 
 use crate::{alias::Target, conditions::Conditions, lifecycle::Tasks, model::ServiceTable};
 
-/// How long getting to a pod may take.
-const DIAL_DEADLINE: Duration = Duration::from_secs(5);
+/// How long getting to a pod, or a node, may take.
+pub const DIAL_DEADLINE: Duration = Duration::from_secs(5);
 /// How many connections are carried at a time; those beyond are reset.
 const MAX_CONNECTIONS: usize = 16_384;
 /// How many clients of UDP are remembered; for those beyond, others are forgotten.

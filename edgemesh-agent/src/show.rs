@@ -87,6 +87,7 @@ pub fn status(status: &Value) -> String {
     ));
     rows.extend(aliases(&status["aliases"]).map(|line| ("Aliases", line)));
     rows.extend(tunnel::status(&status["tunnel"]).map(|line| ("Tunnel", line)));
+    rows.extend(socks5(&status["socks5"]).map(|line| ("SOCKS5", line)));
     rows.push((
         "Serving",
         format!(
@@ -141,6 +142,30 @@ fn aliases(aliases: &Value) -> Option<String> {
         refusals.map(|refusal| format!("{} {}", word(&refusal["count"]), word(&refusal["kind"]))).collect();
     if !refusals.is_empty() {
         let _ = write!(line, "; refused: {}", refusals.join(", "));
+    }
+    Some(line)
+}
+
+/// Where SOCKS5 is served, and what came of it; None where it is not.
+fn socks5(socks5: &Value) -> Option<String> {
+    let listeners = socks5["listeners"].as_array()?.iter().map(|listener| match listener["listening"].as_bool() {
+        Some(true) => word(&listener["address"]),
+        _ => format!("{} NOT LISTENING", word(&listener["address"])),
+    });
+    let login = if socks5["login"] == true { " with login" } else { "" };
+    let counts = &socks5["counts"];
+    let mut line = format!(
+        "{}{login}; {} clients, {} connections and {} UDP associations so far",
+        listeners.collect::<Vec<_>>().join(", "),
+        word(&counts["open_sessions"]),
+        word(&counts["connections"]),
+        word(&counts["associations"])
+    );
+    let failures = counts["failures"].as_array().into_iter().flatten();
+    let failures: Vec<String> =
+        failures.map(|failure| format!("{} {}", word(&failure["count"]), word(&failure["reason"]))).collect();
+    if !failures.is_empty() {
+        let _ = write!(line, "; came to nothing: {}", failures.join(", "));
     }
     Some(line)
 }

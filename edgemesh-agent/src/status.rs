@@ -36,6 +36,7 @@ use crate::{
     net::Device,
     proxy::ProxyStatus,
     snapshot::SnapshotStatus,
+    socks5,
 };
 
 /// The version of this build.
@@ -62,6 +63,8 @@ pub struct Status {
     pub aliases: Option<AliasStatus>,
     /// None where `edgeTunnel` is not enabled.
     pub tunnel: Option<TunnelStatus>,
+    /// None where `edgeProxy.socks5Proxy` is not enabled.
+    pub socks5: Option<socks5::Status>,
     pub services: usize,
     pub frontends: usize,
     /// Eligible (frontend, backend) pairs.
@@ -99,7 +102,7 @@ pub struct AliasStatus {
     pub ranges: [String; 2],
     /// Whether the kernel gives this agent what is sent to them.
     pub available: bool,
-    /// How many stand for a pod.
+    /// How many stand for a pod, or a node.
     pub in_use: usize,
     pub proxy: ProxyStatus,
 }

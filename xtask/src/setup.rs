@@ -29,7 +29,7 @@ const PACKAGING: [(&str, &str); 3] = [("dpkg-source", "dpkg-dev"), ("make", "mak
 /// ~/.cache/edgemesh/tools. Its LLVM must not be older than the compiler's.
 #[derive(Debug, clap::Args)]
 pub(crate) struct Args {
-    /// Leave out the tools of the lab (ip, nsenter, dig), which only tests, demo and benchmarks need.
+    /// Leave out the tools of the lab (ip, nsenter, dig, sshd and others), which only tests, demo and benchmarks need.
     #[arg(long)]
     no_lab: bool,
 }
@@ -96,6 +96,9 @@ pub(crate) fn lab_tools(console: &Console) -> anyhow::Result<String> {
     if !missing.is_empty() {
         let packages = lab::packages(&missing);
         let fix = format!("the lab needs {}: install {}", missing.join(", "), packages.join(" "));
+        if missing.contains(&lab::SSHD) {
+            apt::mask("ssh", console)?;
+        }
         apt::install(&packages, console).context(fix)?;
         let still = lab::missing();
         anyhow::ensure!(

@@ -1,4 +1,10 @@
-use std::{collections::HashMap, net::IpAddr, sync::Arc};
+use std::{
+    collections::HashMap,
+    net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr},
+    sync::Arc,
+};
+
+use crate::tunnel;
 
 /// Small enough that copying a part costs microseconds, large enough that the list of parts is short.
 const PARTS: usize = 256;
@@ -8,8 +14,24 @@ const PARTS: usize = 256;
 pub struct Target {
     /// As Kubernetes names it.
     pub node: Arc<str>,
-    /// The pod's address on that node, or the node's own for a pod on its host network.
+    /// The pod's address on that node, or the node's own for a pod on its host network; one of [`NODE_ITSELF`] for the
+    /// node.
     pub addr: IpAddr,
+}
+
+/// In the place of a pod's address, the node itself: which of its addresses that is, it knows best. No pod has either.
+pub const NODE_ITSELF: [IpAddr; 2] = [IpAddr::V4(Ipv4Addr::UNSPECIFIED), IpAddr::V6(Ipv6Addr::UNSPECIFIED)];
+
+impl Target {
+    /// Whether it is the node, and no pod on it.
+    pub fn is_node(&self) -> bool {
+        self.addr.is_unspecified()
+    }
+}
+
+/// What the tunnel is to be asked for where [`Target::addr`] with a port is meant.
+pub fn stream_target(addr: SocketAddr) -> tunnel::Target {
+    if addr.ip().is_unspecified() { tunnel::Target::Node { port: addr.port() } } else { tunnel::Target::Address(addr) }
 }
 
 /// The aliases of one moment, for those who have one and want to know whose it is. Immutable and cheap to clone: what

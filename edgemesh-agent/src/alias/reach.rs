@@ -46,6 +46,16 @@ impl Reach {
         Self { meetings, ..self }
     }
 
+    /// This node.
+    pub fn node(&self) -> &str {
+        &self.node
+    }
+
+    /// Whom the tunnel has met.
+    pub fn meetings(&self) -> &Arc<Meetings> {
+        &self.meetings
+    }
+
     /// How an endpoint is reached, and why so. `host_network` is whether its address is one of its node's own.
     ///
     /// - No node, or this one: local.

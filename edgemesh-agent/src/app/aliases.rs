@@ -217,7 +217,7 @@ impl Ways {
                 self.conditions.clear(EXHAUSTED, "");
             } else {
                 let message = format!(
-                    "no alias is left for {} endpoints of other sites, which are refused; choose a larger \
+                    "no alias is left for {} endpoints of other sites and addresses of nodes, which are refused; choose a larger \
                      commonConfig.aliasCIDR (an alias that is nobody's any more rests for an hour)",
                     table.without_alias
                 );

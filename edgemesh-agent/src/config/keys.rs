@@ -504,8 +504,14 @@ const EBPF: &[Key] = &[
 ];
 
 const SOCKS5: &[Key] = &[
-    accepted("enable", "Whether to serve SOCKS5.", Plain::Bool(false)),
-    accepted("listenPort", "Port to serve it on.", Plain::Whole(10800)),
+    used("enable", "Whether to serve SOCKS5 on the node-local addresses.", Slot::Bool(|d| &mut d.proxy.socks5.enable)),
+    used("listenPort", "Port to serve it on.", Slot::Port(|d| &mut d.proxy.socks5.listen_port)),
+    used(
+        "credentialsPath",
+        "Directory with the files username and password that clients log in with, as a Secret of type \
+         kubernetes.io/basic-auth is mounted; read at each login. Empty: nobody has to log in.",
+        Slot::OptionalPath(|d| &mut d.proxy.socks5.credentials),
+    ),
     accepted("nodeName", "Overwritten at start.", Plain::Opaque),
     accepted("namespace", "Overwritten at start.", Plain::Opaque),
 ];

@@ -141,6 +141,7 @@ modules:
       upstreamServers: [10.96.0.10, '10.96.0.11:5353', 'fd00::10']
       cacheTTL: 60
   edgeProxy:
+    socks5Proxy: {Enable: true, listenPort: 1080, credentialsPath: /etc/edgemesh/socks5}
     enable: yes
     serviceFilterMode: FilterIfLabelDoesNotExists
     dataplane: ebpf
@@ -198,6 +199,11 @@ modules:
                 uplinks: vec!["eth0".to_owned(), "bond*".to_owned()],
                 guest_interfaces: vec!["tap*".to_owned()],
                 tcx: false,
+            },
+            socks5: Socks5Config {
+                enable: true,
+                listen_port: 1080,
+                credentials: Some(PathBuf::from("/etc/edgemesh/socks5")),
             },
         },
         dns: Some(DnsConfig {

@@ -45,6 +45,7 @@ use self::{
 pub use aliases::{AliasError, divert_aliases, is_diverted, leave_aliases};
 pub use open::OpenError;
 pub use remove::{CANARY_CGROUP, is_pinned, remove_all, remove_scratch};
+pub(crate) use ring::choice_of;
 pub use tc::{InterfaceSight, Sight as TrafficSight, remove_filters};
 
 /// Whether this build has the eBPF programs in it.

@@ -3,8 +3,6 @@
 //! What the zone and the cache know is answered where it was received. What has to be asked for waits in a task of its
 //! own, and only so much of it may wait: names of the cluster are answered whatever becomes of the world outside.
 
-mod crowd;
-mod guard;
 mod limit;
 mod listen;
 mod pool;
@@ -20,13 +18,9 @@ use std::{
 
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 
+use self::limit::Limit;
 pub use self::listen::Listener;
-use self::{
-    crowd::{Crowd, Seat},
-    limit::Limit,
-};
 pub(super) use self::{
-    guard::Guard,
     listen::{Listening, listen},
     udp::threads,
 };
@@ -37,6 +31,7 @@ use super::{
     wire::{MAX_NAME, MAX_TCP, Name, Query, Rcode, Rejected, flag, rtype, u16_at},
     zone::Zone,
 };
+use crate::net::crowd::{Crowd, Seat};
 
 /// As much of an upstream's answer as is looked at, by UDP, for the addresses of an alias; more than fits into a response.
 const OUTSIDE: usize = 4096;

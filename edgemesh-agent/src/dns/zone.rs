@@ -14,13 +14,18 @@
 //! _<port>._<protocol>.<service>.<namespace>.svc.<domain>  SRV
 //! <hostname>.<service>.<namespace>.svc.<domain>       A, AAAA
 //! <a>-<b>-<c>-<d>.<namespace>.pod.<domain>            A, AAAA
-//! <d>.<c>.<b>.<a>.in-addr.arpa, ….ip6.arpa            PTR of ClusterIPs and of endpoints of headless Services
+//! <node>.node.<domain>                                A, AAAA of the node's aliases
+//! <d>.<c>.<b>.<a>.in-addr.arpa, ….ip6.arpa            PTR of ClusterIPs, of endpoints of headless Services, of nodes' aliases
 //! ```
+//!
+//! Names of nodes are in no specification and in no other DNS server; `node` is no word that the specification has a use
+//! for. What they lead to is an alias ([`crate::alias`]), so that a connection goes to the node wherever it is.
 
 mod answers;
 mod explain;
 mod index;
 mod name;
+mod nodes;
 mod published;
 mod reverse;
 
@@ -30,12 +35,13 @@ use self::{
     answers::Set,
     index::{Index, Reverse},
     name::{Label, Labels, dashed_ip},
+    nodes::Nodes,
     published::{Named, Published, Records},
 };
 pub use self::{
     answers::{Answers, Data, Owner, Record, Soa},
     explain::{EndpointReason, ExplainedEndpoint, Explanation, Outcome, Subject},
-    name::{ClusterDomain, Name, ParseDomainError},
+    name::{ClusterDomain, Name, ParseDomainError, wire as wire_name},
 };
 use crate::model::{Change, ServiceTable, changes};
 
@@ -60,6 +66,7 @@ pub struct Zone {
     dns: Arc<[u8]>,
     table: Arc<ServiceTable>,
     index: Index,
+    nodes: Nodes,
 }
 
 /// What a zone says to a question.
@@ -99,6 +106,7 @@ impl Zone {
                 dns: [b"\x03dns", settings.domain.as_wire()].concat().into(),
                 table: Arc::default(),
                 index: Index::default(),
+                nodes: Nodes::default(),
             },
         };
         let svc = [b"\x03svc", settings.domain.as_wire()].concat();
@@ -116,6 +124,9 @@ impl Zone {
             new.extend(table.get(name).and_then(|entry| Published::new(entry, &svc)).map(Arc::new));
         }
         zone.index.change(&gone, &new);
+        if !Arc::ptr_eq(&zone.table.nodes, &table.nodes) {
+            zone.nodes = Nodes::of(&table.nodes, settings.domain.as_wire());
+        }
         zone.table = Arc::clone(table);
         zone
     }
@@ -136,6 +147,10 @@ impl Zone {
             Located::Version => matches!(qtype, qtype::TXT | qtype::ANY).then_some(Set::One(Data::Txt(SCHEMA_VERSION))),
             Located::NameServer => Some(Set::Addresses(&self.settings.addresses, qtype)),
             Located::Address(ip) => Data::of_type(ip, qtype).map(Set::One),
+            Located::Node(node) => Some(Set::Addresses(&node.aliases, qtype)),
+            Located::OfNode(node) => {
+                matches!(qtype, qtype::PTR | qtype::ANY).then_some(Set::One(Data::Ptr(Name::whole(&node.wire))))
+            }
             Located::Service(service) => match &service.records {
                 Records::Alias(target) => Some(Set::One(Data::Cname(Name::whole(target)))),
                 _ if qtype == qtype::SRV => Some(Set::Ports(service, None)),
@@ -185,19 +200,33 @@ impl Zone {
     fn locate(&self, name: &[u8]) -> Located<'_> {
         let Some(labels) = Labels::of(name) else { return Located::Foreign };
         let Some(count) = labels.before(self.domain().as_wire()) else {
-            return match reverse::address(&labels).map(|ip| self.index.reverse(ip)) {
-                None | Some([]) => Located::Foreign,
-                Some(owners) => Located::Reverse(owners),
-            };
+            return reverse::address(&labels).map_or(Located::Foreign, |ip| self.locate_address(ip));
         };
         let Some(last) = count.checked_sub(1) else { return Located::Apex };
         match (count, labels.get(last)) {
             (1, b"dns-version") => Located::Version,
-            (1, b"dns" | b"pod" | b"svc") => Located::Empty,
+            (1, b"dns" | b"node" | b"pod" | b"svc") => Located::Empty,
             (2, b"dns") if labels.get(0) == b"ns" => Located::NameServer,
+            (_, b"node") => match self.nodes.named(labels.wire(0, last)) {
+                nodes::Named::Node(node) => Located::Node(node),
+                nodes::Named::Parent => Located::Empty,
+                nodes::Named::Nothing => Located::Unknown,
+            },
             (_, b"pod") => locate_pod(&labels, count),
             (_, b"svc") => self.locate_service(&labels, count),
             _ => Located::Nothing,
+        }
+    }
+
+    /// What a reverse name stands for.
+    fn locate_address(&self, ip: IpAddr) -> Located<'_> {
+        match self.index.reverse(ip) {
+            [] => {
+                let target = self.table.aliases.target(ip).filter(|target| target.is_node());
+                let node = target.and_then(|target| self.nodes.find(target.node.as_bytes()));
+                node.map_or(Located::Foreign, Located::OfNode)
+            }
+            owners => Located::Reverse(owners),
         }
     }
 
@@ -250,6 +279,9 @@ enum Located<'z> {
     Endpoints(&'z [published::Endpoint]),
     Port(&'z Published, usize),
     Reverse(&'z [Reverse]),
+    Node(&'z nodes::Node),
+    /// The reverse name of an alias of a node.
+    OfNode(&'z nodes::Node),
 }
 
 /// Pods are not known: any address has a name in any namespace, as with CoreDNS's `pods insecure`. CoreDNS at least knows

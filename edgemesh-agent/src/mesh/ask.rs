@@ -1,12 +1,14 @@
 //! `trace` across the tunnel: the way to a node, and what its agent says of an endpoint there.
 
-use std::time::Duration;
+use std::{net::SocketAddr, time::Duration};
 
 use futures::future::join_all;
+use tokio::time::Instant;
 
 use super::{Sight, peer_row};
 use crate::{
-    model,
+    alias, model,
+    proxy::{Direct, Refusal},
     status::{Crossing, FarOutcome, FarRow, PeerRow},
     tunnel::{Answer, Fate, NodeName, OpenError, Protocol},
 };
@@ -31,11 +33,15 @@ impl Sight {
     }
 
     async fn cross(&self, protocol: Protocol, crossing: &Crossing) -> (Option<PeerRow>, FarRow) {
+        let target = alias::stream_target(crossing.endpoint);
+        if let Some(here) = self.through.here(&crossing.node, protocol, target) {
+            return (None, try_here(protocol, here).await);
+        }
         let Some(tunnel) = self.through.tunnel() else { return (None, FarRow::of(FarOutcome::NoTunnel, "")) };
         let Ok(node) = crossing.node.parse::<NodeName>() else {
             return (None, FarRow::of(FarOutcome::NoPath, "that is no name of a node"));
         };
-        match tunnel.ask(&node, protocol, crossing.endpoint, DEADLINE).await {
+        match tunnel.ask(&node, protocol, target, DEADLINE).await {
             Ok(answer) => {
                 let far = far_row(&answer);
                 (Some(peer_row(answer.path)), far)
@@ -45,6 +51,25 @@ impl Sight {
                 unanswered(error, path)
             }
         }
+    }
+}
+
+/// What becomes of a connection to this node itself, which takes no tunnel.
+async fn try_here(protocol: Protocol, here: Result<SocketAddr, Refusal>) -> FarRow {
+    let begin = Instant::now();
+    let at = here.as_ref().map_or_else(|_| String::new(), SocketAddr::to_string);
+    let tried = match (here, protocol) {
+        (Ok(_), Protocol::Udp) => return FarRow::of(FarOutcome::Allowed, ""),
+        (Ok(addr), Protocol::Tcp) => Direct::connect(addr, begin + DEADLINE).await.map(drop),
+        (Err(refusal), _) => Err(refusal),
+    };
+    let dial_micros = Some(u64::try_from(begin.elapsed().as_micros()).unwrap_or(u64::MAX));
+    match tried {
+        Ok(()) => FarRow { dial_micros, ..FarRow::of(FarOutcome::Connected, "") },
+        Err(Refusal::NotAllowed { rule }) => FarRow::of(FarOutcome::NotAllowed, &rule),
+        Err(Refusal::Refused) => FarRow { dial_micros, ..FarRow::of(FarOutcome::Refused, &at) },
+        Err(Refusal::TimedOut) => FarRow { dial_micros, ..FarRow::of(FarOutcome::TimedOut, &at) },
+        Err(_) => FarRow::of(FarOutcome::Unreachable, &at),
     }
 }
 

@@ -84,20 +84,20 @@ impl Follower {
     pub(super) fn new(
         config: &AgentConfig,
         node: &str,
+        policy: Arc<Policy>,
         meet: watch::Sender<Arc<Meetings>>,
         through: Through,
         sight: Sight,
         conditions: Conditions,
     ) -> Self {
         let tunnel = config.tunnel.clone();
-        let policy = Policy::new(node, config.common.aliases, tunnel.allowed_targets.clone());
         let met = Met::new(&meet.borrow(), Instant::now());
         Self {
             node: node.to_owned(),
             file_seen: config.file.as_deref().and_then(Stamp::of),
             file: config.file.clone(),
             config: tunnel,
-            policy: Arc::new(policy),
+            policy,
             met,
             meet,
             remembered: config.common.alias_file.as_deref().map(MeetingsFile::beside),
@@ -110,10 +110,6 @@ impl Follower {
             wrong: 0,
             wrong_since: None,
         }
-    }
-
-    pub(super) fn policy(&self) -> Arc<Policy> {
-        Arc::clone(&self.policy)
     }
 
     pub(super) async fn run(mut self, stop: CancellationToken) {

@@ -2,7 +2,7 @@
 
 use std::{
     collections::HashMap,
-    net::{IpAddr, SocketAddr},
+    net::{IpAddr, SocketAddr, UdpSocket},
     sync::{Arc, OnceLock, PoisonError, RwLock},
 };
 
@@ -64,11 +64,31 @@ impl Policy {
         endpoints.table = table;
     }
 
+    /// The address by which this node dials itself: that of its Node object, as that is what others know it by and what
+    /// its services are bound to, if they are not bound to all; else the one that it speaks to the world from, which a
+    /// bridge of containers has not; else any. IPv4 comes first.
     fn own_address(&self) -> Option<IpAddr> {
-        let addresses = self.own.get()?.borrow();
-        let usable = |ip: &IpAddr| crate::tunnel::always_refused(*ip).is_none();
-        let usable = || addresses.iter().map(SocketAddr::ip).filter(usable);
-        usable().find(IpAddr::is_ipv4).or_else(|| usable().next())
+        let table = Arc::clone(&self.endpoints.read().unwrap_or_else(PoisonError::into_inner).table);
+        choose_own(
+            self.own_addresses(),
+            table.node(&self.node).map_or(&[][..], |node| &node.addresses),
+            source_for_world,
+        )
+    }
+
+    /// Where the tunnel listens; before it does, what the system says.
+    fn own_addresses(&self) -> Vec<IpAddr> {
+        if let Some(own) = self.own.get() {
+            return own.borrow().iter().map(|address| address.ip().to_canonical()).collect();
+        }
+        let interfaces = nix::ifaddrs::getifaddrs().into_iter().flatten();
+        let addresses = interfaces.filter_map(|interface| interface.address);
+        addresses
+            .filter_map(|address| {
+                let v4 = address.as_sockaddr_in().map(|address| IpAddr::V4(address.ip()));
+                v4.or_else(|| address.as_sockaddr_in6().map(|address| IpAddr::V6(address.ip())))
+            })
+            .collect()
     }
 
     fn is_own(&self, ip: IpAddr) -> bool {
@@ -93,6 +113,26 @@ impl Policy {
             refuse("not an endpoint that this node knows of, and its metadata source has not told all yet")
         }
     }
+}
+
+/// The best of this node's `own` addresses to dial it by, `listed` being those of its Node object.
+fn choose_own(mut own: Vec<IpAddr>, listed: &[IpAddr], source: impl Fn(bool) -> Option<IpAddr>) -> Option<IpAddr> {
+    own.retain(|ip| crate::tunnel::always_refused(*ip).is_none());
+    own.sort_unstable();
+    [true, false].into_iter().find_map(|v4| {
+        let is_own = |ip: &IpAddr| ip.is_ipv4() == v4 && own.contains(ip);
+        let listed = listed.iter().copied().find(is_own);
+        listed.or_else(|| source(v4).filter(is_own)).or_else(|| own.iter().copied().find(is_own))
+    })
+}
+
+/// The address of this node that packets to the world have, by its routes. To connect a UDP socket sends nothing.
+fn source_for_world(v4: bool) -> Option<IpAddr> {
+    // Addresses of documentation (RFC 5737, RFC 3849), to which only default routes lead.
+    let (any, world) = if v4 { ("0.0.0.0:0", "192.0.2.1:9") } else { ("[::]:0", "[2001:db8::1]:9") };
+    let socket = UdpSocket::bind(any).ok()?;
+    socket.connect(world).ok()?;
+    Some(socket.local_addr().ok()?.ip())
 }
 
 fn refuse(rule: &str) -> Decision {
@@ -316,11 +356,26 @@ mod tests {
         assert!(tcp(&policy, "192.168.1.9:555").is_some());
         assert!(tcp(&policy, "198.18.0.9:80").unwrap().contains("never dialled"));
         assert!(rule(&policy, Protocol::Tcp, Target::Node { port: 23 }).unwrap().contains("allowedTargets"));
-        assert!(rule(&policy, Protocol::Tcp, Target::Node { port: 22 }).unwrap().contains("no address"));
         let addresses = ["127.0.0.1:20006", "[fe80::1]:20006", "[fd00::7]:20006", "192.168.1.7:20006"];
         let (_tell, own) = watch::channel(addresses.map(|address| address.parse().unwrap()).to_vec());
         policy.set_own(own);
         let decision = policy.decide(&"edge2".parse().unwrap(), Protocol::Tcp, Target::Node { port: 22 });
         assert_eq!(decision, Decision::Allowed("192.168.1.7:22".parse().unwrap()));
+    }
+
+    #[test]
+    fn a_node_is_dialled_by_the_address_that_others_know_it_by() {
+        let ips = |texts: &[&str]| texts.iter().map(|text| text.parse().unwrap()).collect::<Vec<IpAddr>>();
+        let own = ["::1", "127.0.0.1", "169.254.96.16", "192.168.1.7", "172.17.0.1", "fd00::7", "10.8.0.3"];
+        let choose = |own: &[&str], listed: &[&str], source: Option<&str>| {
+            let source = |v4| source.map(|ip| ip.parse().unwrap()).filter(|ip: &IpAddr| ip.is_ipv4() == v4);
+            choose_own(ips(own), &ips(listed), source).map(|ip| ip.to_string())
+        };
+        let is = |ip: &str| Some(ip.to_owned());
+        assert_eq!(choose(&own, &["fd00::7", "192.168.1.7", "203.0.113.9"], Some("10.8.0.3")), is("192.168.1.7"));
+        assert_eq!(choose(&own, &["203.0.113.9"], Some("192.168.1.7")), is("192.168.1.7"), "a NAT has that address");
+        assert_eq!(choose(&own, &[], Some("198.51.100.1")), is("10.8.0.3"), "the lowest, where nothing tells");
+        assert_eq!(choose(&["::1", "fd00::7", "fe80::1"], &["192.168.1.7"], None), is("fd00::7"));
+        assert_eq!(choose(&["127.0.0.1", "169.254.96.16"], &["169.254.96.16"], None), None);
     }
 }

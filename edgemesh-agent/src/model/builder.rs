@@ -10,13 +10,15 @@ use std::{
     time::Instant,
 };
 
+use smallvec::SmallVec;
+
 use self::{
     detours::Detours,
     resolve::{Surroundings, resolve},
 };
 use super::{
-    EndpointSet, Event, FrontendAddr, FrontendKind, Kind, NamespacedName, Node, Nodes, Note, Object, Place, Service,
-    ServiceEntry, ServiceTable, Vantage, rule::Rules, shared::Shared,
+    EndpointSet, Event, FrontendAddr, FrontendKind, Kind, KnownNode, NamespacedName, Node, Nodes, Note, Object, Place,
+    Service, ServiceEntry, ServiceTable, Vantage, rule::Rules, shared::Shared,
 };
 use crate::{
     alias::{Book, Reach, Target},
@@ -84,8 +86,9 @@ impl Builder {
     /// The same for a node with a tunnel: `reach` says which endpoints need it, and `book` has the aliases of those.
     #[must_use]
     pub fn with_detours(mut self, reach: Reach, book: Book) -> Self {
-        self.table.aliases = book.aliases().clone();
-        self.detours = Some(Detours::new(reach, book));
+        let detours = Detours::new(reach, book);
+        self.table.aliases = detours.book.aliases().clone();
+        self.detours = Some(detours);
         self
     }
 
@@ -100,6 +103,7 @@ impl Builder {
         if let Some(detours) = &mut self.detours
             && detours.book.advance(now)
         {
+            detours.supply_nodes();
             self.dirty.extend(detours.wanting());
         }
     }
@@ -168,11 +172,21 @@ impl Builder {
 
     /// The table as of all events so far; None if nothing changed since the last one.
     pub fn build(&mut self) -> Option<Arc<ServiceTable>> {
-        self.follow_nodes();
+        let nodes_touched = self.follow_nodes();
         let node_known = self.nodes.contains_key(&*self.node);
         let mut changed = self.synced != self.table.complete || node_known != self.table.node_known;
         while let Some(name) = self.dirty.pop_first() {
             changed |= self.refresh(&name);
+        }
+        // After the endpoints, which tell of nodes, too.
+        let differ = self.detours.as_mut().is_some_and(Detours::nodes_differ);
+        if nodes_touched || differ {
+            let nodes = self.known_nodes();
+            if nodes != *self.table.nodes {
+                self.table.nodes = nodes.into();
+                changed = true;
+            }
+            self.table.all_nodes = self.nodes.keys().any(|name| **name != *self.node);
         }
         if !changed {
             return None;
@@ -217,6 +231,9 @@ impl Builder {
             return false;
         }
         touch(&mut self.touched_nodes, &node.name.name, known.map(|node| &**node));
+        if let (None, Some(detours)) = (known, &mut self.detours) {
+            detours.mention(&node.name.name);
+        }
         for (key, value) in &mut Arc::make_mut(&mut node).labels {
             self.labels.one(key);
             self.labels.one(value);
@@ -234,6 +251,7 @@ impl Builder {
                 let known = self.nodes.remove(&*name.name);
                 if let Some(known) = &known {
                     touch(&mut self.touched_nodes, &name.name, Some(known));
+                    self.detours.iter_mut().for_each(|detours| detours.forget(&name.name));
                 }
                 known.is_some()
             }
@@ -242,15 +260,40 @@ impl Builder {
         self.revision += u64::from(known);
     }
 
-    /// Marks the Services that may look different since Nodes changed.
-    fn follow_nodes(&mut self) {
+    /// All nodes that are known, in order of their names. Without a tunnel these are the Node objects.
+    fn known_nodes(&self) -> Vec<KnownNode> {
+        let addresses = |name: &str| self.nodes.get(name).map_or(&[][..], |node| &node.addresses).into();
+        match &self.detours {
+            Some(detours) => detours
+                .nodes()
+                .map(|(name, aliases)| KnownNode {
+                    name: Arc::clone(name),
+                    addresses: addresses(name),
+                    aliases: aliases.clone(),
+                })
+                .collect(),
+            None => {
+                let mut names: Vec<&Arc<str>> = self.nodes.keys().collect();
+                names.sort_unstable();
+                let known = |name: &Arc<str>| KnownNode {
+                    name: Arc::clone(name),
+                    addresses: addresses(name),
+                    aliases: SmallVec::new(),
+                };
+                names.into_iter().map(known).collect()
+            }
+        }
+    }
+
+    /// Marks the Services that may look different since Nodes changed; says whether any have.
+    fn follow_nodes(&mut self) -> bool {
         let touched = std::mem::take(&mut self.touched_nodes);
         if touched.is_empty() {
-            return;
+            return false;
         }
         if touched.contains_key(&self.node) {
             self.dirty.extend(self.services.keys().cloned());
-            return;
+            return true;
         }
         let moved = |node: &str| match touched.get(node) {
             Some(before) => before.zone.as_deref() != self.nodes.get(node).and_then(|node| node.zone()),
@@ -280,6 +323,7 @@ impl Builder {
                 self.dirty.insert(name.clone());
             }
         }
+        true
     }
 
     /// Resolves one Service into the table; says whether the table changed.

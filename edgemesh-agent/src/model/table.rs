@@ -8,6 +8,8 @@ use std::{
     sync::Arc,
 };
 
+use smallvec::SmallVec;
+
 use super::{DestinationRule, NamespacedName, Path, Place, Protocol, Service, ServicePort, Verdicts};
 use crate::alias::Aliases;
 
@@ -24,12 +26,17 @@ pub struct ServiceTable {
     pub node_known: bool,
     /// Ordered by name.
     pub services: Vec<Arc<ServiceEntry>>,
+    /// The nodes that are known, ordered by name; the same allocation as that of the table before, unless something changed.
+    pub nodes: Arc<[KnownNode]>,
+    /// Whether the source tells of all nodes. KubeEdge's metaServer, say, tells of this one alone; the others are known from
+    /// endpoints on them, and from the tunnel.
+    pub all_nodes: bool,
     /// By Service, the rules in force that ask for more than is done; the same allocation as that of the table before,
     /// unless something changed.
     pub unheeded: Arc<BTreeMap<NamespacedName, Arc<DestinationRule>>>,
     /// Whom the aliases in it stand for; empty without a tunnel.
     pub aliases: Aliases,
-    /// How many endpoints are out of reach, as no alias is left for them.
+    /// How many endpoints, and addresses of nodes, are out of reach, as no alias is left for them.
     pub without_alias: usize,
 }
 
@@ -39,6 +46,22 @@ impl ServiceTable {
         let place = self.services.binary_search_by(|entry| entry.service.name.cmp(name)).ok()?;
         self.services.get(place)
     }
+
+    /// The node of that name.
+    pub fn node(&self, name: &str) -> Option<&KnownNode> {
+        let place = self.nodes.binary_search_by(|node| (*node.name).cmp(name)).ok()?;
+        self.nodes.get(place)
+    }
+}
+
+/// A node that is known by name.
+#[derive(Clone, Debug, Eq, PartialEq)]
+pub struct KnownNode {
+    pub name: Arc<str>,
+    /// As [`super::Node::addresses`]; empty where its Node object is not known.
+    pub addresses: Box<[IpAddr]>,
+    /// What stands for it on this node, IPv4 before IPv6; empty without a tunnel.
+    pub aliases: SmallVec<[IpAddr; 2]>,
 }
 
 /// A Service with its endpoints resolved.

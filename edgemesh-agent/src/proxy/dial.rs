@@ -1,4 +1,5 @@
-//! The seam to the tunnel: a pod on another node is named, and a stream to it comes back, or why there is none.
+//! The seam to the tunnel: a pod on another node, or a node itself, is named, and a stream to it comes back, or why there
+//! is none.
 
 use std::{future::Future, io, net::SocketAddr};
 
@@ -7,7 +8,9 @@ use tokio::{net::TcpStream, time::Instant};
 
 use crate::tunnel::{Cut, Passed};
 
-/// Gets to pods of other nodes.
+/// Gets to pods of other nodes, and to nodes.
+///
+/// An unspecified address (`0.0.0.0`, `::`) is the node itself, as in [`crate::alias::Target::addr`].
 pub trait Dial: Send + Sync + 'static {
     type Stream: Carry;
     type Sender: SendDatagram;
@@ -53,14 +56,14 @@ pub trait ReceiveDatagram: Send + 'static {
     fn receive(&mut self) -> impl Future<Output = io::Result<Bytes>> + Send;
 }
 
-/// Why there is no way to a pod.
+/// Why there is no way to a pod, or a node.
 #[derive(Clone, Debug, Eq, PartialEq, thiserror::Error)]
 pub enum Refusal {
     /// Nothing listens there.
-    #[error("the pod refuses the connection")]
+    #[error("the connection is refused there")]
     Refused,
     /// Its node does not get to it.
-    #[error("its node does not reach the pod")]
+    #[error("its node does not get there")]
     Unreachable,
     /// The tunnel does not get to its node.
     #[error("no path leads to its node")]

@@ -10,9 +10,14 @@ pub(super) fn crossings(report: &TraceReport) -> String {
     let mut text = String::new();
     for crossing in &report.crossings {
         let Crossing { node, endpoint, alias, path, far } = crossing;
-        let _ = writeln!(text, "\n{alias} is the alias of {endpoint} on {node}");
+        let (whose, who) = if endpoint.ip().is_unspecified() {
+            (format!("port {} of the node {node} itself", endpoint.port()), "it")
+        } else {
+            (format!("{endpoint} on {node}"), "its pod")
+        };
+        let _ = writeln!(text, "\n{alias} is the alias of {whose}");
         let _ = writeln!(text, "  tunnel: {}", path.as_ref().map_or_else(|| no_path(far), way));
-        if let Some(said) = said(far) {
+        if let Some(said) = said(far, who) {
             let _ = writeln!(text, "  {node}: {said}");
         }
     }
@@ -43,7 +48,9 @@ fn brief(micros: u64) -> String {
 }
 
 fn no_path(far: &FarRow) -> String {
-    if far.outcome == FarOutcome::NoTunnel {
+    if !matches!(far.outcome, FarOutcome::NoPath | FarOutcome::NoTunnel) {
+        "not needed, as that is this node".to_owned()
+    } else if far.outcome == FarOutcome::NoTunnel {
         "NOT RUNNING on this node; see the conditions in `edgemesh-agent status`".to_owned()
     } else if far.detail.is_empty() {
         "NO PATH".to_owned()
@@ -53,7 +60,7 @@ fn no_path(far: &FarRow) -> String {
 }
 
 /// None where nobody could be asked.
-fn said(far: &FarRow) -> Option<String> {
+fn said(far: &FarRow, who: &str) -> Option<String> {
     let allowed = || match (far.services.as_slice(), far.rule.as_str()) {
         ([], "") => "allowed".to_owned(),
         ([], rule) => format!("allowed, {rule}"),
@@ -63,12 +70,12 @@ fn said(far: &FarRow) -> Option<String> {
     Some(match far.outcome {
         FarOutcome::Connected => {
             let took = far.dial_micros.map_or_else(String::new, |micros| format!(" in {}", brief(micros)));
-            format!("{}; its pod answered{took}", allowed())
+            format!("{}; {who} answered{took}", allowed())
         }
-        FarOutcome::Allowed => format!("{}; whether its pod answers is not tried with UDP", allowed()),
-        FarOutcome::Refused => format!("{}; its pod REFUSES the connection: {detail}", allowed()),
-        FarOutcome::Unreachable => format!("{}; its pod is NOT REACHABLE from there: {detail}", allowed()),
-        FarOutcome::TimedOut => format!("{}; its pod is SILENT: {detail}", allowed()),
+        FarOutcome::Allowed => format!("{}; whether {who} answers is not tried with UDP", allowed()),
+        FarOutcome::Refused => format!("{}; {who} REFUSES the connection: {detail}", allowed()),
+        FarOutcome::Unreachable => format!("{}; {who} is NOT REACHABLE from there: {detail}", allowed()),
+        FarOutcome::TimedOut => format!("{}; {who} is SILENT: {detail}", allowed()),
         FarOutcome::NotAllowed => format!("NOT ALLOWED there: {detail}"),
         FarOutcome::Busy => format!("TOO BUSY to be asked: {detail}"),
         FarOutcome::Silent => format!("SILENT: {detail}"),

@@ -47,6 +47,7 @@ fn line(text: &mut String, label: &str, value: &str) {
 fn zone(zone: &ZoneRow) -> String {
     let subject = match zone.subject.as_str() {
         "service" => "the name of a Service",
+        "node" => "the name of a node",
         "endpoint" => "the name of an endpoint",
         "port" => "the name of a Service's port",
         "pod" => "an address written as a pod's name",

@@ -24,6 +24,8 @@ const PODS: &str = "10.244.0.0/24";
 const LAN: &str = "192.168.1.0/24";
 /// What every node serves itself, beside its pods and past the tunnel. Routers forward these ports.
 const PLAIN: [(App, u16); 4] = [(App::Tcp, 7000), (App::Udp, 7001), (App::Http, 8080), (App::WebSocket, 8081)];
+/// The port of a node that `edgeTunnel.allowedTargets` has by default.
+const NODE_PORT: u16 = 22;
 /// Within which time after their start the agents of two sites have found each other.
 const REACHED: Duration = Duration::from_secs(20);
 /// Within which time a hole is punched from then on.
@@ -60,6 +62,8 @@ pub(super) fn show(examples: &Examples) -> Result<(Scene, Table)> {
         for (app, port) in PLAIN {
             node.host().serve(app, port)?;
         }
+        // In the place of an sshd, which is what its default allows others to reach.
+        node.host().serve(App::Http, NODE_PORT)?;
     }
     let relays = json!([{ "nodeName": "cloud", "advertiseAddress": [address] }]);
     let scene = Scene::raise(lab, nodes, examples, |node, options| tunnel(node, options, &relays))?;
@@ -72,7 +76,8 @@ fn tunnel(node: &Node, options: AgentOptions, relays: &Value) -> Result<AgentOpt
     Ok(options
         .set("modules.edgeTunnel.enable", true)
         .set("modules.edgeTunnel.psk.path", psk.to_string_lossy().into_owned())
-        .set("modules.edgeTunnel.relayNodes", relays.clone()))
+        .set("modules.edgeTunnel.relayNodes", relays.clone())
+        .set("modules.edgeProxy.socks5Proxy.enable", true))
 }
 
 struct Sites<'a> {
@@ -115,6 +120,9 @@ impl Sites<'_> {
         rows.push(up.row("connections go", "direct", up.becomes("direct", REACHED)));
         for way in [&up, &down] {
             rows.extend(way.by_name(self.examples));
+        }
+        for way in [&there, &up] {
+            rows.extend(way.node());
         }
         Ok(rows)
     }

@@ -72,6 +72,29 @@ pub struct Agent {
     log: PathBuf,
 }
 
+/// A program of the machine, such as sshd, that runs on a node until it is stopped or the lab ends.
+#[derive(Debug)]
+pub struct Program {
+    name: String,
+    process: SharedChild,
+    log: PathBuf,
+}
+
+impl Program {
+    /// Kills it (SIGKILL) and waits until it is gone.
+    pub fn stop(&self) -> Result<()> {
+        let mut process = locked(&self.process);
+        process.kill().and_then(|()| process.wait()).with_context(|| format!("could not kill {}", self.name))?;
+        Ok(())
+    }
+
+    /// What it has printed so far.
+    pub fn log(&self) -> Result<String> {
+        let bytes = std::fs::read(&self.log).with_context(|| format!("could not read {}", self.log.display()))?;
+        Ok(String::from_utf8_lossy(&bytes).into_owned())
+    }
+}
+
 /// A run of the agent binary inside a node, with any arguments.
 #[derive(Debug)]
 #[must_use = "nothing runs before output() or start()"]
@@ -116,6 +139,19 @@ impl Node {
             without: Vec::new(),
             hidden: Vec::new(),
         }
+    }
+
+    /// Starts a program of the machine on this node: in its network, its cgroup and its mounts.
+    pub fn start_program(&self, program: &str, arguments: &[&str]) -> Result<Program> {
+        let name = Path::new(program).file_name().map_or_else(|| program.into(), |name| name.to_string_lossy());
+        let name = format!("{name} on {}", self.name());
+        let (log, file) = self.lab().log_file(&format!("{}.log", name.replace(' ', "-")))?;
+        let copy = file.try_clone().context("could not duplicate a log's descriptor")?;
+        let mut command = Command::new(program);
+        command.args(arguments).stdin(Stdio::null()).stdout(file).stderr(copy);
+        place::enter(&mut command, &self.place())?;
+        let child = command.spawn().with_context(|| format!("could not start {name}"))?;
+        Ok(Program { name, process: self.lab().adopt(child), log })
     }
 
     /// Runs a subcommand of the agent binary that talks to the running agent, such as `["status", "-o", "json"]`.

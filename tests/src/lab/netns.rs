@@ -2,9 +2,10 @@
 
 use std::fs::File;
 use std::io::Write as _;
-use std::net::{SocketAddr, TcpListener, UdpSocket};
+use std::net::{SocketAddr, TcpListener, TcpStream, UdpSocket};
 use std::os::fd::{AsFd, AsRawFd as _, BorrowedFd, OwnedFd};
 use std::process::{Command, Stdio};
+use std::time::Duration;
 
 use anyhow::{Context as _, Result, anyhow, bail};
 use nix::sched::{CloneFlags, setns, unshare};
@@ -94,6 +95,12 @@ impl Netns {
     pub(super) fn bind(&self, address: SocketAddr) -> Result<UdpSocket> {
         let failed = || format!("could not bind {address} in a network namespace");
         self.on_a_thread(|| UdpSocket::bind(address).with_context(failed))
+    }
+
+    /// Opens a TCP connection from inside; it stays there, whoever uses it.
+    pub(super) fn connect(&self, address: SocketAddr, deadline: Duration) -> Result<TcpStream> {
+        let failed = || format!("could not connect to {address} from a network namespace");
+        self.on_a_thread(|| TcpStream::connect_timeout(&address, deadline).with_context(failed))
     }
 
     /// A path other processes can name the namespace by, while this one has it open.

@@ -3,7 +3,7 @@
 use std::fmt::Write as _;
 use std::fs::File;
 use std::io::{BufRead as _, BufReader};
-use std::net::{IpAddr, SocketAddr, TcpListener, UdpSocket};
+use std::net::{IpAddr, SocketAddr, TcpListener, TcpStream, UdpSocket};
 use std::os::fd::{AsFd as _, OwnedFd};
 use std::path::Path;
 use std::process::{Command, Stdio};
@@ -18,7 +18,7 @@ use super::place::{self, Place};
 use super::pod::Pod;
 use super::shell::Shell;
 use super::subnet::{self, Subnet};
-use super::{Inner, Transport, binary, locked, remains};
+use super::{DEADLINE, Inner, Transport, binary, locked, remains};
 
 /// The first node of a site has the address this far into the site's subnets.
 const FIRST_NODE: u32 = 11;
@@ -415,6 +415,11 @@ impl Node {
     /// Opens a TCP listener of this process in the node's network namespace, such as on `127.0.0.1:10550`.
     pub fn listen(&self, address: SocketAddr) -> Result<TcpListener> {
         self.node.netns.listen(address)
+    }
+
+    /// Opens a TCP connection of this process from the node's network namespace.
+    pub fn connect(&self, address: SocketAddr) -> Result<TcpStream> {
+        self.node.netns.connect(address, DEADLINE)
     }
 
     /// Opens a UDP socket of this process in the node's network namespace.

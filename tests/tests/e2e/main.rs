@@ -10,6 +10,7 @@ mod health;
 mod mesh;
 mod meta_server;
 mod nat;
+mod nodes;
 mod outside;
 mod policy;
 mod restart;

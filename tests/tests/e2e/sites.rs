@@ -162,7 +162,8 @@ fn a_pod_of_another_site_is_refused_at_once_while_no_tunnel_reaches_it_whoever_h
         }
     }
     let status = world.status()?;
-    assert_eq!(status["aliases"]["in_use"], 2, "{status}");
+    // Of both families: the pod's, its node's and this node's.
+    assert_eq!(status["aliases"]["in_use"], 6, "{status}");
     assert_eq!(status["aliases"]["proxy"]["refusals"][0]["kind"], "no_tunnel", "{status}");
     assert!(world.agent.metrics()?.contains("edgemesh_alias_refusals_total{reason=\"no_tunnel\"} 4"));
     // UDP has nothing to reset; the agent has taken the datagram all the same.

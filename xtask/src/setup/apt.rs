@@ -1,6 +1,8 @@
 //! Installs packages on Debian-like systems.
 
 use std::{
+    fs,
+    os::unix::fs::symlink,
     path::Path,
     process::Command,
     sync::atomic::{AtomicBool, Ordering},
@@ -57,6 +59,32 @@ pub(crate) fn install(packages: &[&str], console: &Console) -> anyhow::Result<()
         }
         attempt += 1;
     }
+}
+
+/// Keeps a service of the system from being started, now and at each boot, by a package that is to be installed for the
+/// sake of its program. One that is there already is left as it is.
+///
+/// # Errors
+///
+/// The user is not root, or systemd's directory cannot be written.
+pub(crate) fn mask(service: &str, console: &Console) -> anyhow::Result<()> {
+    able()?;
+    let units = Path::new("/etc/systemd/system");
+    let mut masked = false;
+    for unit in [format!("{service}.service"), format!("{service}.socket")] {
+        let path = units.join(&unit);
+        let there =
+            [&path, &Path::new("/lib/systemd/system").join(&unit)].iter().any(|path| path.symlink_metadata().is_ok());
+        if !there {
+            let made = fs::create_dir_all(units).and_then(|()| symlink("/dev/null", &path));
+            made.with_context(|| format!("could not mask {unit} by {}", path.display()))?;
+            masked = true;
+        }
+    }
+    if masked {
+        console.line(&format!("the service {service} stays off: `systemctl unmask {service}` to have it"));
+    }
+    Ok(())
 }
 
 /// The version that would be installed.

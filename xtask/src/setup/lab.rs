@@ -3,8 +3,19 @@
 use std::{env, ffi::OsString, path::PathBuf};
 
 /// Each with the Debian package that has it.
-const TOOLS: [(&str, &str); 4] =
-    [("ip", "iproute2"), ("nsenter", "util-linux"), ("dig", "bind9-dnsutils"), ("iptables-restore", "iptables")];
+const TOOLS: [(&str, &str); 9] = [
+    ("ip", "iproute2"),
+    ("nsenter", "util-linux"),
+    ("dig", "bind9-dnsutils"),
+    ("iptables-restore", "iptables"),
+    ("curl", "curl"),
+    ("nc.openbsd", "netcat-openbsd"),
+    ("ncat", "ncat"),
+    ("ssh", "openssh-client"),
+    (SSHD, "openssh-server"),
+];
+/// The one that is also a service of the system, which nobody asked for.
+pub(crate) const SSHD: &str = "sshd";
 /// What benchmarks compare with, or measure by.
 const COMPARED: [(&str, &str); 1] = [("dnsperf", "dnsperf")];
 /// Not on the PATH of every user, while the lab looks there.

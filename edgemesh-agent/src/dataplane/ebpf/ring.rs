@@ -1,8 +1,11 @@
 //! The table by which clients are spread over backends by their address.
 
+use std::net::SocketAddr;
+
 use edgemesh_common::{
+    Addr,
     layout::{Backend, RING_PLACES, Ring},
-    select::mix,
+    select::{mix, ring_place},
 };
 
 /// How many backends a ring can lead to; its places are of 16 bits.
@@ -42,6 +45,14 @@ pub(super) fn ring(backends: &[Backend], previous: Option<(&[Backend], &Ring)>) 
     ring
 }
 
+/// The backend that a ring of these would lead a client to, by its index; None without any.
+pub(crate) fn choice_of(client: Addr, backends: &[SocketAddr]) -> Option<usize> {
+    let of = |at: &SocketAddr| Backend { addr: at.ip().into(), port: at.port().to_be_bytes(), ..Backend::default() };
+    let seeds: Vec<u32> = backends.iter().map(|at| seed(&of(at))).collect();
+    let place = u32::try_from(ring_place(&client)).ok()?;
+    best(0..backends.len(), &seeds, place).map(usize::from)
+}
+
 /// The backend with the highest weight for a place; of two, the one with the higher seed, so that order does not matter.
 fn best(candidates: impl IntoIterator<Item = usize>, seeds: &[u32], place: u32) -> Option<u16> {
     let best = candidates.into_iter().max_by_key(|index| (mix(seeds[*index], place), seeds[*index]));
@@ -58,7 +69,6 @@ fn seed(backend: &Backend) -> u32 {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use edgemesh_common::Addr;
     use proptest::prelude::*;
 
     fn backend(n: u32) -> Backend {
@@ -98,6 +108,19 @@ mod tests {
             }
             prop_assert_eq!(&ring(&after, Some((&before, &old))), &new, "from the previous ring, the same");
         }
+    }
+
+    #[test]
+    fn a_choice_without_a_ring_is_that_of_the_ring() {
+        let set = backends(1..=9);
+        let addresses: Vec<SocketAddr> =
+            (1..=9).map(|n| SocketAddr::from((std::net::Ipv4Addr::from(0x0a00_0000 + n), 80))).collect();
+        let ring = ring(&set, None);
+        for client in 0..500 {
+            let client = Addr::from(std::net::Ipv4Addr::from(0x0af4_0000 + client));
+            assert_eq!(choice_of(client, &addresses), Some(usize::from(ring.places[ring_place(&client)])));
+        }
+        assert_eq!(choice_of(Addr::default(), &[]), None);
     }
 
     #[test]

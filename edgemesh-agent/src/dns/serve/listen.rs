@@ -12,12 +12,15 @@ use serde::Serialize;
 use tokio::net::TcpListener;
 use tracing::info;
 
-use super::{Core, Guard, Transport, pool, tcp, udp};
+use super::{Core, Transport, pool, tcp, udp};
 use crate::{
     conditions::Conditions,
     dns::stats::Counters,
     lifecycle::Tasks,
-    net::holder::{self, Port},
+    net::{
+        guard::Guard,
+        holder::{self, Port},
+    },
 };
 
 /// How often an address that was taken is tried again.

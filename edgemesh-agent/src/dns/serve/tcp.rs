@@ -21,10 +21,11 @@ use tokio::{
 };
 use tracing::debug;
 
-use super::{Core, From, Handled, Transport, crowd::Crowd};
+use super::{Core, From, Handled, Transport};
 use crate::{
     dns::{stats::Counters, wire::MAX_TCP},
     lifecycle::Tasks,
+    net::crowd::Crowd,
 };
 
 /// How many connections there may be.

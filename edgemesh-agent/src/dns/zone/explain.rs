@@ -39,6 +39,8 @@ pub enum Subject {
     /// An address, written as a pod's name; whether there is such a pod is not known.
     Pod,
     Service,
+    /// A node, by its alias.
+    Node,
     /// An endpoint of a Service, or what would be one.
     Endpoint,
     /// A port of a Service, or what would be one.
@@ -191,9 +193,10 @@ fn subject(located: &Located<'_>) -> Subject {
         Located::NameServer => Subject::NameServer,
         Located::Address(_) => Subject::Pod,
         Located::Service(_) => Subject::Service,
+        Located::Node(_) => Subject::Node,
         Located::Endpoints(_) => Subject::Endpoint,
         Located::Port(..) => Subject::Port,
-        Located::Reverse(_) => Subject::Address,
+        Located::Reverse(_) | Located::OfNode(_) => Subject::Address,
     }
 }
 

@@ -229,7 +229,7 @@ impl<'n> Labels<'n> {
 }
 
 /// A name in wire form, in lower case; None for a text that is none. A dot at the end makes no difference.
-pub(super) fn wire(text: &str) -> Option<Box<[u8]>> {
+pub fn wire(text: &str) -> Option<Box<[u8]>> {
     let text = text.strip_suffix('.').unwrap_or(text);
     let mut name = Vec::with_capacity(text.len() + 2);
     for label in text.split('.') {

@@ -1,9 +1,12 @@
-//! The ways to endpoints, and the aliases of those that only the tunnel reaches, as Services come and go.
+//! The ways to endpoints, and the aliases of those that only the tunnel reaches, as Services come and go; and the aliases of
+//! nodes.
 
 use std::{collections::BTreeMap, net::IpAddr, sync::Arc};
 
+use smallvec::SmallVec;
+
 use super::super::{NamespacedName, Nodes, Path, Place, Reason, ServiceEntry, Way, shared::Shared};
-use crate::alias::{Book, Reach};
+use crate::alias::{Book, NODE_ITSELF, Reach};
 
 /// Decides ways, and counts who uses an alias: each endpoint of each port of each entry of the table once.
 #[derive(Debug)]
@@ -13,21 +16,107 @@ pub(super) struct Detours {
     paths: Shared<Path>,
     /// How many endpoints of a Service have found no alias left; Services without such are not in it.
     wanting: BTreeMap<NamespacedName, usize>,
+    /// By name.
+    nodes: BTreeMap<Arc<str>, Mentioned>,
+    /// Whether `nodes` differ from when that was last asked.
+    nodes_differ: bool,
     settled: bool,
+}
+
+/// A node that somebody speaks of.
+#[derive(Debug, Default)]
+struct Mentioned {
+    /// How many do: this node of itself, Node objects, the tunnel's meetings, and endpoints by where they are.
+    times: usize,
+    aliases: SmallVec<[IpAddr; 2]>,
+}
+
+impl Mentioned {
+    fn acquire(&mut self, name: &str, book: &mut Book) {
+        self.aliases = NODE_ITSELF.iter().filter_map(|itself| book.acquire(name, *itself)).collect();
+    }
+
+    fn release(&mut self, name: &str, book: &mut Book) {
+        for alias in self.aliases.drain(..) {
+            let itself = NODE_ITSELF.iter().find(|itself| itself.is_ipv4() == alias.is_ipv4());
+            itself.iter().for_each(|itself| book.release(name, **itself));
+        }
+    }
 }
 
 impl Detours {
     pub(super) fn new(reach: Reach, book: Book) -> Self {
-        Self { reach, book, paths: Shared::default(), wanting: BTreeMap::new(), settled: false }
+        let node = reach.node().to_owned();
+        let mut detours = Self {
+            reach,
+            book,
+            paths: Shared::default(),
+            wanting: BTreeMap::new(),
+            nodes: BTreeMap::new(),
+            nodes_differ: false,
+            settled: false,
+        };
+        detours.mention(&node);
+        detours
     }
 
     pub(super) fn change(&mut self, change: impl FnOnce(Reach) -> Reach) {
+        let before = Arc::clone(self.reach.meetings());
         self.reach = change(self.reach.clone());
+        let after = Arc::clone(self.reach.meetings());
+        if !Arc::ptr_eq(&before, &after) {
+            after.iter().for_each(|(node, _)| self.mention(node));
+            before.iter().for_each(|(node, _)| self.forget(node));
+        }
+    }
+
+    /// Somebody speaks of a node, until [`Detours::forget`].
+    pub(super) fn mention(&mut self, node: &str) {
+        if let Some(known) = self.nodes.get_mut(node) {
+            known.times += 1;
+            return;
+        }
+        let mut known = Mentioned { times: 1, ..Mentioned::default() };
+        known.acquire(node, &mut self.book);
+        self.nodes.insert(node.into(), known);
+        self.nodes_differ = true;
+    }
+
+    /// One less does.
+    pub(super) fn forget(&mut self, node: &str) {
+        let Some(known) = self.nodes.get_mut(node) else { return };
+        known.times = known.times.saturating_sub(1);
+        if known.times == 0 {
+            known.release(node, &mut self.book);
+            self.nodes.remove(node);
+            self.nodes_differ = true;
+        }
+    }
+
+    /// The nodes that somebody speaks of, in order of their names, with their aliases; IPv4 comes first.
+    pub(super) fn nodes(&self) -> impl Iterator<Item = (&Arc<str>, &SmallVec<[IpAddr; 2]>)> {
+        self.nodes.iter().map(|(name, known)| (name, &known.aliases))
+    }
+
+    /// Whether they are others than when this was last asked.
+    pub(super) fn nodes_differ(&mut self) -> bool {
+        std::mem::take(&mut self.nodes_differ)
+    }
+
+    /// Tries again for the nodes that lack aliases, as some are free again.
+    pub(super) fn supply_nodes(&mut self) {
+        for (name, known) in self.nodes.iter_mut().filter(|(_, known)| known.aliases.len() < NODE_ITSELF.len()) {
+            let before = known.aliases.len();
+            known.release(name, &mut self.book);
+            known.acquire(name, &mut self.book);
+            self.nodes_differ |= known.aliases.len() != before;
+        }
     }
 
     /// The way to an endpoint of an entry that is being made; the entry's use of the alias lasts until
     /// [`Detours::release`].
     pub(super) fn path_of(&mut self, place: &Place, addr: IpAddr, nodes: &Nodes) -> Arc<Path> {
+        place.node.iter().for_each(|node| self.mention(node));
         let reason = self.reason(place, addr, nodes);
         let alias = place.node.as_deref().and_then(|node| match reason.way() {
             Way::Remote => self.book.acquire(node, addr),
@@ -44,9 +133,11 @@ impl Detours {
     pub(super) fn release(&mut self, entry: &ServiceEntry) {
         for (place, addr, path) in endpoints(entry) {
             let used = path.is_some_and(|path| path.alias.is_some());
-            if let Some(node) = place.node.as_deref().filter(|_| used) {
+            let Some(node) = place.node.as_deref() else { continue };
+            if used {
                 self.book.release(node, addr);
             }
+            self.forget(node);
         }
     }
 
@@ -66,9 +157,10 @@ impl Detours {
         self.wanting.keys().cloned()
     }
 
-    /// How many endpoints lack one.
+    /// How many endpoints, and addresses of nodes, lack one.
     pub(super) fn without_alias(&self) -> usize {
-        self.wanting.values().sum()
+        let nodes = self.nodes.values().map(|known| NODE_ITSELF.len() - known.aliases.len());
+        self.wanting.values().sum::<usize>() + nodes.sum::<usize>()
     }
 
     /// Whether an endpoint of an entry is reached otherwise now.

@@ -34,7 +34,7 @@ pub(super) fn sentence(grounds: &Grounds<'_>) -> String {
             let words = forwarded(shares, choice, affine, client.is_some());
             match grounds.target {
                 Some(target) => {
-                    format!("{words}; that is the alias of {} on {}, reached by the tunnel", target.addr, target.node)
+                    format!("{words}; that is the alias of {}, reached by the tunnel", stands_for(target, ""))
                 }
                 None => words,
             }
@@ -42,7 +42,7 @@ pub(super) fn sentence(grounds: &Grounds<'_>) -> String {
         Outcome::Carried => {
             let whose = grounds.target.map_or_else(
                 || "an alias".to_owned(),
-                |target| format!("the alias of {} on node {}", target.addr, target.node),
+                |target| format!("the alias of {}", stands_for(target, "node ")),
             );
             format!("taken by this agent: it is {whose}, and is carried there by the tunnel")
         }
@@ -88,5 +88,14 @@ fn forwarded(shares: &[Share], choice: Option<Choice>, affine: bool, known: bool
             };
             format!("sent to one of {count} backends, {chance}{more}")
         }
+    }
+}
+
+/// Whom an alias stands for; `kind` stands before the name of a pod's node.
+fn stands_for(target: &alias::Target, kind: &str) -> String {
+    if target.is_node() {
+        format!("the node {} itself", target.node)
+    } else {
+        format!("{} on {kind}{}", target.addr, target.node)
     }
 }

@@ -5,8 +5,8 @@ use std::time::Duration;
 
 use anyhow::{Context as _, Result, ensure};
 
-use super::PLAIN;
 use super::path::{Path, paths};
+use super::{NODE_PORT, PLAIN};
 use crate::demo::check;
 use crate::demo::example::{Backend, ExampleService, Examples};
 use crate::demo::table::Row;
@@ -101,6 +101,27 @@ impl<'a> Way<'a> {
             rows.push(self.visit(&format!("{} to {name}", word(service.app)), &backend.pod, service.app, target));
         }
         rows
+    }
+
+    /// The other node itself: by its name in DNS, and by SOCKS5.
+    pub(super) fn node(&self) -> [Row; 2] {
+        let (to, name) = (self.to, format!("{}.node.cluster.local", self.to));
+        let by_dns = self.look_up(&name).and_then(|ip| {
+            let mut names = check::http_names(&self.client, SocketAddr::new(ip, NODE_PORT), 1)?;
+            names.pop().context("nobody answered")
+        });
+        let by_socks5 = || -> Result<String> {
+            let url = format!("http://{to}:{NODE_PORT}/");
+            let proxy = ["--socks5-hostname", "169.254.96.16:10800"];
+            let output = self.client.run("curl", &["-sS", "--max-time", "5", proxy[0], proxy[1], &url])?;
+            ensure!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr).trim());
+            let body = String::from_utf8_lossy(&output.stdout).trim().to_owned();
+            Ok(if body.contains(to) { to.to_owned() } else { body })
+        };
+        [
+            self.row(&format!("{name}, port {NODE_PORT}"), to, by_dns),
+            self.row(&format!("{to}, port {NODE_PORT}, by SOCKS5"), to, by_socks5()),
+        ]
     }
 
     /// Much data on one connection.

@@ -75,3 +75,59 @@ fn what_has_no_way_has_no_record() {
     let zone = zone(&builder.build().unwrap());
     assert_eq!(ask(&zone, "db-1.db.shop.svc.cluster.local", "A"), ["NXDOMAIN"]);
 }
+
+fn node(name: &str) -> Event {
+    let node = crate::model::Node {
+        name: NamespacedName::new("", name),
+        addresses: vec!["192.168.1.7".parse().unwrap()],
+        labels: Box::default(),
+    };
+    Event::Apply(Object::Node(node.into()))
+}
+
+#[test]
+fn nodes_have_names_that_lead_to_their_aliases_and_back() {
+    let mut builder = far_builder();
+    // Known by its object, with a name of several labels; by an endpoint; and this one, of itself.
+    builder.apply(node("ip-10-0-0-1.eu.internal"));
+    let web = service("shop/web", ServiceKind::ClusterIp, &["10.96.0.1"], &["http/TCP/80"]);
+    put(&mut builder, &[web], &[on("far", slice("shop/web-1", "shop/web", &["http/TCP/80"], &["10.0.0.1"]))]);
+    builder.apply(Event::Synced);
+    let table = builder.build().unwrap();
+    let known = zone(&table);
+    for name in ["ip-10-0-0-1.eu.internal", "far", "edge1"] {
+        let aliases = &table.node(name).unwrap().aliases;
+        let [v4, v6] = aliases[..] else { panic!("{name} has {aliases:?}") };
+        let target = table.aliases.target(v4).unwrap();
+        assert!(target.is_node() && &*target.node == name);
+        let full = format!("{name}.node.cluster.local");
+        assert_eq!(ask(&known, &full, "A"), [format!("A {v4}")]);
+        assert_eq!(ask(&known, &full, "AAAA"), [format!("AAAA {v6}")]);
+        assert_eq!(ask(&known, &full, "SRV"), ["NODATA"]);
+        let reversed: Vec<String> = v4.to_string().rsplit('.').map(str::to_owned).collect();
+        let reversed = format!("{}.in-addr.arpa", reversed.join("."));
+        assert_eq!(ask(&known, &reversed, "PTR"), [format!("PTR {full}.")]);
+        assert_eq!(ask(&known, &reversed, "A"), ["NODATA"]);
+    }
+    for above in ["eu.internal.node.cluster.local", "internal.node.cluster.local", "node.cluster.local"] {
+        assert_eq!(ask(&known, above, "A"), ["NODATA"], "{above} has names below it");
+    }
+    for other in ["other.node.cluster.local", "x.far.node.cluster.local", "rnal.node.cluster.local"] {
+        assert_eq!(ask(&known, other, "A"), ["NXDOMAIN"], "{other}");
+    }
+    assert_eq!(known.explain(&wire("far.node.cluster.local"), type_of("A")).subject, Subject::Node);
+
+    builder.apply(Event::Delete(Kind::EndpointSlice, name("shop/web-1")));
+    let zone = Zone::build(&builder.build().unwrap(), &settings(), Some(&known));
+    assert_eq!(ask(&zone, "far.node.cluster.local", "A"), ["NXDOMAIN"], "nobody speaks of it any more");
+    assert!(ask(&zone, "edge1.node.cluster.local", "A")[0].starts_with("A 198.18."));
+}
+
+#[test]
+fn without_a_tunnel_nodes_have_no_names() {
+    let mut builder = builder();
+    builder.apply(node("edge2"));
+    builder.apply(Event::Synced);
+    let zone = zone(&builder.build().unwrap());
+    assert_eq!(ask(&zone, "edge2.node.cluster.local", "A"), ["NXDOMAIN"]);
+}

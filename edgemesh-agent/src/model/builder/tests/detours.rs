@@ -133,7 +133,7 @@ fn a_host_network_is_direct_once_its_node_is_met_there_and_follows_the_nodes_add
 
 #[test]
 fn an_alias_lasts_as_long_as_one_service_has_the_pod_and_rests_after_that() {
-    let mut builder = builder("198.18.0.0/30");
+    let mut builder = builder("198.18.0.0/29");
     let start = Instant::now();
     builder.tell_time(start);
     let both = [
@@ -153,15 +153,19 @@ fn an_alias_lasts_as_long_as_one_service_has_the_pod_and_rests_after_that() {
     assert_eq!(alias_of(&table, "b", "edge3"), Some(alias));
     let table = build_with(&mut builder, [Event::Delete(Kind::EndpointSlice, name("b"))]);
     assert_eq!(table.aliases.target(alias), None);
-    let (_, kept) = builder.kept_aliases().unwrap();
-    assert_eq!(kept.map(|(alias, _)| alias).collect::<Vec<_>>(), [alias], "but it is kept in mind");
+    let kept = |builder: &Builder| -> Vec<(IpAddr, Target)> {
+        builder.kept_aliases().unwrap().1.filter(|(_, target)| &*target.node != "edge1").collect()
+    };
+    let of_pods: Vec<IpAddr> = kept(&builder).iter().filter(|(_, of)| !of.is_node()).map(|(alias, _)| *alias).collect();
+    assert_eq!(of_pods, [alias], "but it is kept in mind");
     builder.tell_time(start + HOUR);
-    assert_eq!(builder.kept_aliases().unwrap().1.count(), 0);
+    assert!(kept(&builder).is_empty());
 }
 
 #[test]
 fn where_no_alias_is_left_endpoints_are_out_of_reach_until_one_is() {
-    let mut builder = builder("198.18.0.0/30");
+    // Three nodes, this one, and two pods.
+    let mut builder = builder("198.18.0.0/29");
     let start = Instant::now();
     builder.tell_time(start);
     let three = || vec![on("edge3", "172.17.0.2"), on("edge4", "172.17.0.2"), on("edge5", "172.17.0.2")];
@@ -194,6 +198,43 @@ fn what_an_earlier_agent_gave_out_is_in_force_from_the_first_table_on() {
     let table = build_with(&mut second, [Event::Synced]);
     assert_eq!(table.aliases.target(gone), None);
     assert_eq!(alias_of(&table, "web", "edge3"), Some(kept));
+}
+
+#[test]
+fn a_node_has_aliases_for_as_long_as_somebody_speaks_of_it() {
+    let mut builder = builder("198.18.0.0/16");
+    let object = |name: &str, ip: &str| {
+        let addresses = vec![ip.parse().unwrap()];
+        Object::Node(Node { name: NamespacedName::new("", name), addresses, labels: Box::default() }.into())
+    };
+    let names =
+        |table: &ServiceTable| table.nodes.iter().map(|node| node.name.to_string()).collect::<Vec<_>>().join(" ");
+    let table = build_with(&mut builder, [Event::Apply(object("edge9", "192.168.1.9"))]);
+    assert_eq!((&*names(&table), table.all_nodes), ("edge1 edge9", true));
+    let met = |nodes: &[&str]| -> Arc<Meetings> {
+        Arc::new(nodes.iter().map(|node| ((*node).into(), "192.168.1.7".parse().unwrap())).collect())
+    };
+    builder.follow_reach(|reach| reach.with_meetings(met(&["edge3", "edge7"])));
+    let table = build_with(&mut builder, web(vec![on("edge3", "172.17.0.2"), on("edge2", "10.244.2.1")]));
+    assert_eq!(names(&table), "edge1 edge2 edge3 edge7 edge9");
+    let of = |table: &ServiceTable, name: &str| table.node(name).unwrap().aliases.clone();
+    let aliases = of(&table, "edge3");
+    for (alias, v4) in aliases.iter().zip([true, false]) {
+        let target = table.aliases.target(*alias).unwrap();
+        assert_eq!((&*target.node, target.is_node(), alias.is_ipv4()), ("edge3", true, v4));
+    }
+    assert_eq!(&*table.node("edge9").unwrap().addresses, ["192.168.1.9".parse::<IpAddr>().unwrap()]);
+
+    builder.follow_reach(|reach| reach.with_meetings(met(&["edge7"])));
+    let table = build_with(&mut builder, [put_slice(slice("web", "web", vec![on("edge3", "172.17.0.3")]))]);
+    assert_eq!((&*names(&table), of(&table, "edge3")), ("edge1 edge3 edge7 edge9", aliases.clone()));
+    builder.follow_reach(|reach| reach.with_meetings(Arc::default()));
+    let gone = Event::Delete(Kind::Node, NamespacedName::new("", "edge9"));
+    let table = build_with(&mut builder, [Event::Delete(Kind::Service, name("web")), gone]);
+    assert_eq!((&*names(&table), table.all_nodes), ("edge1", false));
+    assert_eq!(table.aliases.target(aliases[0]), None);
+    let table = build_with(&mut builder, [Event::Apply(object("edge3", "192.168.1.3"))]);
+    assert_eq!(of(&table, "edge3"), aliases, "the same again within the hour");
 }
 
 #[derive(Clone, Debug)]
@@ -268,6 +309,18 @@ proptest! {
                     let fresh = fresh.build().unwrap();
                     prop_assert_eq!(table.services.len(), fresh.services.len());
                     let mut held = BTreeSet::new();
+                    let names = |table: &ServiceTable| -> Vec<Arc<str>> {
+                        table.nodes.iter().map(|node| Arc::clone(&node.name)).collect()
+                    };
+                    prop_assert_eq!(names(&table), names(&fresh));
+                    for node in table.nodes.iter() {
+                        prop_assert_eq!(node.aliases.len(), 2);
+                        for alias in &node.aliases {
+                            let target = table.aliases.target(*alias).unwrap();
+                            prop_assert!(target.is_node() && target.node == node.name);
+                            held.insert(*alias);
+                        }
+                    }
                     for (ours, theirs) in table.services.iter().zip(&fresh.services) {
                         let (ours, theirs) = (&ours.ports[0].endpoints, &theirs.ports[0].endpoints);
                         prop_assert_eq!(ours.len(), theirs.len());

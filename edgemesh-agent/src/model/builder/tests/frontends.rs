@@ -239,9 +239,15 @@ fn a_node_that_says_nothing_new_makes_no_table() {
     ]);
     builder.build().unwrap();
     builder.apply(put_node(node("edge1", &["192.168.10.11"], &[(ZONE, "a")])));
+    builder.apply(put_node(node("edge2", &[], &[("other", "label")])));
+    assert!(builder.build().is_none());
+    // What names and addresses nodes have is news to those who look for nodes.
+    let before = builder.last_table();
     builder.apply(put_node(node("edge2", &["192.168.10.12"], &[("other", "label")])));
     builder.apply(put_node(node("edge3", &[], &[(ZONE, "b")])));
-    assert!(builder.build().is_none());
+    let table = builder.build().unwrap();
+    assert_eq!(table.nodes.iter().map(|node| &*node.name).collect::<Vec<_>>(), ["edge1", "edge2", "edge3"]);
+    assert!(changes(&before, &table).is_empty());
 }
 
 #[test]

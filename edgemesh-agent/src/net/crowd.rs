@@ -8,26 +8,26 @@ use std::{
 
 /// Places that clients hold, so many at most each; in all no more than there are places elsewhere. Clones are one.
 #[derive(Clone, Debug)]
-pub(super) struct Crowd {
+pub struct Crowd {
     most: usize,
     held: Arc<Mutex<HashMap<IpAddr, usize>>>,
 }
 
 /// A client's place, until dropped.
 #[derive(Debug)]
-pub(super) struct Seat {
+pub struct Seat {
     crowd: Crowd,
     client: IpAddr,
 }
 
 impl Crowd {
     /// Of which one client may hold `most` places.
-    pub(super) fn new(most: usize) -> Self {
+    pub fn new(most: usize) -> Self {
         Self { most, held: Arc::default() }
     }
 
     /// None if the client has as many as it may have.
-    pub(super) fn seat(&self, client: IpAddr) -> Option<Seat> {
+    pub fn seat(&self, client: IpAddr) -> Option<Seat> {
         let mut held = self.held.lock().unwrap_or_else(PoisonError::into_inner);
         let count = held.entry(client).or_insert(0);
         if *count >= self.most {

@@ -9,23 +9,32 @@ use std::{
 };
 
 use tokio::sync::watch;
+use tokio_util::sync::CancellationToken;
 
-use crate::{
-    conditions::Conditions,
-    lifecycle::Tasks,
-    net::{
-        socket_filter,
-        uplinks::{self, Uplink},
-    },
+use super::{
+    socket_filter,
+    uplinks::{self, Uplink},
 };
+use crate::{conditions::Conditions, lifecycle::Tasks};
 
 /// How long until netlink is tried again after an error.
 const RETRY: Duration = Duration::from_secs(5);
-const OPEN: &str = "DnsOpenToOutside";
+
+/// What sockets are for, and so what it means where they cannot be kept from others.
+#[derive(Clone, Copy, Debug)]
+pub struct Guarded {
+    /// For sentences: `DNS`.
+    pub what: &'static str,
+    /// The reason of the condition.
+    pub condition: &'static str,
+    /// Whether it is served, too, while nobody knows which interfaces lead to other machines.
+    pub while_unknown: bool,
+}
 
 /// Has sockets hear nothing from where other machines are. Clones are one.
 #[derive(Clone, Debug)]
-pub(in crate::dns) struct Guard {
+pub struct Guard {
+    guarded: Guarded,
     /// None where everybody may ask; the inner one until the interfaces are known.
     uplinks: Option<watch::Receiver<Option<Arc<[Uplink]>>>>,
     conditions: Conditions,
@@ -34,15 +43,15 @@ pub(in crate::dns) struct Guard {
 impl Guard {
     /// Follows the node's interfaces until the agent stops; `names` are those of [`uplinks::choose`], and None has
     /// everybody answered.
-    pub(in crate::dns) fn start(names: Option<Vec<String>>, conditions: &Conditions, tasks: &Tasks) -> Self {
+    pub fn start(guarded: Guarded, names: Option<Vec<String>>, conditions: &Conditions, tasks: &Tasks) -> Self {
         let conditions = conditions.clone();
-        let Some(names) = names else { return Self { uplinks: None, conditions } };
+        let Some(names) = names else { return Self { guarded, uplinks: None, conditions } };
         let (publish, uplinks) = watch::channel(None);
         let (stop, raise) = (tasks.stopping(), conditions.clone());
         tasks.spawn(async move {
             loop {
                 let tell = |uplinks: Vec<Uplink>| {
-                    raise.clear(OPEN, "");
+                    raise.clear(guarded.condition, "");
                     publish.send_if_modified(|known: &mut Option<Arc<[Uplink]>>| {
                         let differs = known.as_deref() != Some(&uplinks);
                         *known = Some(uplinks.into());
@@ -53,16 +62,22 @@ impl Guard {
                     () = stop.cancelled() => return,
                     error = uplinks::follow(&names, tell) => error,
                 };
+                let (what, every) = (guarded.what, RETRY.as_secs());
+                let effect = if guarded.while_unknown || publish.borrow().is_some() {
+                    "is open to all interfaces but those known before"
+                } else {
+                    "waits for it"
+                };
                 let message = format!(
-                    "cannot follow which interfaces lead to other machines: {error}; DNS answers queries from all but \
-                     those known before; tried again every {} s",
-                    RETRY.as_secs()
+                    "cannot follow which interfaces lead to other machines: {error}; {what} {effect}; tried again every \
+                     {every} s"
                 );
-                raise.raise(OPEN, "", message, SystemTime::now());
-                // Pods come first.
+                raise.raise(guarded.condition, "", message, SystemTime::now());
                 publish.send_if_modified(|known| {
-                    let first = known.is_none();
-                    known.get_or_insert_default();
+                    let first = known.is_none() && guarded.while_unknown;
+                    if first {
+                        *known = Some(Arc::default());
+                    }
                     first
                 });
                 tokio::select! {
@@ -71,17 +86,38 @@ impl Guard {
                 }
             }
         });
-        Self { uplinks: Some(uplinks), conditions }
+        Self { guarded, uplinks: Some(uplinks), conditions }
     }
 
     /// The names of the interfaces that nobody is answered from.
-    pub(in crate::dns) fn refused(&self) -> Vec<String> {
+    pub fn refused(&self) -> Vec<String> {
         let known = self.uplinks.as_ref().and_then(|uplinks| uplinks.borrow().clone());
         known.iter().flat_map(|uplinks| uplinks.iter()).map(|uplink| uplink.name.clone()).collect()
     }
 
+    /// Waits until the outside is known; false if the agent stops before.
+    pub async fn is_ready(&self, stop: &CancellationToken) -> bool {
+        let Some(mut uplinks) = self.uplinks.clone() else { return true };
+        tokio::select! {
+            () = stop.cancelled() => false,
+            known = uplinks.wait_for(Option::is_some) => known.is_ok(),
+        }
+    }
+
+    /// Closes a socket to the outside now, as far as the outside is known.
+    ///
+    /// # Errors
+    ///
+    /// The kernel does not take the filter.
+    pub fn close_now(&self, socket: BorrowedFd<'_>) -> io::Result<()> {
+        let known = self.uplinks.as_ref().and_then(|uplinks| uplinks.borrow().clone());
+        let indexes: Vec<u32> = known.iter().flat_map(|uplinks| uplinks.iter()).map(|uplink| uplink.index).collect();
+        socket_filter::refuse_from(socket, &indexes)
+    }
+
     /// Closes a socket to the outside, and keeps it closed until the agent stops. `subject` is what a condition calls it.
-    pub(super) async fn keep(&self, socket: BorrowedFd<'_>, subject: &str, tasks: &Tasks) {
+    /// Waits until the outside is known.
+    pub async fn keep(&self, socket: BorrowedFd<'_>, subject: &str, tasks: &Tasks) {
         let Some(mut uplinks) = self.uplinks.clone() else { return };
         if uplinks.wait_for(Option::is_some).await.is_err() {
             // The agent is stopping.
@@ -115,10 +151,12 @@ impl Guard {
 
     fn tell(&self, subject: &str, closed: io::Result<()>) {
         match closed {
-            Ok(()) => self.conditions.clear(OPEN, subject),
+            Ok(()) => self.conditions.clear(self.guarded.condition, subject),
             Err(error) => {
-                let message = format!("cannot keep other machines from DNS on {subject}: {error}; drop their queries");
-                self.conditions.raise(OPEN, subject, message, SystemTime::now());
+                let what = self.guarded.what;
+                let message =
+                    format!("cannot keep other machines from {what} on {subject}: {error}; drop what they send");
+                self.conditions.raise(self.guarded.condition, subject, message, SystemTime::now());
             }
         }
     }
