@@ -3,6 +3,7 @@
 
 mod events;
 mod relaying;
+mod upgrade;
 mod wanted;
 
 use std::{
@@ -39,7 +40,6 @@ use super::{
     identity::Membership,
     interfaces::{Telling, listening_on},
     mesh::{self, Mesh, Parts},
-    paths::{Path, PathKind},
     relays::{Action, Relays},
     serve::Server,
 };
@@ -53,17 +53,14 @@ const STRANGER: Duration = Duration::from_secs(600);
 /// Strangers remembered.
 const MAX_STRANGERS: usize = 1024;
 
-/// How long an idle relayed connection is kept beside another.
-const RETIRE: Duration = Duration::from_secs(30);
-
 /// How long the addresses of interfaces must have stayed the same before others are told.
 const SETTLED: Duration = Duration::from_secs(1);
 
-/// Direct paths that were not to be had for hours will not be had for a while.
-const LONGEST_UPGRADE_PAUSE: Duration = Duration::from_secs(3600);
-
 /// Addresses that others have confirmed and that are kept: the newest.
 const MAX_CONFIRMED: usize = 4;
+
+/// How long after a connection has ended its memory is given back, with that of others that end meanwhile.
+const ENDED: Duration = Duration::from_secs(2);
 
 /// How long listeners may take to tell their addresses before anything is dialled.
 const LISTENING: Duration = Duration::from_secs(1);
@@ -179,10 +176,20 @@ enum Task {
     Stage(NodeName),
     /// Try for a direct path to a node that is reached through a relay; the number of attempts so far.
     Upgrade(NodeName, u32),
+    /// Try for QUIC to a relay.
+    RelayByQuic(NodeName),
     /// Have both TCP and QUIC to a relay.
     Transports(NodeName),
     /// Close relayed paths that a direct one, or another relayed one, has made needless.
     Retire(NodeName),
+    /// Close direct connections that a better one has made needless.
+    Shed(NodeName),
+    /// Try for TCP to a node that is reached over QUIC.
+    TryTcp(NodeName),
+    /// Try for QUIC to a node that is reached through a relay.
+    TryQuic(NodeName),
+    /// Give the memory of connections that have ended back to the system.
+    GiveBack,
     /// Tell of changed addresses of this node, and try again for direct paths.
     Moved,
     /// Connect to a neighbour; the number of attempts so far.
@@ -238,6 +245,8 @@ struct Driver<'a> {
     quiet: Quiet,
     /// What this node says on its own authority that it is reached at.
     external: Vec<Multiaddr>,
+    /// Whether this node relays for others.
+    serves: bool,
     /// Whether others have confirmed that this node can be reached from outside.
     public: bool,
     /// Where, the newest last.
@@ -271,6 +280,7 @@ impl<'a> Driver<'a> {
             strangers: HashMap::new(),
             quiet: Quiet::default(),
             external: Vec::new(),
+            serves: false,
             public: false,
             confirmed: VecDeque::new(),
             telling: None,
@@ -376,8 +386,13 @@ impl<'a> Driver<'a> {
         match task {
             Task::Stage(node) => self.next_stage(&node),
             Task::Upgrade(node, attempt) => self.upgrade(&node, attempt),
+            Task::RelayByQuic(node) => self.relay_by_quic(&node),
             Task::Transports(node) => self.complete_transports(&node),
             Task::Retire(node) => self.retire(&node),
+            Task::Shed(node) => self.shed(&node),
+            Task::TryTcp(node) => self.try_tcp(&node),
+            Task::TryQuic(node) => self.try_quic(&node),
+            Task::GiveBack => drop(tokio::task::spawn_blocking(crate::allocator::give_back)),
             Task::Moved => self.on_moved(),
             Task::Neighbour(peer, attempt) => self.dial_neighbour(peer, attempt),
             Task::Listen(address) => match self.swarm.listen_on(address.clone()) {
@@ -501,59 +516,6 @@ impl<'a> Driver<'a> {
                 debug!(%peer, "cannot dial: {error}");
                 false
             }
-        }
-    }
-
-    /// Begins to try for a direct path to a node after `wait`, whatever has been tried before. A circuit punches a hole when
-    /// it begins: `again` is for those that have begun.
-    fn upgrade_anew(&mut self, node: &NodeName, wait: Duration, again: bool) {
-        self.schedule.retain(|_, task| !matches!(task, Task::Upgrade(other, _) if other == node));
-        self.after(wait, Task::Upgrade(node.clone(), u32::from(again)));
-    }
-
-    /// The network has changed: what was out of reach may be near.
-    fn on_moved(&mut self) {
-        self.update_relay_role();
-        let members: HashSet<PeerId> = self.peers.all().map(|(_, path)| path.peer).collect();
-        self.swarm.behaviour_mut().inner.identify.push(members);
-        let is_relayed = |node: &&NodeName| matches!(self.peers.path(node), Some(PathKind::Relayed { .. }));
-        let relayed: Vec<NodeName> = self.peers.nodes().filter(is_relayed).cloned().collect();
-        for node in relayed {
-            self.upgrade_anew(&node, Duration::from_secs_f64(random()), true);
-        }
-    }
-
-    fn upgrade(&mut self, node: &NodeName, attempt: u32) {
-        let Some(path) = self.peers.paths(node).first().filter(|path| !path.is_direct()) else { return };
-        let peer = path.peer;
-        for transport in [Transport::Tcp, Transport::Quic] {
-            self.dial(peer, self.addresses(&peer, transport), Purpose::Other);
-        }
-        if attempt > 0 && self.core.settings.hole_punching {
-            // Holes are punched when a circuit begins, with the addresses that are known then, and not later.
-            self.dial(peer, self.circuit_addresses(node), Purpose::Other);
-        }
-        let pause =
-            Duration::from_secs(15).saturating_mul(1 << attempt.saturating_sub(1).min(8)).min(LONGEST_UPGRADE_PAUSE);
-        self.after(pause.mul_f64(1.0 + random() / 2.0), Task::Upgrade(node.clone(), attempt + 1));
-    }
-
-    fn retire(&mut self, node: &NodeName) {
-        let paths = self.peers.paths(node);
-        // A hole may close as soon as it has been punched.
-        let proven = |path: &&Arc<Path>| path.is_direct() && !path.is_doubtful() && path.rtt().is_some();
-        let needed = usize::from(!paths.iter().any(|path| proven(&path)));
-        let relayed: Vec<_> = paths.iter().filter(|path| !path.is_direct()).skip(needed).cloned().collect();
-        let mut busy = needed > 0 && paths.iter().any(|path| path.is_direct());
-        for path in relayed {
-            if path.is_idle() {
-                self.swarm.close_connection(path.connection);
-            } else {
-                busy = true;
-            }
-        }
-        if busy {
-            self.after(RETIRE, Task::Retire(node.clone()));
         }
     }
 

@@ -14,7 +14,7 @@ use libp2p::{
     multiaddr::Protocol,
     noise, ping, relay,
     swarm::{NetworkBehaviour, behaviour::toggle::Toggle},
-    tcp, tls, yamux,
+    tcp, yamux,
 };
 
 use super::{
@@ -22,14 +22,17 @@ use super::{
     counters::Counters,
     gate::{Gate, Rules},
     identity::Membership,
-    secure::{Admitted, Buffered},
+    secure::{
+        Admitted, Buffered,
+        tls::{self, Preference},
+    },
     serve::Server,
     streams::Streams,
 };
 
 /// Streams of a connection, from both sides and for all purposes. yamux ends a connection that has more, and grants each
 /// of them 256 KiB of its GiB.
-pub(super) const MAX_STREAMS: u32 = 4096;
+const MAX_STREAMS: usize = 4096;
 
 /// Round trips are measured, and dead connections found, at this interval.
 const PING_EVERY: Duration = Duration::from_secs(2);
@@ -39,6 +42,10 @@ const PING_TIMEOUT: Duration = Duration::from_secs(3);
 
 /// How long a connection that nothing uses and nobody needs is kept.
 const IDLE: Duration = Duration::from_secs(300);
+
+/// Streams that one side of a QUIC connection may have open: those of a path, and what libp2p needs itself. For each of them
+/// quinn (0.11) holds some 50 bytes from the beginning, in tables that double.
+const QUIC_STREAMS: u32 = 1792;
 
 /// Bytes in flight on one QUIC stream: 100 Mbit/s over 160 ms.
 const QUIC_STREAM_WINDOW: u32 = 2 << 20;
@@ -56,7 +63,7 @@ const CIRCUIT_DURATION: Duration = Duration::from_secs(10 * 365 * 24 * 3600);
 
 /// How a TCP connection is encrypted.
 ///
-/// TLS 1.3 (AES-GCM by aws-lc, in assembler) is the default; noise (ChaCha20-Poly1305) is there to be measured against it.
+/// TLS 1.3 is the default; noise (always ChaCha20-Poly1305) is there to be measured against it.
 #[derive(Clone, Copy, Debug, Default, Eq, PartialEq)]
 pub enum Security {
     /// TLS 1.3.
@@ -122,7 +129,8 @@ pub(super) fn build(parts: Parts) -> Result<Swarm<Gate<Mesh>>, String> {
     }
     Ok(match parts.security {
         Security::Tls => finish!(|keypair: &Keypair| {
-            tls::Config::new(keypair).map(|security| Buffered { security, admitted: Arc::clone(&buffered) })
+            let security = tls::Config::new(keypair, Preference::of_this_machine());
+            security.map(|security| Buffered { security, admitted: Arc::clone(&buffered) })
         }),
         Security::Noise => finish!(|keypair: &Keypair| {
             noise::Config::new(keypair).map(|security| Buffered { security, admitted: Arc::clone(&buffered) })
@@ -132,7 +140,7 @@ pub(super) fn build(parts: Parts) -> Result<Swarm<Gate<Mesh>>, String> {
 
 fn yamux() -> yamux::Config {
     let mut config = yamux::Config::default();
-    config.set_max_num_streams(MAX_STREAMS as usize);
+    config.set_max_num_streams(MAX_STREAMS);
     config
 }
 
@@ -140,7 +148,7 @@ fn quic(mut config: libp2p::quic::Config) -> libp2p::quic::Config {
     config.handshake_timeout = Duration::from_secs(5);
     config.max_idle_timeout = 8000;
     config.keep_alive_interval = Duration::from_secs(3);
-    config.max_concurrent_stream_limit = MAX_STREAMS;
+    config.max_concurrent_stream_limit = QUIC_STREAMS;
     config.max_stream_data = QUIC_STREAM_WINDOW;
     config.max_connection_data = QUIC_CONNECTION_WINDOW;
     config
@@ -186,7 +194,7 @@ fn behaviour(
     let identify =
         identify::Config::new("/edgemesh/1".to_owned(), keypair.public()).with_agent_version(agent).with_cache_size(0);
     let mesh = Mesh {
-        streams: Streams::new(server, Arc::clone(&counters), deadline),
+        streams: Streams::new(me, server, Arc::clone(&counters), deadline),
         identify: identify::Behaviour::new(identify),
         ping: ping::Behaviour::new(ping::Config::new().with_interval(PING_EVERY).with_timeout(PING_TIMEOUT)),
         relay_client,

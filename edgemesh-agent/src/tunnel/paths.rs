@@ -81,6 +81,10 @@ pub(super) struct Path {
     pub(super) transport: Transport,
     pub(super) remote: Option<SocketAddr>,
     pub(super) relay: Option<PeerId>,
+    /// Whether this node has dialled.
+    pub(super) ours: bool,
+    /// Whether the node with the smaller `PeerId` has dialled. Of two that are equal otherwise both ends prefer that one.
+    leading: bool,
     pub(super) on_link: bool,
     pub(super) open: mpsc::Sender<OpenRequest>,
     permits: Arc<Semaphore>,
@@ -125,6 +129,8 @@ pub(super) struct NewPath {
     pub(super) transport: Transport,
     pub(super) remote: Option<SocketAddr>,
     pub(super) relay: Option<PeerId>,
+    pub(super) ours: bool,
+    pub(super) leading: bool,
     pub(super) on_link: bool,
     pub(super) open: mpsc::Sender<OpenRequest>,
     pub(super) counters: Arc<Counters>,
@@ -132,13 +138,15 @@ pub(super) struct NewPath {
 
 impl Path {
     pub(super) fn new(new: NewPath) -> Self {
-        let NewPath { connection, peer, transport, remote, relay, on_link, open, counters } = new;
+        let NewPath { connection, peer, transport, remote, relay, ours, leading, on_link, open, counters } = new;
         Self {
             connection,
             peer,
             transport,
             remote,
             relay,
+            ours,
+            leading,
             on_link,
             open,
             permits: Arc::new(Semaphore::new(STREAMS_PER_PATH)),
@@ -271,12 +279,12 @@ impl Path {
         }
     }
 
-    fn rank(&self) -> (bool, PathKind, Transport, Instant) {
+    fn rank(&self) -> (bool, PathKind, Transport, bool, Instant) {
         let kind = match self.kind() {
             PathKind::Relayed { .. } => PathKind::Relayed { via: None },
             kind @ (PathKind::Lan | PathKind::Direct | PathKind::HolePunched) => kind,
         };
-        (self.is_doubtful(), kind, self.transport, self.since)
+        (self.is_doubtful(), kind, self.transport, !self.leading, self.since)
     }
 }
 
@@ -344,6 +352,28 @@ impl Peers {
         self.0.get(node).map_or(&[], Vec::as_slice)
     }
 
+    /// Of the direct paths to a node, those that nothing new runs on, as another is known to work that both ends prefer: QUIC
+    /// beside TCP, and of two on the same transport, as when both ends have dialled, one.
+    pub(super) fn surplus(&self, node: &NodeName) -> Vec<Arc<Path>> {
+        let direct = || self.paths(node).iter().filter(|path| path.is_direct());
+        let better = |path: &Path, than: &Path| {
+            let works = !path.is_doubtful() && path.rtt().is_some() && path.kind() <= than.kind();
+            let transport = path.transport.cmp(&than.transport);
+            // Of two that one side has dialled, that side keeps the older; the other may see them in another order.
+            let one_of_two =
+                if path.leading == than.leading { path.ours && path.since < than.since } else { path.leading };
+            works && (transport.is_lt() || transport.is_eq() && one_of_two)
+        };
+        direct().filter(|path| direct().any(|other| better(other, path))).cloned().collect()
+    }
+
+    /// Of the direct paths to a node, those that this one has dialled beside one of the same transport by which it was called.
+    pub(super) fn own_doubles(&self, node: &NodeName) -> Vec<Arc<Path>> {
+        let direct = || self.paths(node).iter().filter(|path| path.is_direct());
+        let called = |path: &Path| direct().any(|other| !other.ours && other.transport == path.transport);
+        direct().filter(|path| path.ours && called(path)).cloned().collect()
+    }
+
     pub(super) fn all(&self) -> impl Iterator<Item = (&NodeName, &Arc<Path>)> {
         self.0.iter().flat_map(|(node, paths)| paths.iter().map(move |path| (node, path)))
     }
@@ -379,7 +409,19 @@ mod tests {
         let relay = relay.then(PeerId::random);
         let (connection, peer) = (ConnectionId::new_unchecked(connection), PeerId::random());
         let counters = Arc::default();
-        Arc::new(Path::new(NewPath { connection, peer, transport, remote: None, relay, on_link, open, counters }))
+        let (remote, ours, leading) = (None, true, true);
+        Arc::new(Path::new(NewPath {
+            connection,
+            peer,
+            transport,
+            remote,
+            relay,
+            ours,
+            leading,
+            on_link,
+            open,
+            counters,
+        }))
     }
 
     #[test]
@@ -433,6 +475,27 @@ mod tests {
         assert_eq!(held.len(), STREAMS_PER_PATH);
         drop(held.swap_remove(0));
         assert!(path.permit(Protocol::Udp).is_some());
+    }
+
+    #[test]
+    fn quic_is_surplus_only_beside_tcp_that_works_and_is_as_good() {
+        let node: NodeName = "n".parse().unwrap();
+        let surplus = |tcp: &Arc<Path>, quic: &Arc<Path>| {
+            let mut peers = Peers::default();
+            peers.put(&node, Arc::clone(tcp));
+            peers.put(&node, Arc::clone(quic));
+            peers.surplus(&node).iter().map(|path| path.connection).collect::<Vec<_>>()
+        };
+        let (tcp, quic) = (path(1, false, false, Transport::Tcp), path(2, false, false, Transport::Quic));
+        assert_eq!(surplus(&tcp, &quic), []);
+        tcp.rtt_nanos.store(1000, Ordering::Relaxed);
+        assert_eq!(surplus(&tcp, &quic), [quic.connection]);
+        assert_eq!(surplus(&tcp, &path(3, false, true, Transport::Quic)), []);
+        tcp.set_doubtful(true);
+        assert_eq!(surplus(&tcp, &quic), []);
+        let relayed = path(4, true, false, Transport::Tcp);
+        relayed.rtt_nanos.store(1000, Ordering::Relaxed);
+        assert_eq!(surplus(&relayed, &quic), []);
     }
 
     #[test]

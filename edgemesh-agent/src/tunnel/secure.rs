@@ -6,6 +6,9 @@
 //!
 //! What a peer sends before it has passed the gate is counted here too: yamux would give each of its streams a window.
 
+mod ahead;
+pub(super) mod tls;
+
 use std::{
     collections::HashMap,
     io,
@@ -14,18 +17,13 @@ use std::{
     task::{Context, Poll, ready},
 };
 
-use futures::{
-    AsyncRead, AsyncWrite, FutureExt as _, TryFutureExt as _,
-    future::BoxFuture,
-    io::{BufReader, IoSliceMut},
-};
+use futures::{AsyncRead, AsyncWrite, FutureExt as _, TryFutureExt as _, future::BoxFuture, io::IoSliceMut};
 use libp2p::{
     PeerId,
     core::upgrade::{InboundConnectionUpgrade, OutboundConnectionUpgrade, UpgradeInfo},
 };
 
-/// Bytes read from the socket at once: a record is 16 KiB and a little.
-const READ: usize = 32 * 1024;
+use self::ahead::Ahead;
 
 /// Bytes that wait to be written together, at most.
 const WRITE: usize = 64 * 1024;
@@ -89,7 +87,7 @@ impl<U: UpgradeInfo> UpgradeInfo for Buffered<U> {
 
 impl<U, C, S> InboundConnectionUpgrade<C> for Buffered<U>
 where
-    U: InboundConnectionUpgrade<BufReader<C>, Output = (PeerId, S)>,
+    U: InboundConnectionUpgrade<Ahead<C>, Output = (PeerId, S)>,
     U::Future: Send + 'static,
     C: AsyncRead + AsyncWrite,
 {
@@ -99,14 +97,14 @@ where
 
     fn upgrade_inbound(self, socket: C, info: Self::Info) -> Self::Future {
         let Self { security, admitted } = self;
-        let secured = security.upgrade_inbound(BufReader::with_capacity(READ, socket), info);
+        let secured = security.upgrade_inbound(Ahead::new(socket), info);
         secured.map_ok(|(peer, stream)| (peer, Gathered::new(stream, peer, admitted))).boxed()
     }
 }
 
 impl<U, C, S> OutboundConnectionUpgrade<C> for Buffered<U>
 where
-    U: OutboundConnectionUpgrade<BufReader<C>, Output = (PeerId, S)>,
+    U: OutboundConnectionUpgrade<Ahead<C>, Output = (PeerId, S)>,
     U::Future: Send + 'static,
     C: AsyncRead + AsyncWrite,
 {
@@ -116,7 +114,7 @@ where
 
     fn upgrade_outbound(self, socket: C, info: Self::Info) -> Self::Future {
         let Self { security, admitted } = self;
-        let secured = security.upgrade_outbound(BufReader::with_capacity(READ, socket), info);
+        let secured = security.upgrade_outbound(Ahead::new(socket), info);
         secured.map_ok(|(peer, stream)| (peer, Gathered::new(stream, peer, admitted))).boxed()
     }
 }
@@ -189,6 +187,8 @@ impl<S: AsyncWrite + Unpin> AsyncWrite for Gathered<S> {
             return Poll::Pending;
         }
         ready!(self.poll_drain(cx))?;
+        // A connection that has nothing more to send holds no buffer.
+        self.waiting = Vec::new();
         Pin::new(&mut self.inner).poll_flush(cx)
     }
 

@@ -40,6 +40,7 @@ const WAITING: usize = 256;
 
 /// Keeps the paths; serves what peers ask for.
 pub(super) struct Streams {
+    me: PeerId,
     paths: HashMap<ConnectionId, Arc<Path>>,
     server: Arc<Server>,
     counters: Arc<Counters>,
@@ -47,8 +48,8 @@ pub(super) struct Streams {
 }
 
 impl Streams {
-    pub(super) fn new(server: Arc<Server>, counters: Arc<Counters>, deadline: Duration) -> Self {
-        Self { paths: HashMap::new(), server, counters, deadline }
+    pub(super) fn new(me: PeerId, server: Arc<Server>, counters: Arc<Counters>, deadline: Duration) -> Self {
+        Self { me, paths: HashMap::new(), server, counters, deadline }
     }
 
     /// The path of a connection, whether its peer has passed the gate or not.
@@ -60,6 +61,7 @@ impl Streams {
         &mut self,
         connection: ConnectionId,
         peer: PeerId,
+        ours: bool,
         local: Option<&Multiaddr>,
         remote: &Multiaddr,
     ) -> Handler {
@@ -74,6 +76,8 @@ impl Streams {
             transport: transport(place),
             remote,
             relay,
+            ours,
+            leading: ours == (self.me < peer),
             on_link: remote.is_some_and(|remote| interfaces::on_link(remote.ip())),
             open,
             counters: Arc::clone(&self.counters),
@@ -100,7 +104,7 @@ impl NetworkBehaviour for Streams {
         local: &Multiaddr,
         remote: &Multiaddr,
     ) -> Result<THandler<Self>, ConnectionDenied> {
-        Ok(self.connected(connection, peer, Some(local), remote))
+        Ok(self.connected(connection, peer, false, Some(local), remote))
     }
 
     fn handle_established_outbound_connection(
@@ -108,10 +112,11 @@ impl NetworkBehaviour for Streams {
         connection: ConnectionId,
         peer: PeerId,
         address: &Multiaddr,
-        _: Endpoint,
+        role: Endpoint,
         _: PortUse,
     ) -> Result<THandler<Self>, ConnectionDenied> {
-        Ok(self.connected(connection, peer, None, address))
+        // Where a hole is punched both dial, and one of them takes the other part.
+        Ok(self.connected(connection, peer, role == Endpoint::Dialer, None, address))
     }
 
     #[expect(clippy::wildcard_enum_match_arm, reason = "libp2p has many events, and the rest is no matter here")]

@@ -5,6 +5,7 @@ mod measure;
 mod membership;
 mod relays;
 mod streams;
+pub(crate) mod wire;
 
 use std::{
     io,

@@ -16,7 +16,10 @@ use libp2p::{
 };
 use tracing::{debug, info, warn};
 
-use super::{Driver, MAX_CONFIRMED, MAX_STRANGERS, Purpose, RETIRE, SETTLED, STRANGER, Task, random};
+use super::{
+    Driver, ENDED, MAX_CONFIRMED, MAX_STRANGERS, Purpose, SETTLED, STRANGER, Task, random,
+    upgrade::{RETIRE, SHED, TRY_TCP},
+};
 use crate::tunnel::{
     NodeName, PathKind, Transport,
     gate::{self, ip, is_relayed, with_sources},
@@ -287,6 +290,7 @@ impl Driver<'_> {
         }
         debug!(%node, path = path.kind().as_str(), "member connected");
         let (direct, is_relay) = (path.is_direct(), self.relays.contains(&node));
+        let (ours, transport) = (path.ours, path.transport);
         // One of each transport is kept: a second one, such as a relay makes to find out whether it can, ends when idle.
         let mut others = self.peers.paths(&node).iter();
         let second = others.any(|other| other.transport == path.transport && other.pinned.load(Ordering::Relaxed));
@@ -298,6 +302,11 @@ impl Driver<'_> {
             self.forget_failures();
             self.relays.connected(&node, Instant::now());
         }
+        if direct && self.peers.paths(&node).iter().filter(|path| path.is_direct()).count() > 1 {
+            self.after(SHED, Task::Shed(node.clone()));
+        } else if direct && ours && transport == Transport::Quic {
+            self.after(TRY_TCP, Task::TryTcp(node.clone()));
+        }
         if relayed_before {
             self.after(RETIRE, Task::Retire(node));
         } else if !direct && self.peers.paths(&node).iter().all(|path| !path.is_direct()) {
@@ -307,6 +316,9 @@ impl Driver<'_> {
     }
 
     fn on_closed(&mut self, connection: ConnectionId, why: &str) {
+        if !self.schedule.values().any(|task| *task == Task::GiveBack) {
+            self.after(ENDED, Task::GiveBack);
+        }
         self.outbound.remove(&connection);
         self.ping_failures.remove(&connection);
         self.payload.remove(&connection);
@@ -332,12 +344,13 @@ impl Driver<'_> {
                 self.upgrade_anew(&node, Duration::from_secs_f64(1.0 + random()), true);
             }
         }
-        if direct_left && path.transport == Transport::Tcp {
+        let tcp_left = |path: &Arc<Path>| path.is_direct() && path.transport == Transport::Tcp;
+        if direct_left && tcp_left(&path) && !self.peers.paths(&node).iter().any(tcp_left) {
             self.verify(&node);
         }
     }
 
-    /// Looks whether a node of which a TCP connection has ended is still where other connections with it lead. Those of QUIC
+    /// Looks whether a node of which the last TCP connection has ended is still where other connections with it lead. Those of QUIC
     /// would not tell for seconds: the end of a process is told to TCP by its kernel, and to QUIC by nobody.
     fn verify(&mut self, node: &NodeName) {
         let mut left: BTreeMap<(PeerId, IpAddr), Vec<ConnectionId>> = BTreeMap::new();

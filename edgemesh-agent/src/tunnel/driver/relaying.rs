@@ -11,7 +11,7 @@ use futures::future::join_all;
 use libp2p::{Multiaddr, autonat, core::transport::ListenerId, multiaddr::Protocol, relay};
 use tracing::{debug, warn};
 
-use super::{Driver, Purpose, Task, random};
+use super::{Driver, Purpose, Task, random, upgrade::HEAD_START};
 use crate::tunnel::{NodeName, RelayAddress, RelayNode, ServeRelay, Settings, Transport, relays::Host};
 
 /// How long a name of a relay may take to resolve.
@@ -79,6 +79,7 @@ impl Driver<'_> {
                 }
             }
         }
+        self.serves = serves;
         if serves && external.is_empty() {
             // A reservation without an address of the relay is void.
             external.extend(self.own_addresses());
@@ -135,18 +136,50 @@ impl Driver<'_> {
             return self.relays.connected(node, Instant::now());
         }
         // Each transport by itself: only a relay that is reached over UDP sees what hole a NAT makes for UDP.
-        for id in ids {
-            for transport in [Transport::Tcp, Transport::Quic] {
-                self.dial(id, self.addresses(&id, transport), Purpose::Relay(node.clone()));
-            }
+        // TCP first: circuits run on whichever was there first, and it moves more bytes for the same work.
+        let mut by_tcp = false;
+        for id in &ids {
+            by_tcp |= self.dial(*id, self.addresses(id, Transport::Tcp), Purpose::Relay(node.clone()));
         }
-        self.relay_failed_if_idle(node);
+        if by_tcp {
+            self.after(HEAD_START, Task::RelayByQuic(node.clone()));
+        } else {
+            self.relay_by_quic(node);
+        }
         if !self.schedule.values().any(|task| matches!(task, Task::Transports(other) if other == node)) {
             self.after(Duration::from_secs(60), Task::Transports(node.clone()));
         }
     }
 
-    pub(super) fn relay_failed_if_idle(&mut self, node: &NodeName) {
+    /// A relay is tried by QUIC once TCP has had its chance, whether that was taken or not.
+    pub(super) fn relay_by_quic(&mut self, node: &NodeName) {
+        self.schedule.retain(|_, task| !matches!(task, Task::RelayByQuic(other) if other == node));
+        if !self.relays.contains(node) {
+            return;
+        }
+        let direct: Vec<_> = self.peers.paths(node).iter().filter(|path| path.is_direct()).cloned().collect();
+        if let Some(path) = direct.first() {
+            if direct.iter().all(|path| path.transport == Transport::Tcp) {
+                self.dial(path.peer, self.addresses(&path.peer, Transport::Quic), Purpose::Other);
+            }
+            return;
+        }
+        for id in self.core.settings.psks.peer_ids(node) {
+            self.dial(id, self.addresses(&id, Transport::Quic), Purpose::Relay(node.clone()));
+        }
+        self.relay_failed_if_idle(node);
+    }
+
+    /// A way to a relay has failed: the next one, if there is one.
+    pub(super) fn relay_dial_failed(&mut self, node: &NodeName) {
+        if self.schedule.values().any(|task| matches!(task, Task::RelayByQuic(other) if other == node)) {
+            self.relay_by_quic(node);
+        } else {
+            self.relay_failed_if_idle(node);
+        }
+    }
+
+    fn relay_failed_if_idle(&mut self, node: &NodeName) {
         let dialling = self.dials.values().any(|purpose| matches!(purpose, Purpose::Relay(other) if other == node));
         if !dialling && !self.peers.paths(node).iter().any(|path| path.is_direct()) {
             self.relays.failed(node, Instant::now(), random());

@@ -154,7 +154,7 @@ impl Driver<'_> {
             }
             Some(Purpose::Relay(node)) => {
                 self.relay_trouble(&node, why);
-                self.relay_failed_if_idle(&node);
+                self.relay_dial_failed(&node);
             }
             Some(Purpose::Verify(..) | Purpose::Other) | None => {}
         }

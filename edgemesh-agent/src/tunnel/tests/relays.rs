@@ -83,6 +83,37 @@ async fn new_streams_leave_the_relay_when_a_direct_path_appears() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn between_two_nodes_one_transport_is_left_and_to_the_relay_both() {
+    let (port, near_port, far_port) = (free_port(), free_port(), free_port());
+    let relay = relay(port);
+    let relays = vec![relay_at("relay", port)];
+    // Each dials what the other announces, by both transports, as a hole is punched.
+    let settings = |node, port| Settings {
+        hole_punching: true,
+        announce: vec![SocketAddr::new(PODS, port)],
+        listen: vec![Ipv4Addr::LOCALHOST.into(), PODS],
+        port,
+        ..behind(node, &relays)
+    };
+    let (near, far) = (start(settings("near", near_port)), start(settings("far", far_port)));
+    let mut stream = open_soon(&near, "far", echo().await).await;
+    let transports = |peers: &Peers, node: &str| {
+        let direct =
+            peers.views().into_iter().filter(|view| view.node == name(node) && view.path.as_str() != "relayed");
+        let mut of: Vec<Transport> = direct.map(|view| view.transport).collect();
+        of.sort_unstable();
+        of
+    };
+    let both = [Transport::Tcp, Transport::Quic];
+    until(&near, "met directly more than once", |peers| transports(peers, "far").len() > 1).await;
+    until(&near, "left with one of TCP", |peers| transports(peers, "far") == both[..1]).await;
+    until(&far, "left with one of TCP", |peers| transports(peers, "near") == both[..1]).await;
+    say(&mut stream, b"goes on where it is").await;
+    until(&near, "of both transports to the relay", |peers| transports(peers, "relay") == both).await;
+    until(&relay, "of both transports to a node", |peers| transports(peers, "near") == both).await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn without_its_relay_a_node_is_refused_at_once_and_back_soon_after_it() {
     let port = free_port();
     let first = relay(port);
