@@ -66,15 +66,12 @@ impl<C: AsyncRead + Unpin> AsyncRead for Ahead<C> {
                 return Pin::new(&mut this.inner).poll_read(cx, target);
             }
             let mut buffer = this.buffer.take().unwrap_or_else(lend);
-            match Pin::new(&mut this.inner).poll_read(cx, &mut buffer) {
-                Poll::Ready(Ok(count)) => {
-                    (this.buffer, this.at, this.end) = (Some(buffer), 0, count);
-                }
-                nothing => {
-                    give_back(buffer);
-                    return nothing;
-                }
-            }
+            let read = Pin::new(&mut this.inner).poll_read(cx, &mut buffer);
+            let Poll::Ready(Ok(count)) = read else {
+                give_back(buffer);
+                return read;
+            };
+            (this.buffer, this.at, this.end) = (Some(buffer), 0, count);
         }
         let there = this.buffer.as_deref().unwrap_or_default().get(this.at..this.end).unwrap_or_default();
         let count = there.len().min(target.len());
