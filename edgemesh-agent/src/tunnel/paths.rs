@@ -18,7 +18,7 @@ use super::{NodeName, Protocol, counters::Counters};
 
 /// Streams that this node opens on one connection at most.
 ///
-/// yamux ends the whole connection when it has more than its limit ([`super::swarm::MAX_STREAMS`]), so both sides together
+/// yamux ends the whole connection when it has more than its limit (`mesh::MAX_STREAMS`), so both sides together
 /// must stay well below it, those included that one side has closed and the other has not noticed.
 const STREAMS_PER_PATH: usize = 1536;
 
