@@ -62,6 +62,9 @@ const MAX_CONFIRMED: usize = 4;
 /// How long after a connection has ended its memory is given back, with that of others that end meanwhile.
 const ENDED: Duration = Duration::from_secs(2);
 
+/// How often at most, as whoever needs memory meanwhile may wait for some milliseconds.
+const GIVE_BACK: Duration = Duration::from_secs(10);
+
 /// How long listeners may take to tell their addresses before anything is dialled.
 const LISTENING: Duration = Duration::from_secs(1);
 
@@ -251,6 +254,9 @@ struct Driver<'a> {
     public: bool,
     /// Where, the newest last.
     confirmed: VecDeque<Multiaddr>,
+    /// Whether memory is about to be given back, and when it last was.
+    giving_back: bool,
+    gave_back: Option<Instant>,
     /// When what has changed in `peers` is to be told.
     telling: Option<Instant>,
 }
@@ -283,6 +289,8 @@ impl<'a> Driver<'a> {
             serves: false,
             public: false,
             confirmed: VecDeque::new(),
+            giving_back: false,
+            gave_back: None,
             telling: None,
         };
         driver.update_relay_role();
@@ -392,7 +400,11 @@ impl<'a> Driver<'a> {
             Task::Shed(node) => self.shed(&node),
             Task::TryTcp(node) => self.try_tcp(&node),
             Task::TryQuic(node) => self.try_quic(&node),
-            Task::GiveBack => drop(tokio::task::spawn_blocking(crate::allocator::give_back)),
+            Task::GiveBack => {
+                self.giving_back = false;
+                self.gave_back = Some(Instant::now());
+                drop(tokio::task::spawn_blocking(crate::allocator::give_back));
+            }
             Task::Moved => self.on_moved(),
             Task::Neighbour(peer, attempt) => self.dial_neighbour(peer, attempt),
             Task::Listen(address) => match self.swarm.listen_on(address.clone()) {

@@ -17,7 +17,7 @@ use libp2p::{
 use tracing::{debug, info, warn};
 
 use super::{
-    Driver, ENDED, MAX_CONFIRMED, MAX_STRANGERS, Purpose, SETTLED, STRANGER, Task, random,
+    Driver, ENDED, GIVE_BACK, MAX_CONFIRMED, MAX_STRANGERS, Purpose, SETTLED, STRANGER, Task, random,
     upgrade::{RETIRE, SHED, TRY_TCP},
 };
 use crate::tunnel::{
@@ -316,15 +316,16 @@ impl Driver<'_> {
     }
 
     fn on_closed(&mut self, connection: ConnectionId, why: &str) {
-        if !self.schedule.values().any(|task| *task == Task::GiveBack) {
-            self.after(ENDED, Task::GiveBack);
-        }
         self.outbound.remove(&connection);
         self.ping_failures.remove(&connection);
         self.payload.remove(&connection);
         self.dial_failed(connection, why);
         let Some((node, path)) = self.peers.take(connection) else { return };
         debug!(%node, path = path.kind().as_str(), "connection to member ended: {why}");
+        if !std::mem::replace(&mut self.giving_back, true) {
+            let since = self.gave_back.map_or(GIVE_BACK, |at| at.elapsed());
+            self.after(ENDED.max(GIVE_BACK.saturating_sub(since)), Task::GiveBack);
+        }
         self.publish();
         let direct_left = self.peers.paths(&node).iter().any(|path| path.is_direct());
         if path.pinned.load(Ordering::Relaxed) {
